@@ -1,6 +1,6 @@
 """SIREN in one file: selective entropy regularisation for RL with verifiable rewards.
 
-Paper: Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arXiv 2509.25133.
+Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arXiv 2509.25133
 
     L = L_DrGRPO + beta * (H_agg - H*)^2     the self-anchored regulariser
     H'_t    entropy of pi renormalised on the policy nucleus V_p (top-p mask, over actions)
@@ -14,7 +14,7 @@ Paper: Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Model
     python siren.py --help               # every number, its meaning and its range
 
 Departures from the paper (P) and from the official code (C); README.md gives the reasons:
- 1. C leaves the token that crosses p out of the nucleus, which may be empty; here, as in P, it is in.
+ 1. C leaves the token that crosses p out of the nucleus, which may be empty; here, as in P, not.
  2. A peak is H' >= q (C: H' > q), and here also H' > 0: once q = 0, ">= q" selects every token.
  3. C squares H_agg - H* per micro-batch; here it is squared once per optimiser mini-batch.
  4. C counts responses without tokens and anchors on one micro-batch; here they are left out, and H*
@@ -43,7 +43,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -54,7 +55,7 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------- 1. config
 class ConfigError(ValueError):
-    """Bad input: the message holds the value, the constraint and the fix; the command exits with 2."""
+    """Bad input: the message has the value, the constraint and the fix; exit code 2."""
 
 
 def knob(default: Any, valid: str, doc: str) -> Any:
@@ -72,13 +73,9 @@ class Config:
     steps: int = knob(200, "[0, inf)", "rollouts in the run")
     prompts: int = knob(32, "[1, inf)", "prompts a rollout (paper: 128)")
     group_size: int = knob(8, "[2, inf)", "responses a prompt, compared with each other")
-    max_tokens: int = knob(
-        16, "[1, inf)", "response budget, tokens (paper: 3072); beta scales with it"
-    )
+    max_tokens: int = knob(16, "[1, inf)", "response budget (paper: 3072); beta scales with it")
     temperature: float = knob(1.0, "(0, inf)", "training samples and scores the same distribution")
-    sample_batch: int = knob(
-        1024, "[1, inf)", "responses sampled or scored at once, without gradient"
-    )
+    sample_batch: int = knob(1024, "[1, inf)", "responses sampled or scored at once")
     # SIREN
     regularizer: str = knob("anchor", "anchor|bonus|none", "beta (H_agg - H*)^2, -beta H_agg, or 0")
     beta: float = knob(0.1, "[0, inf)", "weight of the regulariser (paper: 0.005)")
@@ -93,16 +90,12 @@ class Config:
     micro_batch_size: int = knob(64, "[1, inf)", "responses a backward pass; bounds memory only")
     epochs: int = knob(1, "[1, inf)", "passes over each rollout")
     lr: float = knob(3e-4, "(0, inf)", "AdamW's learning rate (paper: 1e-6, for a 7B model)")
-    warmup_steps: int = knob(
-        5, "[0, inf)", "rollouts; Adam's first full step would wreck the model"
-    )
+    warmup_steps: int = knob(5, "[0, inf)", "rollouts; Adam at full lr would wreck the model")
     weight_decay: float = knob(0.0, "[0, inf)", "AdamW's (paper: 0.1)")
     grad_clip: float = knob(1.0, "(0, inf)", "largest global gradient norm")
     clip_low: float = knob(0.2, "[0, 1]", "PPO clip: the ratio is at least 1 - this")
     clip_high: float = knob(0.2, "[0, inf)", "PPO clip: the ratio is at most 1 + this")
-    dual_clip: float | None = knob(
-        None, "(1, inf)", "c: for A < 0 the loss is at most c|A| (official: 3)"
-    )
+    dual_clip: float | None = knob(None, "(1, inf)", "c: loss <= c|A| if A < 0 (official: 3)")
     aggregation: str = knob("constant", "constant|sequence|token", "Dr.GRPO, GRPO, DAPO")
     scale_by_std: bool = knob(False, "", "divide advantages by the group's std (GRPO's way)")
     # evaluation
@@ -126,17 +119,14 @@ class Config:
             if value is None and f.default is None:
                 continue
             kind = (get_args(hints[f.name]) or (hints[f.name],))[0]
-            if not isinstance(value, (int, float) if kind is float else kind) or (
-                valid and not _within(value, valid)
-            ):
-                flag, range_ = f"--{f.name.replace('_', '-')}", f" in {valid}" if valid else ""
-                hint = f"must be {kind.__name__}{range_}; the default is {f.default}"
-                raise ConfigError(f"{flag} {value}: {hint}")
+            right_type = isinstance(value, (int, float) if kind is float else kind)
+            if not right_type or (valid and not _within(value, valid)):
+                rule = f"{kind.__name__} in {valid}" if valid else kind.__name__
+                flag = "--" + f.name.replace("_", "-")
+                raise ConfigError(f"{flag} {value}: must be {rule}; the default is {f.default}")
         if self.mini_batches > self.prompts:
-            raise ConfigError(
-                f"--mini-batches {self.mini_batches}: must be at most --prompts {self.prompts} (a "
-                "prompt's responses stay together); lower the one or raise the other"
-            )
+            rule = f"at most --prompts {self.prompts}, as a prompt's responses stay together"
+            raise ConfigError(f"--mini-batches {self.mini_batches}: must be {rule}; lower it")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -167,8 +157,8 @@ def _within(value: Any, valid: str) -> bool:
 class Rollout:
     """B sampled responses. Masks come from positions, never from token ids (pad may equal EOS).
 
-    prompt [B, P] ids, padded on the left, prompt_mask [B, P]; tokens [B, T] ids, padded on the right,
-    mask [B, T], True up to and including EOS (which is trained); logp [B, T] as sampled.
+    prompt [B, P] ids, padded on the left, and prompt_mask; tokens [B, T] ids, padded on the right,
+    and mask, True up to and including EOS (which is trained); logp [B, T] as sampled.
     """
 
     prompt: Tensor
@@ -202,9 +192,9 @@ def sample(
 ) -> Rollout:
     """Sample responses; row i * samples + j is sample j of prompt i (a list of token ids).
 
-    About `batch` rows at a time. A prompt's samples share one prefill of the KV cache; a row that has
-    ended leaves the batch. top_p < 1 truncates: for evaluation only, as training must score what it
-    sampled. FloatingPointError: the logits are not finite. ConfigError: the context is too short.
+    About `batch` rows at a time. A prompt's samples share one prefill of the KV cache; a row that
+    has ended leaves the batch. top_p < 1 truncates: for evaluation only, as training must score
+    what it sampled. FloatingPointError: logits are not finite; ConfigError: the context is short.
     """
     from transformers import DynamicCache  # here, since the rest of the file needs only torch
 
@@ -228,9 +218,7 @@ def sample(
         for t in range(max_tokens):
             inputs |= {"attention_mask": attention, "past_key_values": cache, "use_cache": True}
             logits = model(**inputs, logits_to_keep=1).logits[:, -1].float() / temperature
-            if (
-                t == 0
-            ):  # after the prefill: one row per response; `alive` are those that have not ended
+            if t == 0:  # after the prefill, a row a response; `alive` have not ended
                 cache.batch_repeat_interleave(samples)
                 logits, attention = (x.repeat_interleave(samples, 0) for x in (logits, attention))
                 alive = (some[:, None] * samples + torch.arange(samples, device=device)).view(-1)
@@ -265,10 +253,10 @@ _FRACTION = re.compile(
 _NUMBER = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?)(?:/([0-9]+))?(%?)")
 _UNIT = re.compile(r"(?<=[0-9.%])\s+[a-zA-Zµ°][a-zA-Zµ°/ ]*(?:\^\{?[0-9]\}?)?$")
 _SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")  # not between digits: "5 6" is not 56
-AnswerForm = Callable[[str], "str | None"]  # how a task finds an answer that is not boxed
+AnswerForm = Callable[[str], "str | None"] | None  # how a task finds an answer without a box
 
 
-def extract_answer(response: str, answer_form: AnswerForm | None = None) -> str | None:
+def extract_answer(response: str, answer_form: AnswerForm = None) -> str | None:
     r"""The last \boxed{...} with balanced braces; without one, what answer_form finds; or None.
 
     >>> extract_answer(r"so \boxed{3}, no: \boxed{\frac{1}{2}}")
@@ -305,24 +293,18 @@ def normalize(answer: str) -> Fraction | str:
     text, bare = _SPACE.sub("", text), _SPACE.sub("", _UNIT.sub("", text))
     number = _NUMBER.fullmatch(bare)
     if number and number[2].strip(".") and not ("." in number[2] and number[3]):
-        if below := int(number[3] or 1) * (100 if number[4] else 1):
-            value = Fraction("0" + number[2].replace(",", "").rstrip(".")) / below
-            return -value if number[1] == "-" else value
+        value = Fraction(number[1] + "0" + number[2].replace(",", "").rstrip("."))
+        below = int(number[3] or 1) * (100 if number[4] else 1)
+        return value / below if below else text
     return text
 
 
-def verify(
-    response: str,
-    answer: str,
-    *,
-    answer_form: AnswerForm | None = None,
-    use_math_verify: bool = False,
-) -> bool:
+def verify(response: str, answer: str, *, answer_form: AnswerForm = None, library=False) -> bool:
     r"""Is the response's answer right? The binary reward. Text is compared, never evaluated.
 
-    Numbers are compared exactly. A percent sign on one side only is read both ways (50% = 50 = 1/2), as
-    data sets drop it. Never raises, and takes time linear in the text. use_math_verify: the library of
-    that name decides (pip install math-verify), which also knows that \sqrt{8} = 2\sqrt{2}.
+    Numbers are compared exactly. A percent sign on one side only is read both ways (50% = 50 = 1/2),
+    as data sets drop it. Never raises, and takes time linear in the text. library=True: math-verify
+    decides (pip install math-verify), which also knows that \sqrt{8} = 2\sqrt{2}.
 
     >>> verify(r"... so the answer is \boxed{0.5}", r"\frac{1}{2}"), verify("0.5", "0.5")
     (True, False)
@@ -330,24 +312,19 @@ def verify(
     given = extract_answer(response, answer_form)
     if given is None or not given.strip():
         return False
-    if use_math_verify:
-        return _math_verify(given, answer)
+    if library:
+        import math_verify
+
+        gold, guess = (f"\\boxed{{{text[:MAX_ANSWER]}}}" for text in (answer, given))
+        try:
+            return bool(math_verify.verify(math_verify.parse(gold), math_verify.parse(guess)))
+        except Exception:  # a parser on hostile text: whatever it raises means "wrong"
+            return False
     if ("%" in given) != ("%" in answer):
         bare = [text.replace("\\%", "").replace("%", "") for text in (given, answer)]
         if normalize(bare[0]) == normalize(bare[1]):
             return True
     return normalize(given) == normalize(answer)
-
-
-def _math_verify(given: str, answer: str) -> bool:
-    """math-verify's verdict, on bounded text."""
-    import math_verify
-
-    gold, guess = (f"\\boxed{{{text[:MAX_ANSWER]}}}" for text in (answer, given))
-    try:
-        return bool(math_verify.verify(math_verify.parse(gold), math_verify.parse(guess)))
-    except Exception:  # noqa: BLE001  a parser on hostile text: whatever it raises means "wrong"
-        return False
 
 
 # === begin: copy from here (needs nothing but `import torch`) ===
@@ -359,7 +336,7 @@ Tensor = torch.Tensor
 def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = False) -> Tensor:
     """A_i = r_i - mean of its group's r (Dr.GRPO). rewards [B], groups consecutive -> adv [B].
 
-    scale_by_std divides by the group's standard deviation (GRPO), which weighs easy and hard prompts up.
+    scale_by_std divides by the group's standard deviation (GRPO): easy and hard prompts weigh more.
     ValueError if groups of at least 2 do not fill B.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)
@@ -380,7 +357,7 @@ def nucleus_mask(logits: Tensor, top_p: float, *, inclusive: bool = True) -> Ten
     """The policy nucleus V_p: the smallest set of tokens with probability >= p (the top-p mask).
 
     logits [..., V] -> bool [..., V]. The token that crosses p is inside, so the set is never empty.
-    inclusive=False, the official code's rule: cumulative probability <= p, which no token may satisfy.
+    inclusive=False, the official code's rule: cumulative probability <= p; the set may be empty.
 
     >>> nucleus_mask(torch.tensor([0.5, 0.25, 0.15, 0.1]).log(), 0.8)
     tensor([ True,  True,  True, False])
@@ -397,9 +374,9 @@ def nucleus_mask(logits: Tensor, top_p: float, *, inclusive: bool = True) -> Ten
 def nucleus_entropy(logits: Tensor, top_p: float, *, inclusive: bool = True) -> Tensor:
     """H' = -sum over V_p of q log q, q = pi / pi(V_p): how open the choice among real options is.
 
-    logits [..., V] -> nats [...]. Differentiable; logits outside the nucleus get no gradient, and the
-    set itself is not differentiated. An empty set has H' = 0. This is the definition; token_stats is
-    the same with its gradient written out.
+    logits [..., V] -> nats [...]. Differentiable, though not through the choice of the set; logits
+    outside it get no gradient. An empty set has H' = 0. This is the definition; token_stats does the
+    same with its gradient written out.
 
     >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)
     tensor(0.6365)
@@ -426,7 +403,7 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def chunks(ctx, x, weight, bias, where):
-        """Yield each chunk's places, log pi [n, V], q [n, V] (0 outside the nucleus), log q, the nucleus."""
+        """Yield a chunk's places [n], and log pi, q (0 outside the nucleus), log q, V_p, each [n, V]."""
         for rows in where.split(ctx.chunk):
             z = x[rows]
             if weight is not None:
@@ -491,10 +468,10 @@ def token_stats(
 ) -> dict[str, Tensor]:
     """All that the loss needs of pi = softmax(logits / temperature), in one pass and in float32.
 
-    x: logits [..., V]; or hidden states [..., D] with the head's weight [V, D] and bias [V], and then no
-    [..., V] tensor outlives its chunk. tokens [...] ids, mask [...] (elsewhere nothing is computed and
-    all is 0), chunk: tokens at a time, 0 = all. Returns, each [...]: logp of `tokens`, the full entropy
-    H, nucleus_entropy H' (nats), nucleus_size |V_p|.
+    x: logits [..., V]; or hidden states [..., D] with the head's weight [V, D] and bias [V], and then
+    no [..., V] tensor outlives its chunk. tokens [...] ids; mask [...]: where False, nothing is
+    computed and all is 0; chunk: tokens at a time, 0 = all. Returns, each [...]: logp of `tokens`,
+    the full entropy H, nucleus_entropy H' (nats), nucleus_size |V_p|.
 
     >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), 0.5)
     >>> stats["logp"], stats["nucleus_entropy"], stats["nucleus_size"]
@@ -514,8 +491,8 @@ def token_stats(
 def peak_mask(entropy: Tensor, mask: Tensor, quantile: float, *, strict: bool = False) -> Tensor:
     """The peak-entropy mask (Eq. 9): where H' reaches the tau-quantile q of its own response.
 
-    entropy [B, T] in nats, mask [B, T] -> bool [B, T]: H' >= q, H' > 0 and in the response. Without the
-    second test every token is a peak once q = 0. strict=True, the official code's rule: H' > q.
+    entropy [B, T] in nats, mask [B, T] -> bool [B, T]: H' >= q, H' > 0 and in the response. Without
+    the second test every token is a peak once q = 0. strict=True, the official code's rule: H' > q.
 
     >>> peak_mask(torch.tensor([[0.1, 0.9, 0.5, 0.0]]), torch.ones(1, 4), 0.8)
     tensor([[False,  True, False, False]])
@@ -546,10 +523,10 @@ def aggregate_entropy(entropy: Tensor, peak: Tensor, mask: Tensor) -> Tensor:
 def minibatch_totals(
     nucleus_entropy: Tensor, mask: Tensor, peak_quantile: float, *, strict: bool = False
 ) -> dict[str, Tensor]:
-    """What a micro-batch must know of its optimiser mini-batch [B, T]: the losses' argument `whole`.
+    """What a micro-batch must know of its optimiser mini-batch [B, T]: the argument `whole` below.
 
-    (H_agg - H*)^2 is no mean over micro-batches, but its gradient, 2 (H_agg - H*) grad H_agg, is linear
-    in theirs once H_agg is known: one pass without gradient first, then any micro-batches are exact.
+    (H_agg - H*)^2 is no mean over micro-batches, but its gradient, 2 (H_agg - H*) grad H_agg, is
+    linear in theirs once H_agg is known: one pass without gradient, then micro-batches are exact.
 
     >>> minibatch_totals(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), 0.8)["h_agg"]
     tensor(2.)
@@ -573,13 +550,13 @@ def policy_loss(
     max_tokens: int | None = None,
     whole: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_DrGRPO = -mean over responses of sum_t min(r_t A, clip(r_t, 1 - lo, 1 + hi) A) / max_tokens.
+    """L_DrGRPO: -mean over responses of sum_t min(r_t A, clip(r_t, 1 - lo, 1 + hi) A) / max_tokens.
 
     logp, old_logp, mask [B, T], adv [B] -> (loss, stats); r_t = exp(logp - old_logp). aggregation:
     "constant" divides by the budget max_tokens (default T), so a long wrong answer costs more;
-    "sequence" by the response's length (GRPO); "token" averages over all tokens (DAPO). dual_clip = c:
-    for A < 0 a token's loss is at most c |A|. whole: of minibatch_totals; loss and stats are then these
-    rows' share. stats: clip_fraction and approx_kl (nats, mean of r - 1 - log r).
+    "sequence" by the response's length (GRPO); "token" averages over all tokens (DAPO). dual_clip=c:
+    for A < 0 a token's loss is at most c |A|. whole: of minibatch_totals; loss and stats are then
+    these rows' share. stats: clip_fraction and approx_kl (nats, mean of r - 1 - log r).
 
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
     >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]
@@ -637,8 +614,8 @@ def siren_loss(
     x: logits [B, T, V], where x[:, t] predicts tokens[:, t], not yet divided by the temperature (or
     hidden states [B, T, D] with weight and bias, see token_stats). tokens, old_logp, mask [B, T];
     adv [B]; anchor H* in nats. regularizer: "anchor" as above, "bonus" -beta * H_agg, "none" 0; the
-    textbook's entropy bonus is bonus, top_p 1, peak_quantile 0. whole: of minibatch_totals; without its
-    "h_agg" these rows' own H_agg is squared (official code). Further options: policy_loss's.
+    textbook's entropy bonus is bonus, top_p 1, peak_quantile 0. whole: of minibatch_totals; without
+    its "h_agg" these rows' own H_agg is squared (official code). Further options: policy_loss's.
     Returns (loss, stats): policy_loss's, the two terms, and entropy, nucleus_entropy (H_agg),
     peak_fraction, nucleus_size. ValueError for an unknown regularizer or aggregation.
 
@@ -706,7 +683,7 @@ def maj_at_k(votes: list[Any], answer: Any, k: int) -> float:
 def evaluate(
     model: torch.nn.Module, task: Any, problems: list[Any], cfg: Config, ks: tuple[int, ...] = ()
 ) -> dict[str, float]:
-    """avg@n over n = cfg.eval_samples responses, and maj@k, pass@k, distinct@k for each k (default n).
+    """avg@n of n = cfg.eval_samples responses, and maj@k, pass@k, distinct@k for each k (default n).
 
     Means over the problems; distinct@k is the share of different responses among k.
     """
@@ -743,21 +720,30 @@ class DivergedError(RuntimeError):
 def load_task(spec: str) -> Any:
     """The task of a spec such as "toy_env:min_terms=5,max_terms=7": the module's load(**options).
 
-    A task has build_model(), train_problems(n, seed), heldout(n, split), decode(ids), metrics(responses),
-    answer_form(text), eos_ids and pad_id (see toy_env.py); a problem has .prompt and .answer.
+    A task has build_model(), train_problems(n, seed), heldout(n, split), decode(ids), eos_ids, pad_id,
+    answer_form(text) and metrics(responses); see toy_env.py. A problem has .prompt and .answer.
     """
-    module, _, options = spec.partition(":")
+    module, _, rest = spec.partition(":")
+    options = [option.partition("=") for option in rest.split(",") if option]
+    if bad := [name for name, sign, _ in options if not sign]:
+        raise ConfigError(f"--task {spec}: {bad[0]} has no value; write module:key=value,key=value")
+    with blame(f"--task {spec}"):
+        return importlib.import_module(module).load(**{name: value for name, _, value in options})
+
+
+@contextmanager
+def blame(flag: str) -> Iterator[None]:
+    """Errors of a task that its user can mend, as ConfigErrors that name the flag."""
     try:
-        pairs = dict(option.split("=", 1) for option in options.split(",") if option)
-        return importlib.import_module(module).load(**pairs)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"--task {spec}: {error}; write module:key=value,key=value") from error
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(f"{flag}: {error}") from error
 
 
 def rollout_of(
     model: torch.nn.Module, task: Any, problems: list[Any], cfg: Config, draw: str, **options: Any
 ) -> Rollout:
-    """Responses to the problems: a function of the model and of the text `draw`, which seeds them."""
+    """Responses to the problems, a function of the model and of the text `draw` that seeds them."""
     generator = torch.Generator(cfg.device).manual_seed(random.Random(draw).getrandbits(63))
     options |= {"eos_ids": task.eos_ids, "pad_id": task.pad_id, "max_tokens": cfg.max_tokens}
     prompts = [problem.prompt for problem in problems]
@@ -765,8 +751,8 @@ def rollout_of(
 
 
 def forward(model: torch.nn.Module, rollout: Rollout) -> dict[str, Tensor]:
-    """One pass without cache, as keywords of token_stats and siren_loss: x [B, T, D], the hidden states
-    that predict each response token; the head's weight [V, D] and bias; tokens and mask [B, T]."""
+    """One pass without cache, as keywords of token_stats and siren_loss: x [B, T, D], the hidden
+    states that predict the response; the head's weight [V, D] and bias; tokens and mask [B, T]."""
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)
     mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
     inputs = {"input_ids": ids, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -824,8 +810,8 @@ def update(
 def training_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Any, cfg: Config, state: dict
 ) -> dict[str, Any]:
-    """Step state["step"]: rollout, verify, score, update. Returns the step's metrics; sets
-    state["anchor"] on the first batch and counts non-finite gradients in a row in state["skipped"]."""
+    """Step state["step"]: rollout, verify, score, update. Returns the step's metrics; sets state's
+    "anchor" on the first batch and counts non-finite gradients in a row in its "skipped"."""
     start, draw = time.perf_counter(), f"{cfg.seed}/{state['step']}"
     # rollout
     problems = task.train_problems(cfg.prompts, draw)
@@ -883,8 +869,8 @@ def train(
     overwrite: bool = False,
     stop: threading.Event | None = None,
 ) -> list[dict[str, Any]]:
-    """Train in cfg.folder (metrics.jsonl, checkpoint.pt) and return one record a step; record 0 is the
-    evaluation before training. Once `stop` is set, the step is finished, saved, and the last one.
+    """Train in cfg.folder (metrics.jsonl, checkpoint.pt); return one record a step, of which the
+    first, step 0, is the evaluation before training. Once `stop` is set, the step is the last.
 
     Only model, optimiser and `state` carry over from step to step, and every draw is a function of
     (seed, step): a resumed run repeats an uninterrupted one to the last bit.
@@ -893,7 +879,12 @@ def train(
         torch.set_num_threads(cfg.threads)
     folder, records = claim_folder(cfg, resume, overwrite), []
     task = load_task(cfg.task)
-    model = task.build_model().to(cfg.device).eval()  # no dropout: score the policy that sampled
+    with blame(f"--task {cfg.task}"):
+        model = (
+            task.build_model().to(cfg.device).eval()
+        )  # no dropout: score the policy that sampled
+    with blame(f"--eval-prompts {cfg.eval_prompts}"):
+        heldout = task.heldout(cfg.eval_prompts, cfg.eval_split)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     state = {"step": 0, "anchor": cfg.anchor, "skipped": 0}
     if resume:
@@ -916,7 +907,7 @@ def train(
     def log(record: dict[str, Any]) -> None:
         step = record["step"]
         if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
-            for name, problems in task.heldout(cfg.eval_prompts, cfg.eval_split).items():
+            for name, problems in heldout.items():
                 values = evaluate(model, task, problems, cfg)
                 record |= {f"{name}/{key}": value for key, value in values.items()}
         records.append(record)

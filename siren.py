@@ -78,7 +78,7 @@ class Config:
     sample_batch: int = knob(1024, "[1, inf)", "responses sampled or scored at once")
     # SIREN
     regularizer: str = knob("anchor", "anchor|bonus|none", "beta (H_agg - H*)^2, -beta H_agg, or 0")
-    beta: float = knob(0.1, "[0, inf)", "weight of the regulariser (paper: 0.005)")
+    beta: float = knob(0.2, "[0, inf)", "weight of the regulariser (paper: 0.005)")
     top_p: float = knob(0.8, "(0, 1]", "p of the policy nucleus; 1 = no top-p mask")
     peak_quantile: float = knob(0.8, "[0, 1]", "tau of the peak-entropy mask; 0 = no peak mask")
     anchor: float | None = knob(None, "[0, inf)", "H* in nats; None = that of the first rollout")
@@ -110,7 +110,7 @@ class Config:
     save_every: int = knob(10, "[1, inf)", "steps between checkpoints")
     device: str = knob("cpu", "", "cpu, cuda, ...")
     threads: int = knob(0, "[0, inf)", "CPU threads, part of what makes a run repeat; 0 = all")
-    chunk: int = knob(0, "[0, inf)", "tokens per slice of the [N, V] logits; 0 = all at once")
+    chunk: int = knob(0, "[0, inf)", "tokens per slice of the [N, V] logits; 0 = by memory")
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -251,7 +251,10 @@ _FRACTION = re.compile(
     r"\\frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
 )
 _NUMBER = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?)(?:/([0-9]+))?(%?)")
-_UNIT = re.compile(r"(?<=[0-9.%])\s+[a-zA-Zµ°][a-zA-Zµ°/ ]*(?:\^\{?[0-9]\}?)?$")
+# words, or one letter that is no usual variable: "5 x" is not 5
+_UNIT = re.compile(
+    r"(?<=[0-9.%])\s+(?:[a-zA-Zµ]{2,}|[mgshLJKNWV])(?:[ /][a-zA-Zµ]+)*(?:\^\{?[0-9]\}?)?$"
+)
 _SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")  # not between digits: "5 6" is not 56
 AnswerForm = Callable[[str], "str | None"] | None  # how a task finds an answer without a box
 
@@ -302,7 +305,7 @@ def normalize(answer: str) -> Fraction | str:
 def verify(response: str, answer: str, *, answer_form: AnswerForm = None, library=False) -> bool:
     r"""Is the response's answer right? The binary reward. Text is compared, never evaluated.
 
-    Numbers are compared exactly. A percent sign on one side only is read both ways (50% = 50 = 1/2),
+    Numbers are compared exactly. A percent sign on one side only is read both ways (50% = 50, 1/2),
     as data sets drop it. Never raises, and takes time linear in the text. library=True: math-verify
     decides (pip install math-verify), which also knows that \sqrt{8} = 2\sqrt{2}.
 
@@ -375,8 +378,8 @@ def nucleus_entropy(logits: Tensor, top_p: float, *, inclusive: bool = True) -> 
     """H' = -sum over V_p of q log q, q = pi / pi(V_p): how open the choice among real options is.
 
     logits [..., V] -> nats [...]. Differentiable, though not through the choice of the set; logits
-    outside it get no gradient. An empty set has H' = 0. This is the definition; token_stats does the
-    same with its gradient written out.
+    outside it get no gradient. An empty set has H' = 0. This is the definition; token_stats does
+    the same with its gradient written out.
 
     >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)
     tensor(0.6365)
@@ -392,6 +395,39 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _nucleus_floor(log_pi: Tensor, pi: Tensor, top_p: float, inclusive: bool) -> tuple[Tensor, ...]:
+    """The nucleus without sorting a vocabulary: floor [n, 1], so that V_p = {log pi >= floor}, and
+    the rows and columns of the tokens at the floor that are outside all the same, since they tie.
+
+    A histogram of log pi [n, V] finds the bucket in which the mass crosses p; only that is sorted.
+    """
+    n, buckets = len(pi), min(2048, pi.shape[1])
+    # 32 nats in all, for beyond there is nothing; fmin sends NaN to the last bucket
+    bucket = torch.fmin(log_pi * (-buckets / 32), log_pi.new_tensor(buckets - 1)).long()
+    mass = pi.new_zeros(n, buckets).scatter_add_(1, bucket, pi).cumsum(1)
+    edge = (mass < top_p).sum(1, keepdim=True).clamp(max=buckets - 1)
+    before = mass.gather(1, (edge - 1).clamp(min=0)) * (edge > 0)
+    # the tokens in the bucket at the edge, left-aligned in a table and sorted
+    rows, cols = (bucket == edge).nonzero(as_tuple=True)
+    count = torch.bincount(rows, minlength=n)
+    place = torch.arange(len(rows), device=pi.device) - (count.cumsum(0) - count)[rows]
+    table = log_pi.new_full((n, max([1, *count.tolist()])), float("-inf"))
+    table[rows, place] = log_pi[rows, cols]
+    table, order = table.sort(dim=-1, descending=True, stable=True)
+    p = table.exp()
+    inside = before + p.cumsum(-1) - p < top_p if inclusive else before + p.cumsum(-1) <= top_p
+    inside &= table > float("-inf")
+    size = inside.sum(1, keepdim=True)
+    above = table[:, :1].nextafter(
+        table.new_tensor(float("inf"))
+    )  # nothing of this bucket is inside
+    floor = torch.where(size > 0, table.gather(1, (size - 1).clamp(min=0)), above)
+    tied, at = ((table == floor) & ~inside).nonzero(as_tuple=True)
+    columns = torch.zeros_like(order)
+    columns[rows, place] = cols
+    return floor, tied, columns[tied, order[tied, at]]
+
+
 class _TokenStats(torch.autograd.Function):
     """logp, H, H' and |V_p| of N tokens, chunk by chunk; nothing of size [N, V] is kept.
 
@@ -402,49 +438,64 @@ class _TokenStats(torch.autograd.Function):
     """
 
     @staticmethod
-    def chunks(ctx, x, weight, bias, where):
-        """Yield a chunk's places [n], and log pi, q (0 outside the nucleus), log q, V_p, each [n, V]."""
-        for rows in where.split(ctx.chunk):
-            z = x[rows]
-            if weight is not None:
-                z = torch.nn.functional.linear(z.to(weight.dtype), weight, bias)
-            z = z.to(_wide(z)) / ctx.temperature
-            log_pi = z.log_softmax(-1).clamp(min=torch.finfo(z.dtype).min)  # so that 0 * log 0 = 0
-            inside = nucleus_mask(z, ctx.top_p, inclusive=ctx.inclusive)
-            log_mass = log_pi.masked_fill(~inside, float("-inf")).logsumexp(-1, keepdim=True)
-            log_q = (log_pi - log_mass).masked_fill(~inside, 0.0)  # an empty set gives 0, not NaN
-            yield rows, log_pi, log_q.exp() * inside, log_q, inside
+    def policy(ctx, x, weight, bias):
+        """log pi and pi of a chunk, [n, V]."""
+        if weight is not None:
+            x = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
+        log_pi = (x.to(_wide(x)) / ctx.temperature).log_softmax(-1)
+        log_pi = log_pi.clamp_(min=-1e9)  # a forbidden token has logit -inf: 0 * log 0 = 0
+        return log_pi, log_pi.exp()
 
     @staticmethod
     def forward(ctx, x, weight, bias, tokens, where, top_p, temperature, inclusive, chunk):
-        ctx.top_p, ctx.temperature, ctx.inclusive, ctx.chunk = top_p, temperature, inclusive, chunk
+        ctx.temperature, ctx.chunk, ctx.ties = temperature, chunk, []
+        ctx.set_materialize_grads(False)
         wide = _wide(x if weight is None else weight)
-        logp, entropy, nucleus = (x.new_zeros(len(x), dtype=wide) for _ in range(3))
+        values = logp, entropy, nucleus, floor, inverse, shift = x.new_zeros(6, len(x), dtype=wide)
         size = torch.zeros_like(tokens)
         with torch.autocast(x.device.type, enabled=False):  # it would round the entropies to bf16
-            for rows, log_pi, q, log_q, inside in _TokenStats.chunks(ctx, x, weight, bias, where):
+            for rows in where.split(chunk):
+                log_pi, pi = _TokenStats.policy(ctx, x[rows], weight, bias)
                 logp[rows] = log_pi.gather(-1, tokens[rows, None])[:, 0]
-                entropy[rows] = -(log_pi.exp() * log_pi).sum(-1)
-                nucleus[rows] = -(q * log_q).sum(-1)
-                size[rows] = inside.sum(-1)
-        ctx.save_for_backward(x, weight, bias, tokens, where, entropy, nucleus)
+                entropy[rows] = -torch.linalg.vecdot(pi, log_pi)
+                least, *ties = torch.full_like(pi[:, :1], float("-inf")), [], []
+                if top_p < 1:
+                    least, *ties = _nucleus_floor(log_pi, pi, top_p, inclusive)
+                inside = log_pi >= least
+                inside[ties[0], ties[1]] = False
+                mass, size[rows] = (pi := pi.mul_(inside)).sum(-1), inside.sum(-1)
+                h = mass.log() - torch.linalg.vecdot(pi, log_pi) / mass
+                some = size[rows] > 1  # with fewer options H' is 0: not nearly, exactly
+                nucleus[rows] = torch.where(some, h, 0.0)
+                floor[rows], inverse[rows] = least[:, 0], torch.where(some, 1 / mass, 0.0)
+                shift[rows] = torch.where(some, h - mass.log(), 0.0)
+                ctx.ties.append(ties)
+        ctx.save_for_backward(x, weight, bias, tokens, where, *values[1:])
         ctx.mark_non_differentiable(size)
         return logp, entropy, nucleus, size
 
     @staticmethod
-    def backward(ctx, *grads):
-        x, weight, bias, tokens, where, entropy, nucleus = ctx.saved_tensors
-        of_logp, of_entropy, of_nucleus = (g[:, None] for g in grads[:3])
+    def backward(ctx, of_logp, of_entropy, of_nucleus, _):
+        x, weight, bias, tokens, where, entropy, _, floor, inverse, shift = ctx.saved_tensors
         grad_x = torch.zeros_like(x)
         grad_w = torch.zeros_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
         grad_b = torch.zeros_like(bias, dtype=_wide(bias)) if ctx.needs_input_grad[2] else None
         with torch.autocast(x.device.type, enabled=False):
-            for rows, log_pi, q, log_q, _ in _TokenStats.chunks(ctx, x, weight, bias, where):
-                g = -log_pi.exp() * (
-                    of_logp[rows] + of_entropy[rows] * (log_pi + entropy[rows, None])
-                )
-                g -= of_nucleus[rows] * q * (log_q + nucleus[rows, None])
-                g = g.scatter_add(1, tokens[rows, None], of_logp[rows]) / ctx.temperature
+            for rows, ties in zip(where.split(ctx.chunk), ctx.ties):
+                log_pi, pi = _TokenStats.policy(ctx, x[rows], weight, bias)
+                g = torch.zeros_like(pi)  # becomes what stands behind -pi_j in the formulas
+                if of_nucleus is not None:  # log q + H' = log pi + shift
+                    g = (log_pi + shift[rows, None]).mul_((of_nucleus * inverse)[rows, None])
+                    g *= log_pi >= floor[rows, None]
+                    g[ties[0], ties[1]] = 0.0
+                if of_entropy is not None:
+                    g += log_pi.add_(entropy[rows, None]).mul_(of_entropy[rows, None])
+                if of_logp is not None:
+                    g += of_logp[rows, None]
+                g = g.mul_(pi).neg_()
+                if of_logp is not None:
+                    g.scatter_add_(1, tokens[rows, None], of_logp[rows, None])
+                g /= ctx.temperature
                 grad_x[rows] = (g if weight is None else g.to(weight.dtype) @ weight).to(x.dtype)
                 if grad_w is not None:
                     grad_w += g.T @ x[rows].to(g.dtype)  # summed over the chunks in float32
@@ -468,10 +519,10 @@ def token_stats(
 ) -> dict[str, Tensor]:
     """All that the loss needs of pi = softmax(logits / temperature), in one pass and in float32.
 
-    x: logits [..., V]; or hidden states [..., D] with the head's weight [V, D] and bias [V], and then
-    no [..., V] tensor outlives its chunk. tokens [...] ids; mask [...]: where False, nothing is
-    computed and all is 0; chunk: tokens at a time, 0 = all. Returns, each [...]: logp of `tokens`,
-    the full entropy H, nucleus_entropy H' (nats), nucleus_size |V_p|.
+    x: logits [..., V]; or hidden states [..., D] with the head's weight [V, D] and bias [V], and
+    then no [..., V] tensor outlives its chunk. tokens [...] ids; mask [...]: where it is False,
+    nothing is computed and all is 0; chunk: tokens at a time, 0 = as many as fit. Returns, each
+    [...]: logp of `tokens`, the full entropy H, nucleus_entropy H' (nats), nucleus_size |V_p|.
 
     >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), 0.5)
     >>> stats["logp"], stats["nucleus_entropy"], stats["nucleus_size"]
@@ -480,7 +531,10 @@ def token_stats(
     where = torch.arange(tokens.numel(), device=tokens.device)
     if mask is not None:
         where = where[mask.bool().flatten()]
-    options = (top_p, temperature, inclusive, chunk or max(1, len(where)))
+    if not chunk:  # slices of 2 million logits fit a processor's cache, 64 million fill a GPU
+        entries = x.shape[-1] if weight is None else len(weight)
+        chunk = max(1, (1 << (21 if x.device.type == "cpu" else 26)) // entries)
+    options = (top_p, temperature, inclusive, chunk)
     flat = x.reshape(-1, x.shape[-1]), weight, bias, tokens.flatten(), where
     names = ("logp", "entropy", "nucleus_entropy", "nucleus_size")
     values = _TokenStats.apply(*flat, *options)
@@ -554,9 +608,9 @@ def policy_loss(
 
     logp, old_logp, mask [B, T], adv [B] -> (loss, stats); r_t = exp(logp - old_logp). aggregation:
     "constant" divides by the budget max_tokens (default T), so a long wrong answer costs more;
-    "sequence" by the response's length (GRPO); "token" averages over all tokens (DAPO). dual_clip=c:
-    for A < 0 a token's loss is at most c |A|. whole: of minibatch_totals; loss and stats are then
-    these rows' share. stats: clip_fraction and approx_kl (nats, mean of r - 1 - log r).
+    "sequence" by the response's length (GRPO); "token" averages over all tokens (DAPO). dual_clip:
+    for A < 0 a token's loss is at most dual_clip * |A|. whole: of minibatch_totals; loss and stats
+    are then these rows' share. stats: clip_fraction, approx_kl (nats, mean of r - 1 - log r).
 
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
     >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]
@@ -683,7 +737,7 @@ def maj_at_k(votes: list[Any], answer: Any, k: int) -> float:
 def evaluate(
     model: torch.nn.Module, task: Any, problems: list[Any], cfg: Config, ks: tuple[int, ...] = ()
 ) -> dict[str, float]:
-    """avg@n of n = cfg.eval_samples responses, and maj@k, pass@k, distinct@k for each k (default n).
+    """avg@n of n = cfg.eval_samples responses; maj@k, pass@k, distinct@k for each k (default n).
 
     Means over the problems; distinct@k is the share of different responses among k.
     """
@@ -720,8 +774,8 @@ class DivergedError(RuntimeError):
 def load_task(spec: str) -> Any:
     """The task of a spec such as "toy_env:min_terms=5,max_terms=7": the module's load(**options).
 
-    A task has build_model(), train_problems(n, seed), heldout(n, split), decode(ids), eos_ids, pad_id,
-    answer_form(text) and metrics(responses); see toy_env.py. A problem has .prompt and .answer.
+    A task has build_model(), train_problems(n, seed), heldout(n, split), decode(ids), eos_ids,
+    pad_id, answer_form(text), metrics(responses); see toy_env.py. A problem has .prompt and .answer.
     """
     module, _, rest = spec.partition(":")
     options = [option.partition("=") for option in rest.split(",") if option]
@@ -918,7 +972,8 @@ def train(
     if not records:
         log({"step": 0})
     stop = stop or threading.Event()
-    with tqdm(total=cfg.steps, initial=state["step"], unit="step") as bar:
+    pace = 0.5 if sys.stderr.isatty() else 60  # seconds between bars; few in a log file
+    with tqdm(total=cfg.steps, initial=state["step"], unit="step", mininterval=pace) as bar:
         while state["step"] < cfg.steps and not stop.is_set():
             state["step"] += 1
             try:
@@ -927,7 +982,7 @@ def train(
                 where = f"the last good weights are in {folder}; lower --lr or --beta"
                 raise DivergedError(f"step {state['step']}: {error}; {where}") from error
             shown = ("reward", "entropy", "nucleus_entropy", "anchor")
-            bar.set_postfix({key: f"{records[-1][key]:.3f}" for key in shown})
+            bar.set_postfix({key: f"{records[-1][key]:.3f}" for key in shown}, refresh=False)
             bar.update()
             ending = state["step"] == cfg.steps or stop.is_set() or state["skipped"] >= MAX_SKIPPED
             if ending or state["step"] % cfg.save_every == 0:

@@ -253,7 +253,7 @@ _FRACTION = re.compile(
 _NUMBER = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?)(?:/([0-9]+))?(%?)")
 # words, or one letter that is no usual variable: "5 x" is not 5
 _UNIT = re.compile(
-    r"(?<=[0-9.%])\s+(?:[a-zA-Zµ]{2,}|[mgshLJKNWV])(?:[ /][a-zA-Zµ]+)*(?:\^\{?[0-9]\}?)?$"
+    r"(?<=[0-9.%])\s+(?:[a-zA-Zµ]{2,}|[mgshLJKNWV])(?:[ /][a-zA-Zµ]+)*(?:\s*\^\{?[0-9]\}?)?$"
 )
 _SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")  # not between digits: "5 6" is not 56
 AnswerForm = Callable[[str], "str | None"] | None  # how a task finds an answer without a box
@@ -775,7 +775,7 @@ def load_task(spec: str) -> Any:
     """The task of a spec such as "toy_env:min_terms=5,max_terms=7": the module's load(**options).
 
     A task has build_model(), train_problems(n, seed), heldout(n, split), decode(ids), eos_ids,
-    pad_id, answer_form(text), metrics(responses); see toy_env.py. A problem has .prompt and .answer.
+    pad_id, answer_form(text), metrics(responses), as in toy_env.py; a problem: .prompt, .answer.
     """
     module, _, rest = spec.partition(":")
     options = [option.partition("=") for option in rest.split(",") if option]

@@ -4,17 +4,19 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
 
     L = L_DrGRPO + beta * (H_agg - H*)^2     the self-anchored regulariser
     H'_t    entropy of pi renormalised on the policy nucleus V_p (top-p mask, over actions)
-    H_i     mean of H'_t over a response's peaks, H'_t >= its tau-quantile (peak-entropy mask)
+    H_i     mean of H'_t over a response's peaks, H'_t >= the response's tau-quantile (peak-entropy
+            mask, over states)
     H_agg   mean of H_i over the responses; H* is H_agg of the first batch, before any update
 
     python siren.py                      # SIREN on the toy task, about two minutes on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0    # naive bonus: it explodes
-    python siren.py --resume             # go on after Ctrl-C, kill -9 or a power cut
+    python siren.py --resume --out DIR   # go on after Ctrl-C, kill -9 or a power cut
     python siren.py --help               # every number, its meaning and its range
 
 Departures from the paper (P) and from the official code (C); README.md gives the reasons:
- 1. C leaves the token that crosses p out of the nucleus, which may be empty; here, as in P, not.
+ 1. C leaves the token that crosses p out of the nucleus, which may be empty; here, as in P, it
+    is inside.
  2. A peak is H' >= q (C: H' > q), and here also H' > 0: once q = 0, ">= q" selects every token.
  3. C squares H_agg - H* per micro-batch; here it is squared once per optimiser mini-batch.
  4. C counts responses without tokens and anchors on one micro-batch; here they are left out, and H*
@@ -22,8 +24,8 @@ Departures from the paper (P) and from the official code (C); README.md gives th
  5. C cuts the support of H' at the 10000 likeliest tokens; here it is the whole nucleus.
 No KL term, no reference model, no critic: the paper's Dr.GRPO has none of them.
 
-B responses, T response positions, V vocabulary, N tokens, D hidden size, P prompt positions.
-Entropies are in nats. Reading order = data order.
+B responses, T response positions, V vocabulary, N tokens, D hidden size. Entropies are in nats.
+Reading order = data order; the paper is in sections 4-8, so a first reading may skip 1-3.
 """
 
 from __future__ import annotations
@@ -63,6 +65,9 @@ def knob(default: Any, valid: str, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"valid": valid, "doc": doc})
 
 
+PROMPT = r"{question} Please reason step by step, and put your final answer within \boxed{}."
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every number of a run. The fields make `--help` and are checked here and nowhere else."""
@@ -70,10 +75,10 @@ class Config:
     # rollout
     task: str = knob("toy_env", "", "module:key=value,...; its load(key=value) gives the task")
     seed: int = knob(0, "[0, inf)", "every random draw is a function of (seed, step)")
-    steps: int = knob(200, "[0, inf)", "rollouts in the run")
-    prompts: int = knob(32, "[1, inf)", "prompts a rollout (paper: 128)")
-    group_size: int = knob(8, "[2, inf)", "responses a prompt, compared with each other")
-    max_tokens: int = knob(16, "[1, inf)", "response budget (paper: 3072); beta scales with it")
+    steps: int = knob(200, "[0, inf)", "rollouts in the run, each sampled, scored and trained on")
+    prompts: int = knob(32, "[1, inf)", "prompts per rollout (paper: 128)")
+    group_size: int = knob(8, "[2, inf)", "responses per prompt, compared with each other")
+    max_tokens: int = knob(16, "[1, inf)", "response budget; a larger one needs a smaller beta")
     temperature: float = knob(1.0, "(0, inf)", "training samples and scores the same distribution")
     sample_batch: int = knob(1024, "[1, inf)", "responses sampled or scored at once")
     # SIREN
@@ -86,11 +91,11 @@ class Config:
     strict: bool = knob(False, "", "a peak is H' > q, not H' >= q (official: yes)")
     penalty_per_micro_batch: bool = knob(False, "", "square per micro-batch (official: yes)")
     # policy gradient
-    mini_batches: int = knob(4, "[1, inf)", "optimiser steps a rollout (paper: 16)")
-    micro_batch_size: int = knob(64, "[1, inf)", "responses a backward pass; bounds memory only")
+    mini_batches: int = knob(4, "[1, inf)", "optimiser steps per pass over a rollout (paper: 16)")
+    micro_batch_size: int = knob(64, "[1, inf)", "responses per backward pass; the results stay")
     epochs: int = knob(1, "[1, inf)", "passes over each rollout")
     lr: float = knob(3e-4, "(0, inf)", "AdamW's learning rate (paper: 1e-6, for a 7B model)")
-    warmup_steps: int = knob(5, "[0, inf)", "rollouts; Adam at full lr would wreck the model")
+    warmup_steps: int = knob(5, "[0, inf)", "rollouts over which lr rises; Adam starts wild")
     weight_decay: float = knob(0.0, "[0, inf)", "AdamW's (paper: 0.1)")
     grad_clip: float = knob(1.0, "(0, inf)", "largest global gradient norm")
     clip_low: float = knob(0.2, "[0, 1]", "PPO clip: the ratio is at least 1 - this")
@@ -98,6 +103,20 @@ class Config:
     dual_clip: float | None = knob(None, "(1, inf)", "c: loss <= c|A| if A < 0 (official: 3)")
     aggregation: str = knob("constant", "constant|sequence|token", "Dr.GRPO, GRPO, DAPO")
     scale_by_std: bool = knob(False, "", "divide advantages by the group's std (GRPO's way)")
+    # language model
+    model: str = knob("", "", "folder or hub id of a causal language model, instead of --task")
+    data: str = knob("", "", "questions to train on: FILE.jsonl with question and answer fields")
+    eval_data: str = knob("", "", "held-out questions, likewise")
+    prompt: str = knob(PROMPT, "", "what the model is asked; {question} stands for the question")
+    max_prompt: int = knob(1024, "[1, inf)", "tokens; longer prompts are dropped and counted aloud")
+    answer_form: str = knob("boxed", "boxed|last-number", "where the answer is, if not boxed")
+    verifier: str = knob("exact", "exact|math", "math = the library math-verify")
+    dtype: str = knob("float32", "float32|bfloat16", "of the weights; LoRA adapters are float32")
+    lora_rank: int = knob(0, "[0, inf)", "rank of LoRA adapters (pip install peft); 0 = train all")
+    optimizer: str = knob("adamw", "adamw|adafactor", "adafactor keeps no second moment per weight")
+    recompute: bool = knob(False, "", "activation checkpointing: memory for time")
+    dry_run: bool = knob(False, "", "print a plan of the memory and stop")
+    gpu_gb: float = knob(80.0, "(0, inf)", "the card that the plan is for, GB (10^9 bytes)")
     # evaluation
     eval_every: int = knob(0, "[0, inf)", "steps; 0 = before and after training only")
     eval_prompts: int = knob(128, "[1, inf)", "held-out prompts per set")
@@ -251,10 +270,10 @@ _FRACTION = re.compile(
     r"\\frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
 )
 _NUMBER = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?)(?:/([0-9]+))?(%?)")
-# words, or one letter that is no usual variable: "5 x" is not 5
-_UNIT = re.compile(
-    r"(?<=[0-9.%])\s+(?:[a-zA-Zµ]{2,}|[mgshLJKNWV])(?:[ /][a-zA-Zµ]+)*(?:\s*\^\{?[0-9]\}?)?$"
-)
+# a unit: a known short one or any longer word that is no part of a formula or of a number
+_WORD = r"(?:[cmk]?m|k?g|mg|s|h|hr|ft|in|yd|mi|oz|lb|[mc]?[lL]|[JKNWV]|Hz|[a-zA-Zµ]{3,})"
+_NO_UNIT = r"(?!(?:log|sin|cos|tan|exp|sqrt|mod|and|hundred|thousand|million|billion|dozen)\b)"
+_UNIT = re.compile(rf"(?<=[0-9.%])\s+{_NO_UNIT}{_WORD}(?:[ /]{_WORD})*(?:\s*\^\{{?[0-9]\}}?)?$")
 _SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")  # not between digits: "5 6" is not 56
 AnswerForm = Callable[[str], "str | None"] | None  # how a task finds an answer without a box
 
@@ -348,7 +367,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = F
     if group_size < 2 or len(rewards) % group_size:
         constraint = f"must be at least 2 and divide the {len(rewards)} rewards"
         raise ValueError(f"group_size {group_size}: {constraint}")
-    groups = rewards.view(-1, group_size)
+    groups = rewards.to(_wide(rewards)).view(-1, group_size)
     adv = groups - groups.mean(1, keepdim=True)
     if scale_by_std:
         adv = adv / (groups.std(1, keepdim=True) + 1e-6)
@@ -357,7 +376,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = F
 
 # --------------------------------------------------------------------------------------- 5. entropy
 def nucleus_mask(logits: Tensor, top_p: float, *, inclusive: bool = True) -> Tensor:
-    """The policy nucleus V_p: the smallest set of tokens with probability >= p (the top-p mask).
+    """The policy nucleus V_p (top-p mask): the fewest tokens whose probabilities sum to >= p.
 
     logits [..., V] -> bool [..., V]. The token that crosses p is inside, so the set is never empty.
     inclusive=False, the official code's rule: cumulative probability <= p; the set may be empty.
@@ -365,13 +384,14 @@ def nucleus_mask(logits: Tensor, top_p: float, *, inclusive: bool = True) -> Ten
     >>> nucleus_mask(torch.tensor([0.5, 0.25, 0.15, 0.1]).log(), 0.8)
     tensor([ True,  True,  True, False])
     """
+    possible = logits > float("-inf")
     if top_p >= 1:
-        return logits > float("-inf")
+        return possible
     probs = logits.detach().to(_wide(logits)).softmax(-1)
     probs, order = probs.sort(dim=-1, descending=True, stable=True)
     mass = probs.cumsum(-1)
     inside = mass - probs < top_p if inclusive else mass <= top_p
-    return torch.zeros_like(inside).scatter(-1, order, inside)
+    return torch.zeros_like(inside).scatter(-1, order, inside) & possible
 
 
 def nucleus_entropy(logits: Tensor, top_p: float, *, inclusive: bool = True) -> Tensor:
@@ -451,41 +471,46 @@ class _TokenStats(torch.autograd.Function):
         ctx.temperature, ctx.chunk, ctx.ties = temperature, chunk, []
         ctx.set_materialize_grads(False)
         wide = _wide(x if weight is None else weight)
-        values = logp, entropy, nucleus, floor, inverse, shift = x.new_zeros(6, len(x), dtype=wide)
+        logp, entropy, nucleus, floor, scale, shift = x.new_zeros(6, len(x), dtype=wide)
         size = torch.zeros_like(tokens)
         with torch.autocast(x.device.type, enabled=False):  # it would round the entropies to bf16
             for rows in where.split(chunk):
                 log_pi, pi = _TokenStats.policy(ctx, x[rows], weight, bias)
                 logp[rows] = log_pi.gather(-1, tokens[rows, None])[:, 0]
                 entropy[rows] = -torch.linalg.vecdot(pi, log_pi)
-                least, *ties = torch.full_like(pi[:, :1], float("-inf")), [], []
+                least, *ties = torch.full_like(pi[:, :1], -9e8), [], []  # all but forbidden tokens
                 if top_p < 1:
                     least, *ties = _nucleus_floor(log_pi, pi, top_p, inclusive)
                 inside = log_pi >= least
                 inside[ties[0], ties[1]] = False
-                mass, size[rows] = (pi := pi.mul_(inside)).sum(-1), inside.sum(-1)
-                h = mass.log() - torch.linalg.vecdot(pi, log_pi) / mass
-                some = size[rows] > 1  # with fewer options H' is 0: not nearly, exactly
-                nucleus[rows] = torch.where(some, h, 0.0)
-                floor[rows], inverse[rows] = least[:, 0], torch.where(some, 1 / mass, 0.0)
-                shift[rows] = torch.where(some, h - mass.log(), 0.0)
+                pi *= inside
+                mass, size[rows] = pi.sum(-1), inside.sum(-1)  # mass = pi(V_p)
+                h = (
+                    mass.log() - torch.linalg.vecdot(pi, log_pi) / mass
+                )  # -sum q (log pi - log mass)
+                choice = size[rows] > 1  # with a single option H' is 0: not nearly, exactly
+                nucleus[rows] = torch.where(choice, h, 0.0)
+                # for the backward pass: q = scale * pi, and log q + H' = log pi + shift
+                scale[rows] = torch.where(choice, 1 / mass, 0.0)
+                shift[rows] = torch.where(choice, h - mass.log(), 0.0)
+                floor[rows] = least[:, 0]
                 ctx.ties.append(ties)
-        ctx.save_for_backward(x, weight, bias, tokens, where, *values[1:])
+        ctx.save_for_backward(x, weight, bias, tokens, where, entropy, floor, scale, shift)
         ctx.mark_non_differentiable(size)
         return logp, entropy, nucleus, size
 
     @staticmethod
     def backward(ctx, of_logp, of_entropy, of_nucleus, _):
-        x, weight, bias, tokens, where, entropy, _, floor, inverse, shift = ctx.saved_tensors
+        x, weight, bias, tokens, where, entropy, floor, scale, shift = ctx.saved_tensors
         grad_x = torch.zeros_like(x)
         grad_w = torch.zeros_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
         grad_b = torch.zeros_like(bias, dtype=_wide(bias)) if ctx.needs_input_grad[2] else None
         with torch.autocast(x.device.type, enabled=False):
             for rows, ties in zip(where.split(ctx.chunk), ctx.ties):
                 log_pi, pi = _TokenStats.policy(ctx, x[rows], weight, bias)
-                g = torch.zeros_like(pi)  # becomes what stands behind -pi_j in the formulas
-                if of_nucleus is not None:  # log q + H' = log pi + shift
-                    g = (log_pi + shift[rows, None]).mul_((of_nucleus * inverse)[rows, None])
+                g = torch.zeros_like(pi)  # gathers the gradient divided by -pi_j
+                if of_nucleus is not None:
+                    g = (log_pi + shift[rows, None]).mul_((of_nucleus * scale)[rows, None])
                     g *= log_pi >= floor[rows, None]
                     g[ties[0], ties[1]] = 0.0
                 if of_entropy is not None:
@@ -558,6 +583,11 @@ def peak_mask(entropy: Tensor, mask: Tensor, quantile: float, *, strict: bool = 
     return (h > q if strict else (h >= q) & (h > 0)) & mask
 
 
+def _peaks(h: Tensor, mask: Tensor, quantile: float, strict: bool) -> Tensor:
+    """peak_mask, or all of the response where quantile 0 turns it off."""
+    return peak_mask(h, mask, quantile, strict=strict) if quantile else mask.bool()
+
+
 # -------------------------------------------------------------------------------- 7. aggregation
 def aggregate_entropy(entropy: Tensor, peak: Tensor, mask: Tensor) -> Tensor:
     """H_agg: the mean over responses of H_i, the mean of H' over the response's peaks.
@@ -585,7 +615,7 @@ def minibatch_totals(
     >>> minibatch_totals(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), 0.8)["h_agg"]
     tensor(2.)
     """
-    peak = peak_mask(nucleus_entropy, mask, peak_quantile, strict=strict)
+    peak = _peaks(nucleus_entropy, mask, peak_quantile, strict)
     h_agg = aggregate_entropy(nucleus_entropy, peak, mask)
     return {"responses": mask.bool().any(1).sum(), "tokens": mask.bool().sum(), "h_agg": h_agg}
 
@@ -680,29 +710,26 @@ def siren_loss(
     (tensor(1.9218), tensor(1.3863))
     """
     mask, head = mask.bool(), {"weight": weight, "bias": bias, "temperature": temperature}
+    whole = whole or {"responses": mask.any(1).sum(), "tokens": mask.sum()}
     now = token_stats(x, tokens, top_p, mask=mask, inclusive=inclusive, chunk=chunk, **head)
     loss, stats = policy_loss(now["logp"], old_logp, adv, mask, whole=whole, **policy_options)
 
-    h = now["nucleus_entropy"]
-    peak = peak_mask(h, mask, peak_quantile, strict=strict)
-    h_here = aggregate_entropy(h, peak, mask)  # H_agg of these rows
-    whole = whole or {"responses": mask.any(1).sum(), "tokens": mask.sum()}
-    rows, of = (
-        mask.any(1).sum(),
-        whole["responses"].clamp(min=1),
-    )  # responses here, in the mini-batch
+    peak = _peaks(now["nucleus_entropy"], mask, peak_quantile, strict)
+    h_here = aggregate_entropy(now["nucleus_entropy"], peak, mask)  # H_agg of these rows
+    n_here, n_all = mask.any(1).sum(), whole["responses"].clamp(min=1)  # responses
     if regularizer == "anchor":
+        # on a whole mini-batch simply (h_here - anchor) ** 2; on a part of it, a term of that value
+        # whose gradient is 2 (H_agg - H*) times that of this part's share of H_agg
         gap = whole.get("h_agg", h_here.detach()) - anchor
-        # value: (H_agg - H*)^2; gradient: 2 (H_agg - H*) times that of these rows' share of H_agg
-        penalty = beta * (gap**2 + 2 * gap * (h_here - h_here.detach())) * rows / of
+        penalty = beta * (gap**2 + 2 * gap * (h_here - h_here.detach())) * n_here / n_all
     elif regularizer == "bonus":
-        penalty = -beta * h_here * rows / of
+        penalty = -beta * h_here * n_here / n_all
     elif regularizer == "none":
         penalty = torch.zeros_like(loss)
     else:
         raise ValueError(f"regularizer {regularizer!r}: must be anchor, bonus or none")
     stats |= {"policy_loss": loss.detach(), "regularizer_loss": penalty.detach()}
-    stats["nucleus_entropy"] = h_here.detach() * rows / of
+    stats["nucleus_entropy"] = h_here.detach() * n_here / n_all
     sums = {"entropy": now["entropy"], "peak_fraction": peak, "nucleus_size": now["nucleus_size"]}
     stats |= {k: v.detach().sum() / whole["tokens"].clamp(min=1) for k, v in sums.items()}
     return loss + penalty, stats
@@ -713,7 +740,7 @@ def siren_loss(
 
 # ------------------------------------------------------------------------------------ 9. evaluation
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased pass@k: the chance that k of n samples, c of which are right, hold a right one.
+    """Unbiased pass@k (k <= n): the chance that k of n samples, c of them right, hold a right one.
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -722,7 +749,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def maj_at_k(votes: list[Any], answer: Any, k: int) -> float:
-    """maj@k: the share of consecutive blocks of k votes that `answer` wins.
+    """maj@k: the share of consecutive blocks of k <= len(votes) votes that `answer` wins.
 
     A tie goes to the answer given first; None (no answer) never wins.
 
@@ -742,13 +769,14 @@ def evaluate(
     Means over the problems; distinct@k is the share of different responses among k.
     """
     n, total = cfg.eval_samples, Counter()
+    how = {"answer_form": task.answer_form, "library": cfg.verifier == "math"}
     options = {"temperature": cfg.eval_temperature, "top_p": cfg.eval_top_p, "samples": n}
     responses = rollout_of(model, task, problems, cfg, f"{cfg.seed}/eval", **options).responses()
     for i, problem in enumerate(problems):
         own = responses[i * n : (i + 1) * n]
         texts = [task.decode(ids) for ids in own]
         given = [extract_answer(text, task.answer_form) for text in texts]
-        right = [verify(text, problem.answer, answer_form=task.answer_form) for text in texts]
+        right = [verify(text, problem.answer, **how) for text in texts]
         answer = normalize(problem.answer)  # right answers vote alike, however they are written
         votes = [answer if ok else g and normalize(g) for ok, g in zip(right, given)]
         total[f"avg@{n}"] += sum(right) / n
@@ -764,14 +792,22 @@ def evaluate(
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 MAX_SKIPPED = 5  # non-finite gradients in a row before the run stops
-MAY_CHANGE = {"steps", "out", "threads", "save_every", "device"}  # on --resume
+MAY_CHANGE = {
+    "steps",
+    "out",
+    "save_every",
+    "threads",
+    "device",
+    "micro_batch_size",
+    "chunk",
+}  # by --resume
 
 
 class DivergedError(RuntimeError):
     """The run can't go on; its last checkpoint is whole."""
 
 
-def load_task(spec: str) -> Any:
+def load_task(spec: str, **given: Any) -> Any:
     """The task of a spec such as "toy_env:min_terms=5,max_terms=7": the module's load(**options).
 
     A task has build_model(), train_problems(n, seed), heldout(n, split), decode(ids), eos_ids,
@@ -782,7 +818,8 @@ def load_task(spec: str) -> Any:
     if bad := [name for name, sign, _ in options if not sign]:
         raise ConfigError(f"--task {spec}: {bad[0]} has no value; write module:key=value,key=value")
     with blame(f"--task {spec}"):
-        return importlib.import_module(module).load(**{name: value for name, _, value in options})
+        given |= {name: value for name, _, value in options}
+        return importlib.import_module(module).load(**given)
 
 
 @contextmanager
@@ -810,6 +847,7 @@ def forward(model: torch.nn.Module, rollout: Rollout) -> dict[str, Tensor]:
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)
     mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
     inputs = {"input_ids": ids, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # under LoRA
     out = model.base_model(**inputs, attention_mask=mask, use_cache=False)
     x = out.last_hidden_state[:, rollout.prompt.shape[1] - 1 : -1]
     head, where = model.get_output_embeddings(), {"tokens": rollout.tokens, "mask": rollout.mask}
@@ -842,19 +880,21 @@ def update(
     options |= cfg.pick("clip_low clip_high dual_clip aggregation max_tokens")
     micro_batches, whole = torch.arange(len(adv)).split(cfg.micro_batch_size), None
     if len(micro_batches) > 1:
-        h = torch.zeros_like(old_logp)
-        if cfg.regularizer == "anchor":  # scored again, since the model has moved after the rollout
-            h = score(model, rollout, cfg)["nucleus_entropy"]
+        exact = cfg.regularizer == "anchor" and not cfg.penalty_per_micro_batch
+        # scored again, since the model has moved after the rollout
+        h = score(model, rollout, cfg)["nucleus_entropy"] if exact else torch.zeros_like(old_logp)
         whole = minibatch_totals(h, rollout.mask, cfg.peak_quantile, strict=cfg.strict)
-        if cfg.penalty_per_micro_batch:
+        if not exact:
             del whole["h_agg"]
     total: Counter[str] = Counter()
+    model.train(cfg.recompute)  # what activation checkpointing asks for; see eval() in train
     optimizer.zero_grad()
     for rows in micro_batches:
         data = {"old_logp": old_logp[rows], "adv": adv[rows], "anchor": anchor, "whole": whole}
         loss, stats = siren_loss(**forward(model, rollout.rows(rows)), **data, **options)
         loss.backward()
-        total.update({key: float(value) for key, value in stats.items()})  # shares add up
+        total.update({key: float(value) for key, value in stats.items()})  # adds: shares
+    model.eval()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
     if math.isfinite(norm):
         optimizer.step()
@@ -874,13 +914,13 @@ def training_step(
     # verify
     responses = rollout.responses()
     answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
-    form = task.answer_form
-    rewards = [verify(task.decode(r), a, answer_form=form) for r, a in zip(responses, answers)]
+    how = {"answer_form": task.answer_form, "library": cfg.verifier == "math"}
+    rewards = [verify(task.decode(r), a, **how) for r, a in zip(responses, answers)]
     rewards = torch.tensor(rewards, dtype=torch.float32, device=cfg.device)
     adv = group_advantages(rewards, cfg.group_size, scale_by_std=cfg.scale_by_std)
     # score before any update: old log-probabilities, and on the first batch the anchor
     old = score(model, rollout, cfg)
-    peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile, strict=cfg.strict)
+    peak = _peaks(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile, cfg.strict)
     h_agg = float(aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask))
     if state["anchor"] is None:
         state["anchor"] = h_agg
@@ -896,7 +936,8 @@ def training_step(
             batch = (rollout.rows(rows), old["logp"][rows], adv[rows])
             updates.append(update(model, optimizer, *batch, state["anchor"], cfg))
             finite = math.isfinite(updates[-1]["grad_norm"])
-            state["skipped"] = 0 if finite else state["skipped"] + 1
+            if state["skipped"] < MAX_SKIPPED:  # else the run ends with this step
+                state["skipped"] = 0 if finite else state["skipped"] + 1
     taken = [u for u in updates if math.isfinite(u["grad_norm"])]
     keys = ("policy_loss", "regularizer_loss", "clip_fraction", "approx_kl", "grad_norm")
     tokens, seconds = int(rollout.mask.sum()), time.perf_counter() - start
@@ -932,29 +973,38 @@ def train(
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     folder, records = claim_folder(cfg, resume, overwrite), []
-    task = load_task(cfg.task)
-    with blame(f"--task {cfg.task}"):
-        model = (
-            task.build_model().to(cfg.device).eval()
-        )  # no dropout: score the policy that sampled
+    if cfg.model or cfg.data:
+        options = "model data eval_data prompt max_prompt answer_form verifier dtype lora_rank lr"
+        task = load_task("examples.text_env", recompute=cfg.recompute, **cfg.pick(options))
+    else:
+        task = load_task(cfg.task)
+    with blame(f"--model {cfg.model}" if cfg.model else f"--task {cfg.task}"):
+        # eval mode: without dropout, the policy that is scored is the one that sampled
+        model = task.build_model().to(cfg.device).eval()
     with blame(f"--eval-prompts {cfg.eval_prompts}"):
         heldout = task.heldout(cfg.eval_prompts, cfg.eval_split)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    make = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[cfg.optimizer]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make(trained.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     state = {"step": 0, "anchor": cfg.anchor, "skipped": 0}
     if resume:
-        saved, state = load_checkpoint(folder), load_checkpoint(folder)["state"]
+        saved = load_checkpoint(folder)
+        state = saved["state"]
         for key in dataclasses.asdict(cfg).keys() - MAY_CHANGE:
             if (old := saved["config"].get(key)) != (new := getattr(cfg, key)):
                 raise ConfigError(f"--resume: {key} is {old} in {folder}, not {new}; leave it out")
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(saved["model"], strict=not cfg.lora_rank)
         optimizer.load_state_dict(saved["optimizer"])
         # lines after the checkpoint will be made again; the very last may be half a line
         lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).exists() else []
+        if state["step"] >= len(lines) > 0 or len(lines) < state["step"]:
+            raise ConfigError(f"--resume: {folder / METRICS} lacks steps; restore it")
         records = [json.loads(line) for line in lines[: state["step"] + 1]] if state["step"] else []
     write_whole(folder / METRICS, lambda file: file.writelines(map(to_line, records)))
 
     def save() -> None:
-        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+        weights = trained if cfg.lora_rank else model.state_dict()  # the base stays as it was
+        parts = {"model": weights, "optimizer": optimizer.state_dict(), "state": state}
         parts["config"] = dataclasses.asdict(cfg)
         write_whole(folder / CHECKPOINT, lambda file: torch.save(parts, file))
 
@@ -967,30 +1017,32 @@ def train(
         records.append(record)
         with open(folder / METRICS, "ab") as file:
             file.write(to_line(record))
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint of this step
 
     save()
-    if not records:
-        log({"step": 0})
     stop = stop or threading.Event()
     pace = 0.5 if sys.stderr.isatty() else 60  # seconds between bars; few in a log file
-    with tqdm(total=cfg.steps, initial=state["step"], unit="step", mininterval=pace) as bar:
-        while state["step"] < cfg.steps and not stop.is_set():
-            state["step"] += 1
-            try:
+    stopping = stop.is_set()
+    try:
+        if not records:
+            log({"step": 0})
+        with tqdm(total=cfg.steps, initial=state["step"], unit="step", mininterval=pace) as bar:
+            while state["step"] < cfg.steps and not stopping:
+                state["step"] += 1
                 log({"step": state["step"], **training_step(model, optimizer, task, cfg, state)})
-            except FloatingPointError as error:
-                where = f"the last good weights are in {folder}; lower --lr or --beta"
-                raise DivergedError(f"step {state['step']}: {error}; {where}") from error
-            shown = ("reward", "entropy", "nucleus_entropy", "anchor")
-            bar.set_postfix({key: f"{records[-1][key]:.3f}" for key in shown}, refresh=False)
-            bar.update()
-            ending = state["step"] == cfg.steps or stop.is_set() or state["skipped"] >= MAX_SKIPPED
-            if ending or state["step"] % cfg.save_every == 0:
-                save()
-            if state["skipped"] >= MAX_SKIPPED:
-                reason = f"the last {state['skipped']} gradients were not finite and were skipped"
-                hint = f"the weights before them are in {folder}; lower --lr or --beta"
-                raise DivergedError(f"step {state['step']}: {reason}; {hint}")
+                shown = ("reward", "entropy", "nucleus_entropy", "anchor")
+                bar.set_postfix({key: f"{records[-1][key]:.3f}" for key in shown}, refresh=False)
+                bar.update()
+                diverged, stopping = state["skipped"] >= MAX_SKIPPED, stop.is_set()
+                done = diverged or stopping or state["step"] == cfg.steps
+                if done or state["step"] % cfg.save_every == 0:
+                    save()
+                if diverged:
+                    raise FloatingPointError(f"{MAX_SKIPPED} gradients in a row were not finite")
+    except FloatingPointError as error:
+        where = f"the last checkpoint is in {folder}; lower --lr or --beta"
+        raise DivergedError(f"step {state['step']}: {error}; {where}") from error
     return records
 
 
@@ -1040,7 +1092,7 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
 
 # the first field of each group in --help
 GROUPS = {"task": "rollout", "regularizer": "SIREN", "mini_batches": "policy gradient"}
-GROUPS |= {"eval_every": "evaluation", "out": "run"}
+GROUPS |= {"model": "language model", "eval_every": "evaluation", "out": "run"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1054,8 +1106,9 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """The flags and --help, from Config's fields."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     group, hints = parser, get_type_hints(Config)
     for f in dataclasses.fields(Config):
         if f.name in GROUPS:
@@ -1102,7 +1155,7 @@ def report(records: list[dict[str, Any]], folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit code 0: done, 1: diverged, 2: bad input, 130: interrupted."""
-    stop = threading.Event()
+    stop, cfg = threading.Event(), None
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C stops at once
@@ -1114,8 +1167,14 @@ def main(argv: list[str] | None = None) -> int:
         how = {name: given.pop(name) for name in ("resume", "overwrite")}
         cfg = Config(**given)
         if how["resume"]:  # what is not given is the saved run's
-            saved = load_checkpoint(cfg.folder)["config"]
+            known = {f.name for f in dataclasses.fields(Config)}
+            saved = load_checkpoint(cfg.folder)["config"].items()
+            saved = {name: value for name, value in saved if name in known}
             cfg = Config(**{**saved, **given, "out": str(cfg.folder)})
+        if cfg.dry_run:
+            with blame(f"--model {cfg.model}"):
+                print(importlib.import_module("examples.memory_plan").plan(cfg))
+            return 0
         signal.signal(signal.SIGINT, interrupt)
         records = train(cfg, **how, stop=stop)
         if records[-1]["step"] < cfg.steps:
@@ -1129,7 +1188,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"siren.py: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"siren.py: saved; go on with --resume --out {cfg.folder}", file=sys.stderr)
+        again = f"--resume --out {cfg.folder}" if cfg else "the same command"
+        print(f"siren.py: interrupted; go on with {again}", file=sys.stderr)
         return 130
 
 

@@ -65,9 +65,6 @@ def knob(default: Any, valid: str, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"valid": valid, "doc": doc})
 
 
-PROMPT = r"{question} Please reason step by step, and put your final answer within \boxed{}."
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every number of a run. The fields make `--help` and are checked here and nowhere else."""
@@ -107,7 +104,7 @@ class Config:
     model: str = knob("", "", "folder or hub id of a causal language model, instead of --task")
     data: str = knob("", "", "questions to train on: FILE.jsonl with question and answer fields")
     eval_data: str = knob("", "", "held-out questions, likewise")
-    prompt: str = knob(PROMPT, "", "what the model is asked; {question} stands for the question")
+    prompt: str = knob("", "", "what to ask, with {question} in it; empty = the paper's prompt")
     max_prompt: int = knob(1024, "[1, inf)", "tokens; longer prompts are dropped and counted aloud")
     answer_form: str = knob("boxed", "boxed|last-number", "where the answer is, if not boxed")
     verifier: str = knob("exact", "exact|math", "math = the library math-verify")
@@ -974,8 +971,11 @@ def train(
         torch.set_num_threads(cfg.threads)
     folder, records = claim_folder(cfg, resume, overwrite), []
     if cfg.model or cfg.data:
-        options = "model data eval_data prompt max_prompt answer_form verifier dtype lora_rank lr"
-        task = load_task("examples.text_env", recompute=cfg.recompute, **cfg.pick(options))
+        options = cfg.pick("model data eval_data max_prompt answer_form verifier dtype lora_rank")
+        options |= {"checkpointing": cfg.recompute, "lr": cfg.lr, "seed": cfg.seed}
+        task = load_task(
+            "examples.text_env", **options, **({"prompt": cfg.prompt} if cfg.prompt else {})
+        )
     else:
         task = load_task(cfg.task)
     with blame(f"--model {cfg.model}" if cfg.model else f"--task {cfg.task}"):

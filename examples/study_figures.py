@@ -1,0 +1,714 @@
+"""What the study's raw files say: CSV rows, intervals, tables and figures. Runs nothing itself.
+
+Figures are readable without colour: line styles, markers and labels tell the lines apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+# the columns of main.csv and quick.csv
+DEFAULT_VOCAB = 256  # of toy_env.ToyWorld
+COLUMNS = ("method", "seed", "split", "temperature", "steps", "reward", "avg@16", "maj@16")
+COLUMNS += ("pass@16", "distinct@16", "entropy", "entropy_start", "nucleus_entropy", "anchor")
+COLUMNS += ("useless_share", "beta")
+HELD, COLLAPSED = 0.65, 0.60  # H_agg / anchor: held above, collapsed below
+BOOTSTRAP, CONFIDENCE = 10_000, 0.95
+
+
+# ----------------------------------------------------------------------------------------- 1. runs
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A raw file. evals: (grade, temperature) -> metrics; before, after: the probes."""
+
+    method: str
+    head: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evals: dict[tuple[str, float], dict[str, float]]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """Of the world and of the training."""
+        return self.head["config"]["seed"]
+
+    @property
+    def beta(self) -> float:
+        """The regulariser's coefficient."""
+        return self.head["config"]["beta"]
+
+    @property
+    def vocab(self) -> int:
+        """The world's vocabulary."""
+        _, _, size = self.head["config"]["task"].partition("vocab=")
+        return int(size or DEFAULT_VOCAB)
+
+    @property
+    def held(self) -> float:
+        """H_agg / H*, both of the probe: the final policy's over the base model's."""
+        return self.after["nucleus_entropy"] / self.before["nucleus_entropy"]
+
+    @property
+    def exploded(self) -> bool:
+        """Reward under a tenth of the base model's and more than 30 % useless tokens."""
+        lost = self.after["reward"] < 0.1 * self.before["reward"]
+        return lost and self.after["useless_share"] > 0.3
+
+    @property
+    def state(self) -> str:
+        """held, collapsed, exploded, or between: neither of them by its definition."""
+        if self.exploded:
+            return "exploded"
+        useful = (
+            self.after["useless_share"] <= 0.3 and self.after["reward"] >= self.before["reward"]
+        )
+        if self.held >= HELD and useful:
+            return "held"
+        return "collapsed" if self.held < COLLAPSED else "between"
+
+
+def read_run(path: Path, method: str) -> Run:
+    """A raw file as a run of this method's name."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        by_kind.setdefault(record.pop("kind"), []).append(record)
+    evals = {(e["split"], e["temperature"]): e for e in by_kind["eval"]}
+    before, after = by_kind["probe"]
+    return Run(method, by_kind["job"][0], by_kind["step"], evals, before, after)
+
+
+def csv_rows(run: Run) -> list[dict[str, Any]]:
+    """A row of COLUMNS for each grade and temperature.
+
+    avg@16 is estimated with all samples. reward, entropies and useless_share are the probe's, so
+    the same for each row of a run; anchor is the base model's H_agg by the probe.
+    """
+    shared = {
+        "method": run.method,
+        "seed": run.seed,
+        "steps": run.head["steps"],
+        "reward": run.after["reward"],
+        "entropy": run.after["entropy"],
+        "entropy_start": run.before["entropy"],
+        "nucleus_entropy": run.after["nucleus_entropy"],
+        "anchor": run.before["nucleus_entropy"],
+        "useless_share": run.after["useless_share"],
+        "beta": run.beta,
+    }
+    rows = []
+    for (split, temperature), values in run.evals.items():
+        tested = {key: values[key] for key in ("maj@16", "pass@16", "distinct@16")}
+        tested["avg@16"] = values[f"avg@{run.head['final']['samples']}"]
+        row = {"split": split, "temperature": temperature, **shared, **tested}
+        rows.append({key: row[key] for key in COLUMNS})
+    return rows
+
+
+def write_csv(runs: list[Run], path: Path) -> None:
+    """main.csv or quick.csv: one row per method, seed, grade and temperature."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for run in runs for row in csv_rows(run))
+
+
+# ------------------------------------------------------------------------------------ 2. intervals
+def bootstrap(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean over seeds and its 95 % interval: percentiles of the means of 10000 seeded resamples.
+
+    >>> bootstrap([1.0, 1.0])
+    (1.0, 1.0, 1.0)
+    """
+    x = np.array(list(values), dtype=float)
+    draws = np.random.default_rng(0).integers(len(x), size=(BOOTSTRAP, len(x)))
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(x[draws].mean(1), [tail, 100 - tail])
+    return float(x.mean()), float(low), float(high)
+
+
+def paired(runs: list[Run], method: str, other: str, value: Callable[[Run], float]) -> list[float]:
+    """method minus other, seed by seed, for the seeds that both have."""
+    mine, theirs = ({r.seed: value(r) for r in runs if r.method == m} for m in (method, other))
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    """Runs by key, keys in the order in which they first come."""
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run)
+    return found
+
+
+# -------------------------------------------------------------------------------------- 3. figures
+STYLES: dict[str, dict[str, Any]] = {
+    "base": {"color": "0.55", "linestyle": (0, (1, 1)), "marker": "x"},
+    "dr_grpo": {"color": "#000000", "linestyle": "--", "marker": "s"},
+    "siren": {"color": "#0059b3", "linestyle": "-", "marker": "o"},
+    "naive_bonus": {"color": "#b35900", "linestyle": ":", "marker": "^"},
+    "naive_exploding": {"color": "#b35900", "linestyle": ":", "marker": "^"},
+    "naive_best": {"color": "#cc79a7", "linestyle": "-.", "marker": "v"},
+    "wo_anchor": {"color": "#777777", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "D"},
+}
+NAMES = {
+    "base": "base model",
+    "dr_grpo": "Dr.GRPO",
+    "naive_bonus": "naive bonus",
+    "naive_best": "naive bonus, best",
+    "naive_exploding": "naive bonus, exploding",
+    "siren": "SIREN",
+    "wo_top_p": "w/o top-p",
+    "wo_peak": "w/o peak",
+    "wo_anchor": "w/o anchor",
+    "anchor_only": "anchor only",
+}
+Point = Callable[[dict[str, Any]], "float | None"]
+
+
+def new_figure(columns: int, rows: int = 1, height: float = 3.4) -> tuple[Figure, np.ndarray]:
+    """A figure of white panels: the figure and its axes [rows, columns]."""
+    figure = Figure(figsize=(4.1 * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure, without the date and version that would make each file different."""
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def curve(axes: Axes, runs: list[Run], point: Callable[[Run, dict], float | None]) -> None:
+    """A line a method over training steps: the mean over seeds, shaded from least to largest."""
+    for method, own in grouped(runs, lambda run: run.method).items():
+        by_step: dict[int, list[float]] = {}
+        for run in own:
+            for record in run.steps:
+                if (value := point(run, record)) is not None:
+                    by_step.setdefault(record["step"], []).append(value)
+        by_step = {step: v for step, v in sorted(by_step.items()) if len(v) == len(own)}
+        if not by_step:
+            continue
+        steps, values = list(by_step), list(by_step.values())
+        style = {**STYLES[method], "markevery": max(1, len(steps) // 6), "markersize": 4}
+        axes.plot(steps, [np.mean(v) for v in values], label=NAMES[method], **style)
+        spread = [[min(v) for v in values], [max(v) for v in values]]
+        axes.fill_between(steps, *spread, color=style["color"], alpha=0.12, linewidth=0)
+    axes.set_xlabel("step")
+    axes.margins(x=0.02)
+
+
+def of(key: str) -> Callable[[Run, dict], float | None]:
+    """The record's value of a key."""
+    return lambda run, record: record.get(key)
+
+
+def ruled_ratio(run: Run, record: dict[str, Any]) -> float | None:
+    """H_agg / H* of a record, for runs that train with p = tau = 0.8: others measure another H'."""
+    config = run.head["config"]
+    if (config["top_p"], config["peak_quantile"]) != (0.8, 0.8):
+        return None
+    value = record.get("nucleus_entropy")
+    return None if value is None else value / run.head["anchor"]
+
+
+def steps_figure(runs: list[Run], path: Path) -> None:
+    """Entropy, H_agg and reward over training, and hard held-out prompts at the end."""
+    figure, axes = new_figure(4)
+    axes = axes[0]
+    curve(axes[0], runs, of("entropy"))
+    axes[0].set(title="entropy (nats a token)", yscale="log")
+    axes[0].set_yticks(ENTROPY_TICKS, list(map(str, ENTROPY_TICKS)))
+    axes[0].yaxis.set_minor_locator(NullLocator())
+    axes[0].legend(frameon=False, fontsize=8)
+    curve(axes[1], runs, ruled_ratio)
+    axes[1].axhline(1, color="0.7", linewidth=0.8)
+    axes[1].set(title="H_agg / anchor", ylim=(0, 1.3))
+    axes[1].legend(frameon=False, fontsize=8)
+    curve(axes[2], runs, of("reward"))
+    axes[2].set(title="reward (training prompts, T = 1)", ylim=(0, 1))
+    bars(axes[3], runs, "hard", 0.6)
+    save(figure, path)
+
+
+ENTROPY_TICKS = (0.1, 0.2, 0.5, 1, 2, 5)
+HATCHES = ("", "///", "...", "xx", "\\\\", "++", "--", "oo", "**")
+
+
+def bars(axes: Axes, runs: list[Run], split: str, temperature: float) -> None:
+    """avg, maj, pass and distinct @16 at the end, a bar a method with its 95 % interval."""
+    keys = ("avg@16", "maj@16", "pass@16", "distinct@16")
+    by_method = grouped(runs, lambda run: run.method)
+    width = 0.8 / len(by_method)
+    for i, (method, own) in enumerate(by_method.items()):
+        for j, key in enumerate(keys):
+            mean, low, high = bootstrap(measured(run, split, temperature, key) for run in own)
+            where = j + (i - (len(by_method) - 1) / 2) * width
+            look = {"color": STYLES[method]["color"], "hatch": HATCHES[i], "edgecolor": "white"}
+            label = NAMES[method] if j == 0 else None
+            axes.bar(where, mean, 0.92 * width, label=label, **look)
+            axes.errorbar(where, mean, [[mean - low], [high - mean]], color="0.4", capsize=2)
+    axes.set_xticks(range(len(keys)), keys, fontsize=8)
+    axes.set(title=f"{split} held-out prompts, T = {temperature:g}", ylim=(0, 1.02))
+
+
+def measured(run: Run, split: str, temperature: float, key: str) -> float:
+    """A metric of the final evaluation; avg@16 is estimated with all samples."""
+    samples = run.head["final"]["samples"]
+    return run.evals[split, temperature][f"avg@{samples}" if key == "avg@16" else key]
+
+
+def diversity_figure(runs: list[Run], path: Path) -> None:
+    """maj@16, pass@16 and distinct@16 on held-out prompts over training, T = 0.6."""
+    figure, axes = new_figure(3, 2)
+    for row, split in zip(axes, ("hard", "easy")):
+        for panel, key in zip(row, ("maj@16", "pass@16", "distinct@16")):
+            curve(panel, runs, of(f"{split}/{key}"))
+            panel.set(title=f"{key}, {split} prompts", ylim=(0, 1.02))
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def k_figure(runs: list[Run], path: Path) -> None:
+    """pass@k and maj@k for k = 1, 2, 4, ..., easy and hard prompts, both temperatures."""
+    shown = grouped(runs, lambda run: run.method)
+    temperatures = sorted({temperature for _, temperature in runs[0].evals})
+    figure, axes = new_figure(4, len(temperatures))
+    for row, temperature in zip(axes, temperatures):
+        cells = [(split, kind) for split in ("hard", "easy") for kind in ("pass", "maj")]
+        for panel, (split, kind) in zip(row, cells):
+            for method, own in shown.items():
+                values = own[0].evals[split, temperature]
+                ks = [int(key.split("@")[1]) for key in values if key.startswith(kind + "@")]
+                means = [
+                    np.mean([run.evals[split, temperature][f"{kind}@{k}"] for run in own])
+                    for k in ks
+                ]
+                panel.plot(ks, means, label=NAMES[method], markersize=4, **STYLES[method])
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ks, list(map(str, ks)))
+            panel.set(title=f"{kind}@k, {split}, T = {temperature:g}", ylim=(0, 1.02), xlabel="k")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def positions_figure(runs: list[Run], path: Path) -> None:
+    """Where the nucleus entropy H' sits in a response: the base model and trained policies.
+
+    Even positions from 2 on are sums, which are facts; the others choose the next term.
+    """
+    figure, axes = new_figure(2)
+    titles = {"nucleus_entropy": "H' (nats) by response position", "peak": "share that are peaks"}
+    shown = {"base": ([run.before for run in runs if run.method == "dr_grpo"])}
+    for method, own in grouped(runs, lambda run: run.method).items():
+        shown[method] = [run.after for run in own]
+    for panel, (key, title) in zip(axes[0], titles.items()):
+        for method, probes in shown.items():
+            lines = [probe["by_position"][key][:FULL_RESPONSE] for probe in probes]
+            where = range(1, 1 + min(map(len, lines)))
+            mean = np.mean([line[: len(where)] for line in lines], axis=0)
+            panel.plot(where, mean, label=NAMES[method], markersize=4, **STYLES[method])
+        panel.set(title=title, xlabel="position (odd from 3 on: sums; 12: end)")
+        panel.set_xticks(range(1, 1 + FULL_RESPONSE))
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+FULL_RESPONSE = 12  # tokens of a full response in the default world
+
+
+def against(
+    axes: Axes, runs: list[Run], x: Callable[[Run], float], y: Callable[[Run], float], **style: Any
+) -> None:
+    """The mean of y over seeds as a line over x, and each seed as a small point."""
+    by_x = grouped(sorted(runs, key=x), x)
+    if not by_x:
+        return
+    axes.plot(list(by_x), [np.mean([y(run) for run in own]) for own in by_x.values()], **style)
+    for value, own in by_x.items():
+        axes.plot([value] * len(own), [y(run) for run in own], ".", color="0.6", markersize=3)
+
+
+# what is drawn over a coefficient: title, value, lines that separate the states
+Measure = tuple[str, Callable[[Run], float], tuple[float, ...]]
+OVER_BETA: tuple[Measure, ...] = (
+    ("H_agg / base model's", lambda run: run.held, (HELD, 1.0)),
+    ("useless tokens (share)", lambda run: run.after["useless_share"], (0.3,)),
+    ("reward", lambda run: run.after["reward"], ()),
+    ("maj@16, hard, T = 0.6", lambda run: measured(run, "hard", 0.6, "maj@16"), ()),
+)
+
+
+def band_figure(runs: list[Run], path: Path) -> None:
+    """Naive bonus and SIREN over their coefficient; the dashed level is Dr.GRPO, beta = 0."""
+    figure, axes = new_figure(len(OVER_BETA))
+    for panel, measure in zip(axes[0], OVER_BETA):
+        band_panel(panel, runs, measure)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def band_panel(axes: Axes, runs: list[Run], measure: Measure) -> None:
+    """One measure over the coefficient of both methods."""
+    title, value, levels = measure
+    for method in ("naive_bonus", "siren"):
+        own = [run for run in runs if run.method == method]
+        against(axes, own, lambda run: run.beta, value, label=NAMES[method], **STYLES[method])
+    zero = [value(run) for run in runs if run.method == "dr_grpo"]
+    if zero:
+        axes.axhline(np.mean(zero), color="black", linestyle="--", label=NAMES["dr_grpo"])
+    for level in levels:
+        axes.axhline(level, color="0.8", linewidth=0.8)
+    axes.set(title=title, xlabel="beta", xscale="log", ylim=(0, None))
+
+
+def vocabularies_figure(runs: list[Run], path: Path) -> None:
+    """The sweep for each size of the useless vocabulary, a column a size."""
+    by_size = grouped(sorted(runs, key=lambda run: run.vocab), lambda run: run.vocab)
+    figure, axes = new_figure(len(by_size), 2)
+    for column, (size, own) in zip(axes.T, by_size.items()):
+        for panel, (title, *rest) in zip(column, OVER_BETA[:2]):
+            band_panel(panel, own, (f"{title}; {size} tokens", *rest))
+    for row, top in zip(axes, (2.0, 1.02)):
+        for panel in row:
+            panel.set_ylim(0, top)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+KNOBS = {"top_p": "p", "peak_quantile": "tau", "beta": "beta"}
+
+
+def around(runs: list[Run], knob: str, beta: float) -> list[Run]:
+    """The SIREN runs that differ from p = tau = 0.8 and this beta in this knob alone."""
+    centre = {"top_p": 0.8, "peak_quantile": 0.8, "beta": beta}
+    same = {name: value for name, value in centre.items() if name != knob}
+    return [
+        run for run in runs if run.method == "siren" and same.items() <= run.head["config"].items()
+    ]
+
+
+def sensitivity_figure(runs: list[Run], path: Path, beta: float) -> None:
+    """H_agg and accuracy on hard validation prompts over p, tau and beta, one at a time."""
+    keys = {"avg@16": ":", "maj@16": "-", "pass@16": "--", "distinct@16": "-."}
+    figure, axes = new_figure(3, 2)
+    zero = [run for run in runs if run.method == "dr_grpo"]
+    for column, (knob, name) in zip(axes.T, KNOBS.items()):
+        own, x = around(runs, knob, beta), lambda run, knob=knob: run.head["config"][knob]
+        against(column[0], own, x, lambda run: run.held, color="#0059b3", marker="o")
+        column[0].axhline(np.mean([run.held for run in zero]), color="black", linestyle="--")
+        column[0].axhline(HELD, color="0.8", linewidth=0.8)
+        column[0].set(title=f"H_agg / base model's, over {name}", ylim=(0, 1.3), xlabel=name)
+        for (key, line), marker in zip(keys.items(), "sovD"):
+
+            def value(run: Run, key: str = key) -> float:
+                return measured(run, "hard", 0.6, key)
+
+            look = {"linestyle": line, "marker": marker, "markersize": 4}
+            against(column[1], own, x, value, color="black", label=key, **look)
+        column[1].set(title=f"hard prompts, T = 0.6, over {name}", ylim=(0, 1.02), xlabel=name)
+        if knob == "beta":
+            column[0].set_xscale("log")
+            column[1].set_xscale("log")
+    axes[1, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].annotate("dashed: Dr.GRPO", (0.03, 0.05), xycoords="axes fraction", fontsize=8)
+    save(figure, path)
+
+
+FEW = ("dr_grpo", "naive_best", "naive_exploding", "siren", "wo_anchor")
+
+
+def draw_all(results: dict[str, list[Run]], out: Path, beta: float) -> None:
+    """Every figure of the groups that are there. beta: that of the sensitivity to p and tau."""
+    if runs := results.get("quick"):
+        steps_figure(runs, out / "quick.png")
+    if runs := results.get("table"):
+        few = [run for run in runs if run.method in FEW]
+        steps_figure(few, out / "entropy.png")
+        diversity_figure(few, out / "diversity.png")
+        k_figure(
+            [r for r in runs if r.method in ("base", "dr_grpo", "naive_best", "siren")],
+            out / "pass_at_k.png",
+        )
+        positions_figure(
+            [r for r in runs if r.method in ("dr_grpo", "naive_best", "siren")],
+            out / "positions.png",
+        )
+    if runs := results.get("band"):
+        band_figure([r for r in runs if r.vocab == DEFAULT_VOCAB], out / "band.png")
+        vocabularies_figure(runs, out / "vocabularies.png")
+    if runs := results.get("sensitivity"):
+        sensitivity_figure(runs, out / "sensitivity.png", beta)
+
+
+# --------------------------------------------------------------------------------------- 4. tables
+def interval(values: Iterable[float]) -> str:
+    """Mean and interval as text.
+
+    >>> interval([0.5, 0.5])
+    '0.500 [0.500, 0.500]'
+    """
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(values))
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+
+
+SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
+
+
+def score_tables(runs: list[Run]) -> list[str]:
+    """The main table: a part a grade and temperature, then each method's difference to Dr.GRPO."""
+    lines, by_method = [], grouped(runs, lambda run: run.method)
+    for split, temperature in sorted(runs[0].evals, key=lambda cell: (cell[1], cell[0])):
+
+        def score(run: Run, key: str, cell: tuple[str, float] = (split, temperature)) -> float:
+            return measured(run, *cell, key)
+
+        lines += [f"### {split} prompts, T = {temperature:g}", "", "Mean and 95 % interval:", ""]
+        lines += markdown(
+            ["method", *SCORES],
+            [
+                [NAMES.get(m, m), *(interval(score(run, key) for run in own) for key in SCORES)]
+                for m, own in by_method.items()
+            ],
+        )
+        lines += ["Minus Dr.GRPO, paired by seed:", ""]
+        rows = []
+        for method in (m for m in by_method if m != "dr_grpo"):
+            gains = (
+                paired(runs, method, "dr_grpo", lambda r, k=key: score(r, k)) for key in SCORES
+            )
+            rows.append([NAMES[method], *map(interval, gains)])
+        lines += markdown(["method", *SCORES], rows)
+    return lines
+
+
+def policy_table(runs: list[Run]) -> list[str]:
+    """Coefficient, reward, entropies and useless tokens of each method at the end of training."""
+    columns: dict[str, Callable[[Run], float]] = {
+        "reward": lambda run: run.after["reward"],
+        "entropy": lambda run: run.after["entropy"],
+        "entropy / base's": lambda run: run.after["entropy"] / run.before["entropy"],
+        "H_agg / base's": lambda run: run.held,
+        "useless share": lambda run: run.after["useless_share"],
+    }
+    rows = []
+    for method, own in grouped(runs, lambda run: run.method).items():
+        steps = "/".join(sorted({str(run.head["steps"]) for run in own}))
+        betas = "/".join(sorted({f"{run.beta:g}" for run in own}))
+        cells = [interval(map(value, own)) for value in columns.values()]
+        rows.append([NAMES[method], betas, str(len(own)), steps, *cells])
+    return markdown(["method", "beta", "seeds", "steps", *columns], rows)
+
+
+def sweep_table(runs: list[Run], name: Callable[[Run], list[str]], head: list[str]) -> list[str]:
+    """One row a setting: the mean over its seeds, and each seed's state."""
+    rows = []
+    for key, own in grouped(runs, lambda run: tuple(name(run))).items():
+        means = [np.mean([measured(run, "hard", 0.6, k) for run in own]) for k in SCORES]
+        means += [np.mean([run.held for run in own])]
+        means += [np.mean([run.after["useless_share"] for run in own])]
+        states = ", ".join(run.state for run in own)
+        rows.append([*key, *(f"{mean:.3f}" for mean in means), states])
+    hard = [f"{key} hard" for key in SCORES]
+    return markdown([*head, *hard, "H_agg / base's", "useless", "state of each seed"], rows)
+
+
+def held_range(runs: list[Run], method: str) -> tuple[float, float] | None:
+    """The widest run of neighbouring coefficients, held on every seed: smallest and largest."""
+    betas = grouped(sorted(runs, key=lambda r: r.beta), lambda r: (r.method, r.beta))
+    best: tuple[float, float] | None = None
+    low = None
+    for (name, beta), own in betas.items():
+        if name != method:
+            continue
+        if not all(run.state == "held" for run in own):
+            low = None
+            continue
+        low = low or beta
+        if best is None or beta / low > best[1] / best[0]:
+            best = (low, beta)
+    return best
+
+
+Claim = tuple[str, bool, str]  # what is claimed, does it hold, the numbers
+
+
+def table_claims(runs: list[Run]) -> list[Claim]:
+    """The claims that the main table can bear out or not."""
+    own = {m: {r.seed: r for r in some} for m, some in grouped(runs, lambda r: r.method).items()}
+    ratio = [run.after["entropy"] / run.before["entropy"] for run in own["dr_grpo"].values()]
+    left = [
+        measured(run, "hard", 0.6, "distinct@16")
+        / measured(own["base"][seed], "hard", 0.6, "distinct@16")
+        for seed, run in own["dr_grpo"].items()
+    ]
+    blown = [run.exploded for run in own["naive_exploding"].values()]
+    held, lost = ([run.held for run in own[m].values()] for m in ("siren", "dr_grpo"))
+    every = {  # claim: holds, measured
+        "collapse: Dr.GRPO's entropy is at most a third of the base's": (
+            max(ratio) <= 1 / 3,
+            f"at most {max(ratio):.3f}",
+        ),
+        "collapse: Dr.GRPO's distinct@16 falls by at least 40 % (hard, T = 0.6)": (
+            max(left) <= 0.6,
+            f"by at least {1 - max(left):.1%}",
+        ),
+        "explosion: reward under a tenth of the base's, useless tokens above 30 %": (
+            all(blown),
+            f"{sum(blown)} of {len(blown)} seeds",
+        ),
+        f"held: SIREN's H_agg is at least {HELD:.0%} of the base's": (
+            min(held) >= HELD,
+            f"at least {min(held):.1%}",
+        ),
+        f"held: Dr.GRPO's is under {COLLAPSED:.0%}": (
+            max(lost) < COLLAPSED,
+            f"at most {max(lost):.1%}",
+        ),
+    }
+    claims = [(f"{claim}, every seed", *result) for claim, result in every.items()]
+    return claims + [effect_claim(runs, *gain) for gain in GAINS.items()]
+
+
+GAINS = {"maj@16": 0.08, "pass@16": 0.10, "avg@16": 0.0}
+
+
+def effect_claim(runs: list[Run], key: str, least: float) -> Claim:
+    """SIREN against Dr.GRPO on hard prompts: a gain of this much, with an interval above 0; where
+    no gain is asked for, that the interval is not below 0."""
+    gains = paired(runs, "siren", "dr_grpo", lambda run: measured(run, "hard", 0.6, key))
+    mean, low, high = bootstrap(gains)
+    holds = mean >= least and low > 0 if least else high >= 0
+    what = f"at least +{least:.2f}, interval above 0" if least else "not behind"
+    return f"effect: SIREN minus Dr.GRPO, {key}, hard, T = 0.6: {what}", holds, interval(gains)
+
+
+def band_claims(runs: list[Run]) -> list[Claim]:
+    """The claims that the coefficient sweep can bear out or not (the world's own vocabulary)."""
+    own = [run for run in runs if run.vocab == DEFAULT_VOCAB]
+    naive = grouped((run for run in own if run.method == "naive_bonus"), lambda run: run.beta)
+    blown = [beta for beta, some in naive.items() if all(run.exploded for run in some)]
+    lost = [beta for beta, some in naive.items() if all(run.held < COLLAPSED for run in some)]
+    tenfold = [f"{b:g} and {low:g}" for b in blown for low in lost if 9.9 < b / low < 10.1]
+    ranges = {method: held_range(own, method) for method in ("siren", "naive_bonus")}
+    width = {method: found[1] / found[0] if found else 0.0 for method, found in ranges.items()}
+    text = {
+        method: f"{found[0]:g} to {found[1]:g} (x{width[method]:.3g})" if found else "none"
+        for method, found in ranges.items()
+    }
+    both = f"SIREN {text['siren']}, naive bonus {text['naive_bonus']}"
+    wide, wider = width["siren"] > 9.9, width["siren"] > width["naive_bonus"]  # 9.9: rounding
+    return [
+        (
+            "explosion: a coefficient explodes, one 10 times smaller collapses",
+            bool(tenfold),
+            "; ".join(tenfold) or "none",
+        ),
+        ("held: SIREN, over coefficients 10 times apart", wide, text["siren"]),
+        ("held: SIREN over a wider range than the naive bonus", wider, both),
+        distinct_claim(own),
+    ]
+
+
+def distinct_claim(runs: list[Run]) -> Claim:
+    """distinct@16 of SIREN against Dr.GRPO's, for the coefficients with which it is held."""
+
+    def distinct(run: Run) -> float:
+        return measured(run, "hard", 0.6, "distinct@16")
+
+    low, high = held_range(runs, "siren") or (1.0, 0.0)  # an empty range
+    zero = {run.seed: distinct(run) for run in runs if run.method == "dr_grpo"}
+    held = [run for run in runs if run.method == "siren" and low <= run.beta <= high]
+    smallest = min((distinct(run) / zero[run.seed] for run in held), default=0.0)
+    claim = "held: there SIREN's distinct@16 is at least 1.8 times Dr.GRPO's, every seed"
+    return claim, smallest >= 1.8, f"at least {smallest:.2f} times (hard, T = 0.6)"
+
+
+def claim_table(claims: list[Claim]) -> list[str]:
+    """Claims, whether they hold, and the numbers."""
+    return markdown(
+        ["claim", "holds", "measured"],
+        [[text, "yes" if ok else "NO", numbers] for text, ok, numbers in claims],
+    )
+
+
+def cost_table(results: dict[str, list[Run]]) -> list[str]:
+    """Jobs, hours on one thread, commits and versions of each group, from the raw files."""
+    rows = []
+    for group, runs in results.items():
+        if runs:
+            train, evaluate = (
+                sum(run.head["seconds"][key] for run in runs) for key in ("train", "evaluate")
+            )
+            commits = ", ".join(sorted({str(run.head["commit"]) for run in runs}))
+            versions = runs[0].head["versions"]
+            about = ", ".join(f"{name} {value}" for name, value in versions.items())
+            costs = [f"{seconds / 3600:.2f}" for seconds in (train, evaluate)]
+            rows.append([group, str(len(runs)), *costs, commits, about])
+    head = ["group", "jobs", "training (h)", "evaluation (h)", "commit", "versions"]
+    return markdown(head, rows)
+
+
+TABLES_HEAD = """# Tables of the study
+
+Written by `python examples/study.py --report` from results/raw; README.md beside it explains.
+Intervals: percentile bootstrap over seeds, 10000 resamples, 95 %. H_agg is measured with
+p = tau = 0.8 whatever the method trains with.
+"""
+
+
+def write_tables(results: dict[str, list[Run]], path: Path) -> None:
+    """tables.md: what the complete groups say, in markdown."""
+    lines = [TABLES_HEAD]
+    for group, title in (("quick", "Quick"), ("table", "Main table")):
+        if runs := results.get(group):
+            lines += [f"## {title}", "", *policy_table(runs), *score_tables(runs)]
+    if runs := results.get("table"):
+        lines += ["## Claims of the main table", "", *claim_table(table_claims(runs))]
+    if runs := results.get("band"):
+        lines += ["## Claims of the coefficient sweep", "", *claim_table(band_claims(runs))]
+
+    def config(run: Run, *keys: str) -> list[str]:
+        return [NAMES.get(run.method, run.method), *(f"{run.head['config'][k]:g}" for k in keys)]
+
+    sweeps: dict[str, tuple[str, Callable[[Run], list[str]], list[str]]] = {
+        "tune": (
+            "Choice of coefficients (validation seeds and prompts)",
+            lambda run: config(run, "beta"),
+            ["method", "beta"],
+        ),
+        "band": (
+            "Coefficient sweep",
+            lambda run: [str(run.vocab), *config(run, "beta")],
+            ["vocabulary", "method", "beta"],
+        ),
+        "sensitivity": (
+            "Sensitivity",
+            lambda run: config(run, "top_p", "peak_quantile", "beta"),
+            ["method", "p", "tau", "beta"],
+        ),
+        "official": ("The definition and the official code", config, ["variant"]),
+    }
+    for group, (title, name, head) in sweeps.items():
+        if runs := results.get(group):
+            lines += [f"## {title}", "", *sweep_table(runs, name, head)]
+    lines += ["## Cost and origin", "", *cost_table(results)]
+    path.write_text("\n".join(lines))

@@ -125,7 +125,7 @@ class Config:
     out: str = knob("", "", "run folder; empty = runs/<regularizer>-seed<seed>")
     save_every: int = knob(10, "[1, inf)", "steps between checkpoints")
     device: str = knob("cpu", "", "cpu, cuda, ...")
-    threads: int = knob(0, "[0, inf)", "CPU threads, part of what makes a run repeat; 0 = all")
+    threads: int = knob(1, "[0, inf)", "CPU threads; one is fastest for small models; 0 = all")
     chunk: int = knob(0, "[0, inf)", "tokens per slice of the [N, V] logits; 0 = by memory")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,128 @@
+"""Do trl_siren.py and siren.py train alike? The toy task through both, 3 seeds each.
+
+    python examples/compare_trl.py       # writes results/trl_vs_siren.json, prints its summary
+
+Base model, prompts, learning rates and settings are the same. The samples differ, as each engine
+draws its own, and so do the mini-batches: siren.py's hold whole groups, TRL shuffles the responses.
+So the curves can agree only as far as those of two seeds of one engine do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import trl_data
+from trl_siren import TOY, SirenGRPOConfig, SirenGRPOTrainer
+
+import siren
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "trl_vs_siren.json"
+SHOWN = ("reward", "H_agg")
+
+
+class RecordingTrainer(SirenGRPOTrainer):
+    """Keeps reward and H_agg of each whole rollout before its first update, as siren.py does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.curves: dict[str, list[float]] = {name: [] for name in SHOWN}
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._step % self.args.steps_per_generation == 0:
+            self.curves["H_agg"].append(float(self._totals(self._buffered_inputs)[0]))
+            self.curves["reward"].append(self._metrics["train"]["reward"][-1])
+        return inputs
+
+
+def siren_curves(cfg: siren.Config) -> dict[str, list[float]]:
+    """The curves of one run of siren.py, by name."""
+    steps = siren.train(cfg, overwrite=True)[1:]
+    return {"reward": [r["reward"] for r in steps], "H_agg": [r["nucleus_entropy"] for r in steps]}
+
+
+def trl_curves(cfg: siren.Config) -> dict[str, list[float]]:
+    """The curves of one run of TRL with siren.py's settings, prompts and learning rates."""
+    task, size = siren.load_task(cfg.task), cfg.prompts * cfg.group_size // cfg.mini_batches
+    draws = [task.train_problems(cfg.prompts, f"{cfg.seed}/{n + 1}") for n in range(cfg.steps)]
+    parts = trl_data.toy_parts(cfg.task, list(itertools.chain(*draws)))
+    model = parts["model"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+    def warm_up(update: int) -> float:
+        return min(1.0, (update // cfg.mini_batches + 1) / max(1, cfg.warmup_steps))
+
+    options = {"per_device_train_batch_size": size, "steps_per_generation": cfg.mini_batches}
+    options |= {"max_completion_length": cfg.max_tokens, "num_generations": cfg.group_size}
+    options |= {"siren_beta": cfg.beta, "siren_top_p": cfg.top_p, "learning_rate": cfg.lr}
+    options |= {"peak_quantile": cfg.peak_quantile, "regularizer": cfg.regularizer}
+    options |= {"temperature": cfg.temperature, "epsilon": cfg.clip_low, "shuffle_dataset": False}
+    options |= {"epsilon_high": cfg.clip_high, "max_grad_norm": cfg.grad_clip, "seed": cfg.seed}
+    options |= {"max_steps": cfg.steps * cfg.mini_batches, "output_dir": f"{cfg.folder}-trl"}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
+    args = SirenGRPOConfig(**{**TOY, **options})
+    trainer = RecordingTrainer(args=args, optimizers=(optimizer, schedule), **parts)
+    trainer.train()
+    return trainer.curves
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """Curves [seeds, steps] of two engines: how far apart, next to how far apart seeds are.
+
+    gap: mean over the steps of |difference of the engines' means|; spread: the same of two seeds of
+    one engine; wider_splits: in how many of the other ways to split the runs into two equal halves
+    the gap is larger (about half of them, if it makes no difference which engine was used).
+    """
+
+    def gap(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.abs(a.mean(0) - b.mean(0)).mean())
+
+    runs, n = np.concatenate([ours, theirs]), len(ours)
+    halves = [h for h in itertools.combinations(range(2 * n), n) if h[0] == 0][1:]
+    others = [gap(runs[list(h)], np.delete(runs, list(h), 0)) for h in halves]
+    pairs = [(e[i], e[j]) for e in (ours, theirs) for i in range(n) for j in range(i)]
+    tails = {"siren": ours[:, -10:].mean(1), "trl": theirs[:, -10:].mean(1)}
+    found = {f"{name}_last10": [round(float(x), 4) for x in tail] for name, tail in tails.items()}
+    apart, spread = gap(ours, theirs), float(np.mean([np.abs(a - b) for a, b in pairs]))
+    wider = f"{sum(other > apart for other in others)} of {len(others)}"
+    found |= {"gap": round(apart, 4), "spread": round(spread, 4), "wider_splits": wider}
+    return found | {"within": apart < spread}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code 0: alike, 1: not, 2: bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=30, help="rollouts a run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs an engine, at least 2")
+    parser.add_argument("--out", type=Path, default=RESULT, help="the file to write")
+    given = parser.parse_args(argv)
+    if given.seeds < 2 or given.steps < 1:
+        parser.error("--seeds must be at least 2 and --steps at least 1")
+    torch.set_num_threads(1)  # part of what makes the figures repeat
+    settings = {"steps": given.steps, "threads": 1, "eval_prompts": 1, "eval_samples": 1}
+    curves: dict[str, list[dict[str, list[float]]]] = {"siren": [], "trl": []}
+    for seed in range(given.seeds):
+        cfg = siren.Config(seed=seed, out=f"runs/compare-{seed}", **settings)
+        curves["siren"].append(siren_curves(cfg))
+        curves["trl"].append(trl_curves(cfg))
+    arrays = {name: [np.array([c[name] for c in curves[e]]) for e in curves] for name in SHOWN}
+    summary = {name: compare(*pair) for name, pair in arrays.items()}
+    packages = {name: version(name) for name in ("torch", "transformers", "trl")}
+    shown = cfg.pick("steps prompts group_size mini_batches max_tokens beta top_p peak_quantile lr")
+    record = {"versions": packages, "settings": shown, "summary": summary, "curves": curves}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(summary, indent=1), f"\nwrote {given.out.name}")
+    return 0 if all(found["within"] for found in summary.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What trl_siren.py trains on, in the form TRL wants: model, tokenizer, data, reward function."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
+import siren
+
+PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def toy_tokenizer(task: Any, vocab: int) -> PreTrainedTokenizerFast:
+    """A tokenizer for a task (see siren.py) that writes every token as one word."""
+    ids = {task.decode([token]): token for token in range(vocab)}
+    pad, eos = task.decode([task.pad_id]), task.decode(task.eos_ids[:1])
+    words = Tokenizer(models.WordLevel(ids, unk_token=pad))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, eos_token=eos)
+
+
+def toy_parts(spec: str, problems: list[Any] | None = None) -> dict[str, Any]:
+    """Keywords of GRPOTrainer for a task, such as toy_env; by default 4096 of its problems."""
+    task = siren.load_task(spec)
+    model, problems = task.build_model(), problems or task.train_problems(4096, "trl")
+    rows = [{"prompt": task.decode(p.prompt), "answer": p.answer} for p in problems]
+
+    def right(completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
+        # from the ids: TRL's text leaves out <eos>, which tells an answer from a cut-off response
+        pairs, form = zip(map(task.decode, completion_ids), answer), task.answer_form
+        return [float(siren.verify(text, a, answer_form=form)) for text, a in pairs]
+
+    tokenizer = toy_tokenizer(task, model.config.vocab_size)
+    parts = {"model": model, "processing_class": tokenizer, "reward_funcs": right}
+    return {**parts, "train_dataset": Dataset.from_list(rows)}
+
+
+def text_parts(model: str, data: str, prompt: str = PROMPT) -> dict[str, Any]:
+    """The same for a language model (folder or hub id) and a .jsonl file of question and answer.
+
+    OSError, ValueError: no such model or file, or a column is missing.
+    """
+    if not Path(data).is_file():
+        raise ValueError(f"--data {data!r}: no such file; name a .jsonl of question and answer")
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    rows = load_dataset("json", data_files=data, split="train")
+    if missing := {"question", "answer"} - set(rows.column_names):
+        raise ValueError(f"--data {data}: no {min(missing)!r}; a line needs question and answer")
+
+    def to_prompt(row: dict[str, Any]) -> dict[str, Any]:
+        text = prompt.replace("{question}", str(row["question"]))
+        chat = [{"role": "user", "content": text}]
+        return {"prompt": chat if tokenizer.chat_template else text, "answer": str(row["answer"])}
+
+    parts = {"model": model, "processing_class": tokenizer, "reward_funcs": right_text}
+    return {**parts, "train_dataset": rows.map(to_prompt, remove_columns=rows.column_names)}
+
+
+def right_text(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """siren.verify's reward of TRL's completions, which are texts or lists of messages.
+
+    >>> right_text(["so \\\\boxed{2}", [{"role": "assistant", "content": "2"}]], ["2", "2"])
+    [1.0, 0.0]
+    """
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(siren.verify(text, a)) for text, a in zip(texts, answer)]

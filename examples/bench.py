@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Sizes:
     update_tokens: int = 2048
     update_hidden: int = 256
     # (d)
-    trl_steps: int = 6  # the first is not counted
+    trl_steps: int = 11  # the first is not counted
 
 
 QUICK = Sizes(2, 2048, 32, 32, 128, 2, 4, 12, 64, 32, 2)
@@ -365,58 +366,80 @@ def bench_update(sizes: Sizes) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------ d: a training step
-def bench_trl(sizes: Sizes) -> dict[str, Any]:
-    """(d) One training step on the toy task: 32 prompts x 8 responses, 4 optimiser steps."""
-    try:
-        import trl_data
-        from transformers import TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError as error:
-        print(f"d: skipped, as {error.name} is not installed; see requirements-examples.txt")
-        return {"step_vs_trl": None, "d": {"skipped": f"{error.name} is not installed"}}
-    cfg = siren.Config(threads=torch.get_num_threads())
-    task = siren.load_task(cfg.task)
-    model = task.build_model().eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
-    state: dict[str, Any] = {"step": 0, "anchor": None, "skipped": 0}
-    times: dict[str, list[float]] = {"ours": [], "trl": []}
-    tokens: dict[str, list[float]] = {"ours": [], "trl": []}
+class OurSteps:
+    """siren.training_step on the toy task, step after step; seconds and response lengths."""
 
-    def our_step() -> None:
-        state["step"] += 1
+    def __init__(self, cfg: siren.Config) -> None:
+        self.cfg, self.task = cfg, siren.load_task(cfg.task)
+        self.model = self.task.build_model().eval()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr)
+        self.state: dict[str, Any] = {"step": 0, "anchor": None, "skipped": 0}
+        self.times: list[float] = []
+        self.lengths: list[float] = []
+
+    def run(self) -> None:
+        """One step."""
+        self.state["step"] += 1
+        made = self.model, self.optimizer, self.task, self.cfg, self.state
         start = time.perf_counter()
-        record = siren.training_step(model, optimizer, task, cfg, state)
-        times["ours"].append(time.perf_counter() - start)
-        tokens["ours"].append(record["response_tokens"])
+        record = siren.training_step(*made)
+        self.times.append(time.perf_counter() - start)
+        self.lengths.append(record["response_tokens"])
+
+
+def trl_against(ours: OurSteps, steps: int, **options: Any) -> tuple[list[float], float]:
+    """Seconds of each of TRL's steps (a rollout and its updates), with one of ours before each;
+    and the mean length of its responses. The same task, batch, budget and learning rate."""
+    import trl_data
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    cfg, times = ours.cfg, []
 
     class Clock(TrainerCallback):
-        """Times each rollout with its updates, and runs one of ours in between."""
+        """TRL counts optimiser steps; the rollout is part of the first of cfg.mini_batches."""
 
-        def on_step_begin(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
-            if trainer_state.global_step % cfg.mini_batches == 0:
-                our_step()
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % cfg.mini_batches == 0:
+                ours.run()
                 self.start = time.perf_counter()
 
-        def on_step_end(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
-            if trainer_state.global_step % cfg.mini_batches == 0:
-                times["trl"].append(time.perf_counter() - self.start)
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % cfg.mini_batches == 0:
+                times.append(time.perf_counter() - self.start)
 
-    options = {"max_completion_length": cfg.max_tokens, "num_generations": cfg.group_size}
-    options |= {"per_device_train_batch_size": 64, "steps_per_generation": cfg.mini_batches}
-    options |= {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "use_cpu": True}
-    options |= {"learning_rate": cfg.lr, "max_steps": sizes.trl_steps * cfg.mini_batches}
-    options |= {"bf16": False, "gradient_checkpointing": False, "report_to": "none"}
-    options |= {"save_strategy": "no", "logging_strategy": "no", "output_dir": "runs/bench-trl"}
-    options |= {"disable_tqdm": True, "top_k": 0, "warmup_steps": 0}
-    trainer = GRPOTrainer(
-        args=GRPOConfig(**options), **trl_data.toy_parts(cfg.task), callbacks=[Clock()]
-    )
+    size = cfg.prompts * cfg.group_size // cfg.mini_batches
+    options |= {"max_completion_length": cfg.max_tokens, "num_generations": cfg.group_size}
+    options |= {"per_device_train_batch_size": size, "steps_per_generation": cfg.mini_batches}
+    options |= {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "top_k": 0}
+    options |= {"learning_rate": cfg.lr, "max_steps": steps * cfg.mini_batches, "use_cpu": True}
+    options |= {"output_dir": "runs/bench-trl", "save_strategy": "no", "report_to": "none"}
+    options |= {"logging_strategy": "no", "disable_tqdm": True}
+    parts = trl_data.toy_parts(cfg.task)
+    trainer = GRPOTrainer(args=GRPOConfig(**options), callbacks=[Clock()], **parts)
     trainer.train()
-    tokens["trl"] = [trainer.state.log_history[-1]["completions/mean_length"]]  # over all steps
-    counted = {name: values[1:] for name, values in times.items()}
-    detail = {"seconds": {name: statistics.median(values) for name, values in counted.items()}}
-    detail["response_tokens"] = {name: statistics.mean(t) for name, t in tokens.items()}
-    return {"step_vs_trl": ratios(counted["trl"], counted["ours"]), "d": detail}
+    return times, trainer.state.log_history[-1]["completions/mean_length"]
+
+
+def bench_trl(sizes: Sizes) -> dict[str, Any]:
+    """(d) One training step on the toy task: 32 prompts x 8 responses, 4 optimiser steps.
+
+    The key is of equal arithmetic: float32 and no activation checkpointing on either side.
+    """
+    if missing := [name for name in ("trl", "datasets") if find_spec(name) is None]:
+        why = f"skipped, as {missing[0]} is not installed"
+        print(f"d: {why}; see requirements-examples.txt")
+        return {"step_vs_trl": None, "d": {"skipped": why}}
+    detail: dict[str, Any] = {}
+    plain = {"bf16": False, "gradient_checkpointing": False}
+    for name, options in (("equal arithmetic", plain), ("TRL's defaults", {})):
+        ours = OurSteps(siren.Config(threads=torch.get_num_threads()))
+        theirs, length = trl_against(ours, sizes.trl_steps, **options)
+        seconds = {"ours": statistics.median(ours.times[1:])}
+        seconds["trl"] = statistics.median(theirs[1:])
+        detail[name] = {"ratio": ratios(theirs[1:], ours.times[1:]), "seconds": seconds}
+        detail[name]["response_tokens"] = {"ours": statistics.mean(ours.lengths), "trl": length}
+    return {"step_vs_trl": detail["equal arithmetic"]["ratio"], "d": detail}
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -473,6 +496,9 @@ def table(found: dict[str, Any]) -> str:
         medians = {k: v["median"] for k, v in found["a"][name].items() if k in ROWS}
         figures = ", ".join(f"{k.removeprefix('nucleus_')} {v:.3g}" for k, v in medians.items())
         lines.append(f"- (a), {name} logits: {figures}.")
+    if other := found.get("d", {}).get("TRL's defaults"):
+        ratio = other["ratio"]["median"]
+        lines.append(f"- (d), with TRL's defaults (bf16, activation checkpointing): {ratio:.3g}.")
     places: dict[str, list[str]] = {}  # what was measured on -> parts
     for part in PARTS:
         if how := found.get(part, {}).get("measured_on"):

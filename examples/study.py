@@ -296,8 +296,9 @@ class Size:
     quick_steps: int = 200
     seeds: tuple[int, ...] = tuple(range(8))  # of the main table; each draws its own world
     quick_seeds: tuple[int, ...] = tuple(range(4))
-    validation_seeds: tuple[int, ...] = (100, 101)  # of everything that is chosen or explored
-    official_seeds: tuple[int, ...] = (100, 101, 102)
+    validation_seeds: tuple[int, ...] = (100, 101)  # of what is chosen
+    explore_seeds: tuple[int, ...] = (100,)  # of the band and the sensitivity
+    official_seeds: tuple[int, ...] = (100, 101)
     final: Final = Final()
     quick_final: Final = Final(prompts=256, temperatures=(0.6,))
     explore: Final = Final(prompts=128, samples=16, temperatures=(0.6,))
@@ -305,9 +306,8 @@ class Size:
     methods: tuple[str, ...] = tuple(METHODS)
     candidates: int = 4  # for each method's coefficient
     band: tuple[float, ...] = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0)
-    band_few: tuple[float, ...] = (0.002, 0.02, 0.2, 2.0)  # for the other vocabularies
+    band_few: tuple[float, ...] = (0.006, 0.06, 0.6)  # for the other vocabularies
     vocabularies: tuple[int, ...] = (256, 96, 1024)  # the first is the world's own
-    few_seeds: tuple[int, ...] = (100,)  # for the other vocabularies
     top_ps: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 1.0)
     taus: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9)
     betas: tuple[float, ...] = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0)
@@ -331,7 +331,6 @@ SMOKE = Size(
     band=(0.02, 0.2),
     band_few=(),
     vocabularies=(256,),
-    few_seeds=(),
     top_ps=(0.8, 1.0),
     taus=(0.0, 0.8),
     betas=(0.06, 0.2),
@@ -419,14 +418,12 @@ def band_jobs(size: Size, _: dict[str, list]) -> list[Job]:
     jobs = []
     for vocab in size.vocabularies:
         own = vocab == size.vocabularies[0]
-        betas, seeds = (
-            (size.band, size.validation_seeds) if own else (size.band_few, size.few_seeds)
-        )
+        betas = size.band if own else size.band_few
         world = {} if own else {"vocab": vocab}
-        jobs += [explore(size, "dr_grpo", 0.0, seed, **world) for seed in seeds]
+        jobs += [explore(size, "dr_grpo", 0.0, seed, **world) for seed in size.explore_seeds]
         jobs += [
             explore(size, method, beta, seed, **world)
-            for seed in seeds
+            for seed in size.explore_seeds
             for method in ("naive_bonus", "siren")
             for beta in betas
         ]
@@ -437,7 +434,7 @@ def sensitivity_jobs(size: Size, _: dict[str, list]) -> list[Job]:
     """p, tau and beta, one at a time, from the defaults of siren.Config."""
     around = [{"top_p": p} for p in size.top_ps] + [{"peak_quantile": tau} for tau in size.taus]
     jobs = []
-    for seed in size.validation_seeds:
+    for seed in size.explore_seeds:
         jobs += [explore(size, "dr_grpo", 0.0, seed)]
         jobs += [explore(size, "siren", BETA, seed, **change) for change in around]
         jobs += [explore(size, "siren", beta, seed) for beta in size.betas]

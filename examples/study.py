@@ -15,7 +15,7 @@ A job is one training run and its evaluation. It writes results/raw/<preset>/<jo
 its end; what has its file is not run again, so a killed study goes on where it stopped, and presets
 share jobs. siren.train is the only training loop. The seed draws everything: the world's gaps and
 the base model (task toy_env:seed=N) and the policy's training. Coefficients are chosen on
-validation seeds and validation prompts; tables and curves are of other seeds and test prompts.
+a validation seed and validation prompts; tables and curves are of other seeds and test prompts.
 """
 
 from __future__ import annotations
@@ -296,8 +296,7 @@ class Size:
     quick_steps: int = 200
     seeds: tuple[int, ...] = tuple(range(8))  # of the main table; each draws its own world
     quick_seeds: tuple[int, ...] = tuple(range(4))
-    validation_seeds: tuple[int, ...] = (100, 101)  # of what is chosen
-    explore_seeds: tuple[int, ...] = (100,)  # of the band and the sensitivity
+    validation_seeds: tuple[int, ...] = (100,)  # of all that is chosen or explored
     official_seeds: tuple[int, ...] = (100, 101)
     final: Final = Final()
     quick_final: Final = Final(prompts=256, temperatures=(0.6,))
@@ -367,7 +366,7 @@ def quick_jobs(size: Size, _: dict[str, list]) -> list[Job]:
 
 
 def tune_jobs(size: Size, _: dict[str, list]) -> list[Job]:
-    """Every method's candidates on the validation seeds; Dr.GRPO has none: run to compare."""
+    """Every method's candidates on the validation seed; Dr.GRPO has none: run to compare."""
     candidates = {m: CANDIDATES.get(m, (0.0,))[-size.candidates :] for m in size.methods}
     grid = [(method, beta) for method, betas in candidates.items() for beta in betas]
     return [explore(size, m, beta, seed) for seed in size.validation_seeds for m, beta in grid]
@@ -420,10 +419,10 @@ def band_jobs(size: Size, _: dict[str, list]) -> list[Job]:
         own = vocab == size.vocabularies[0]
         betas = size.band if own else size.band_few
         world = {} if own else {"vocab": vocab}
-        jobs += [explore(size, "dr_grpo", 0.0, seed, **world) for seed in size.explore_seeds]
+        jobs += [explore(size, "dr_grpo", 0.0, seed, **world) for seed in size.validation_seeds]
         jobs += [
             explore(size, method, beta, seed, **world)
-            for seed in size.explore_seeds
+            for seed in size.validation_seeds
             for method in ("naive_bonus", "siren")
             for beta in betas
         ]
@@ -434,7 +433,7 @@ def sensitivity_jobs(size: Size, _: dict[str, list]) -> list[Job]:
     """p, tau and beta, one at a time, from the defaults of siren.Config."""
     around = [{"top_p": p} for p in size.top_ps] + [{"peak_quantile": tau} for tau in size.taus]
     jobs = []
-    for seed in size.explore_seeds:
+    for seed in size.validation_seeds:
         jobs += [explore(size, "dr_grpo", 0.0, seed)]
         jobs += [explore(size, "siren", BETA, seed, **change) for change in around]
         jobs += [explore(size, "siren", beta, seed) for beta in size.betas]

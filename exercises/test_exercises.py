@@ -9,9 +9,12 @@ its name, the test that must fail, and words of the sentence that the student re
 from __future__ import annotations
 
 import ast
+import dataclasses
+import doctest
 import inspect
 import itertools
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -756,6 +759,28 @@ def test_student_file_has_every_exercise_in_order():
         assert all(argument.annotation for argument in node.args.args + node.args.kwonlyargs)
 
 
+def test_worked_examples_hold_for_siren():
+    solutions = {name: getattr(siren, name) for name in itertools.chain(*EXERCISES.values())}
+    runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder()
+    for name in solutions:
+        (examples,) = finder.find(getattr(student, name), name, globs={**solutions, "torch": torch})
+        runner.run(examples)
+    assert runner.summarize(verbose=False) == (0, runner.tries) and runner.tries >= 10
+
+
+def test_readme_has_every_exercise():
+    text = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
+    for exercise, names in EXERCISES.items():
+        number = exercise[2:]
+        (row,) = re.findall(rf"^\| {number} \| \[.*\| [0-9]+ \|$", text, re.MULTILINE)
+        assert f"`{names[0]}`" in row
+        section = text.split(f"\n## {number}. ")[1].split("\n## ")[0]
+        assert section.count("<details><summary>Hint</summary>") == 1
+    flags = {flag.strip("-") for flag in re.findall(r"(?<!\S)`?--([a-z][a-z-]+)", text)}
+    known = {field.name.replace("_", "-") for field in dataclasses.fields(siren.Config)}
+    assert flags <= known | {"impl", "help"}, f"unknown flags {flags - known}"
+
+
 # ------------------------------------------------------------------------ as a student runs them
 
 
@@ -785,20 +810,25 @@ def nucleus_mask(logits, top_p):
 
 def pass_at_k(n, c, k):
     return c[0]
+
+def maj_at_k(votes, answer, k):
+    assert len(votes) % k == 7
 """
 
 
 def test_one_file_with_all_that_can_happen(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(MINE)
-    done = run_graders("--impl", str(path), "-m", "ex3 or ex4 or ex5 or ex9")
+    done = run_graders("--impl", str(path), "-m", "ex3 or ex4 or ex5 or ex9 or ex10")
     assert done.returncode == 1
-    *_, three, four, five, nine, _ = done.stdout.strip().splitlines()
+    *_, three, four, five, nine, ten, _ = done.stdout.strip().splitlines()
     assert three.startswith("ex3") and "your nucleus leaves out the token that crosses p" in three
-    assert four.startswith("ex4") and "first:" not in four, "an import from siren is a solution"
+    assert four.startswith("ex4") and "failed" not in four, "an import from siren is a solution"
     assert five.startswith("ex5") and five.endswith("mine.py has no function peak_mask")
     assert nine.startswith("ex9") and "'int' object is not subscriptable" in nine
-    assert "return c[0]" in done.stdout, "the student's own error shows its line"
+    assert ten.startswith("ex10") and ten.endswith("first: AssertionError")
+    for line in ("return c[0]", "assert len(votes) % k == 7"):
+        assert line in done.stdout, "the student's own error shows its line"
 
 
 @pytest.mark.parametrize(

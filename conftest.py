@@ -89,11 +89,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     try:
         return (yield)
     except NotImplementedError as error:
-        if student is None:
+        if student is None or not str(error).startswith("exercise "):  # PyTorch raises it, too
             raise
         text = f"not written yet: {error}"
     except AssertionError as error:
-        if student is None or raised_in(error) == student.__file__:
+        if student is None or raised_in(error) != str(pyfuncitem.path):
             raise
         text = str(error).partition("\nassert ")[0]
     except AttributeError as error:

@@ -255,10 +255,12 @@ def test_nucleus_against_oracle(impl, top_p, rule):
     mask = impl.nucleus_mask(b.logits, top_p, **rule)
     assert mask.dtype == torch.bool and mask.shape == b.logits.shape, "the mask is bool [..., V]"
     for i in np.ndindex(*b.tokens.shape):
-        expected = sorted(oracle_nucleus(b.logits[i].numpy(), top_p, **rule))
+        expected = sorted(map(int, oracle_nucleus(b.logits[i].numpy(), top_p, **rule)))
         got = mask[i].nonzero()[:, 0].tolist()
-        idea = "top_p = 1 keeps every token, however unlikely: " if top_p == 1 else ""
-        assert got == expected, f"{idea}nucleus at {i}, top_p {top_p}: {got}, not {expected}"
+        idea = "the fewest tokens that reach top_p"
+        if top_p == 1:
+            idea = "top_p = 1 keeps every token, however unlikely"
+        assert got == expected, f"{idea}: {got}, not {expected}, at {i} for top_p {top_p}"
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.8, 0.95, 1.0])
@@ -576,7 +578,7 @@ def test_shifting_the_logits_keeps_the_entropy(impl, z, p, shift):
 @given(z=vectors, p=levels, data=st.data())
 def test_permuting_the_vocabulary_permutes_the_nucleus(impl, rule, z, p, data):
     away_from_ties(z, p)
-    assume(len(set(z)) == len(z))
+    assume(np.diff(np.sort(z)).min() > 1e-6)  # of equal tokens any may be inside
     order = data.draw(st.permutations(range(len(z))))
     one, two = (impl.nucleus_mask(x, p, **rule) for x in (t(z)[order], t(z)))
     same(one, two[order], "map the nucleus from the sorted order back to token ids")
@@ -731,7 +733,8 @@ def entropy_moved_by_a_step(impl, anchor, **knobs):
     loss, before = impl.siren_loss(z, *args, **knobs)
     loss.backward()
     _, after = impl.siren_loss((z - 0.1 * z.grad).detach(), *args, **knobs)
-    return float(after["nucleus_entropy"]) - float(before["nucleus_entropy"])
+    before, after = (torch.as_tensor(stats["nucleus_entropy"]) for stats in (before, after))
+    return (after - before).detach().item()
 
 
 @pytest.mark.ex7

@@ -1,0 +1,130 @@
+"""pytest's option --impl: the graders of the exercises, run on another module than siren.py.
+
+python -m pytest test_siren.py --impl exercises/student.py -m ex3
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Generator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+collect_ignore = ["exercises/student.py"]  # its worked examples hold only once it is solved
+STUDENT = pytest.StashKey[ModuleType]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--impl PATH."""
+    text = "a solution of exercises/student.py: run the graders of the exercises on it, only these"
+    parser.addoption("--impl", metavar="PATH", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the module of --impl; one line if it can't be."""
+    if not (path := config.getoption("--impl")):
+        return
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise pytest.UsageError(f"--impl {path}: must be a Python file, like exercises/student.py")
+    spec = importlib.util.spec_from_file_location("student", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["student"] = module  # where dataclasses look up their annotations
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file may do
+        where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        reason = f"{type(error).__name__}: {error.msg if where else error}{where}"
+        raise pytest.UsageError(f"--impl {path}: can't be imported: {reason}") from error
+    config.stash[STUDENT] = module
+    if config.option.tbstyle == "auto":
+        config.option.tbstyle = "short"  # the student's own errors, in few lines
+    if config.option.reportchars == "fE":  # pytest's default
+        config.option.reportchars = ""  # the summary by exercises says it shorter
+
+
+@pytest.fixture(scope="session")
+def impl(request: pytest.FixtureRequest) -> ModuleType:
+    """The module under test: siren.py, or that of --impl."""
+    if STUDENT in request.config.stash:
+        return request.config.stash[STUDENT]
+    import siren
+
+    return siren
+
+
+def exercise_of(item: pytest.Item) -> int:
+    """The number of the exercise that a test grades; 0 for none."""
+    names = [re.fullmatch(r"ex(\d+)", mark.name) for mark in item.iter_markers()]
+    return max((int(name[1]) for name in names if name), default=0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --impl only the graders, by exercise, those on small numbers first."""
+    if STUDENT not in config.stash:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if not exercise_of(item)])
+    items[:] = sorted(
+        (item for item in items if exercise_of(item)),
+        key=lambda item: (exercise_of(item), not item.name.startswith("test_ex")),
+    )
+
+
+def raised_in(error: BaseException) -> str:
+    """The file whose code raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_filename
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """With --impl a failure is the sentence that names the missing idea, without a traceback."""
+    student, text = pyfuncitem.config.stash.get(STUDENT, None), ""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        if student is None:
+            raise
+        text = f"not written yet: {error}"
+    except AssertionError as error:
+        if student is None or raised_in(error) == student.__file__:
+            raise
+        text = str(error).partition("\nassert ")[0]
+    except AttributeError as error:
+        if student is None or error.obj is not student:
+            raise
+        text = f"{Path(student.__file__).name} has no function {error.name}"
+    pytest.fail(text, pytrace=False)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """With --impl, a line an exercise: how many of its tests pass, and the first failure."""
+    if STUDENT not in config.stash:
+        return
+    titles = dict(line.split(": ", 1) for line in config.getini("markers") if line[:2] == "ex")
+    passed, failures = Counter(), {}
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            exercise = next(name for name in titles if name in report.keywords)
+            passed[exercise] += outcome == "passed"
+            if outcome != "passed":
+                crash = getattr(report.longrepr, "reprcrash", None)
+                text = crash.message if crash else str(report.longrepr)
+                line = text.strip().splitlines()[0].removeprefix("Failed: ")
+                failures.setdefault(exercise, []).append(line)
+    terminalreporter.section("exercises")
+    for exercise, title in titles.items():
+        failed = failures.get(exercise, [])
+        if passed[exercise] or failed:
+            line = f"{exercise:<5}{title:<28}{passed[exercise]} passed"
+            if failed:
+                line += f", {len(failed)} failed, first: {failed[0]}"
+            terminalreporter.write_line(line)

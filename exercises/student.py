@@ -1,0 +1,271 @@
+r"""SIREN, piece by piece: write the bodies. README.md beside this file has goals, hints and times.
+
+    python -m pytest test_siren.py --impl exercises/student.py -m ex1 -x
+
+Letters: B responses, T response positions, V vocabulary. A batch holds responses of different
+length, padded on the right; `mask` [B, T] (bool) is True on a response's own tokens, and a row
+may be all False. Entropies are in nats (natural logarithm). Results have the dtype of the inputs;
+the tests use float64. No function may write to its inputs.
+
+To skip an exercise, replace its function by an import: `from siren import nucleus_mask`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from siren import Rollout  # what exercise 11 returns
+
+Tensor = torch.Tensor
+
+
+def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """Exercise 1. Advantages A_i = r_i - mean of its group's r (Dr.GRPO): better than usual?
+
+    For one prompt, `group_size` responses are sampled, and each gets a reward r_i. A response with
+    A_i > 0 beat the average of its group, and training will make it more likely; A_i < 0 less. The
+    mean is over the whole group, the response itself included, and nothing is divided by a standard
+    deviation.
+
+    rewards [B]: rows 0 .. group_size - 1 belong to the first prompt, the next group_size rows to
+    the second, and so on. Returns the advantages, [B].
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)
+    tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
+    """
+    raise NotImplementedError("exercise 1, group_advantages")
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    adv: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Exercise 2. The clipped policy loss of PPO, averaged in Dr.GRPO's way.
+
+    logp [B, T]: log-probabilities of the sampled tokens under the model in training, with gradient;
+    old_logp [B, T]: under the model that sampled them; adv [B]: A_i. The ratio of both,
+
+        r_t = exp(logp_t - old_logp_t),
+
+    says how far the model has moved since it sampled. Each token is worth
+
+        gain_t = min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i),
+
+    so a move in the direction that A_i asks for pays only up to the clip (then its gradient is 0),
+    while a move the wrong way always costs. A loss is minimised, hence the sign:
+
+        loss = -(1 / R) sum_i (1 / max_tokens) sum_t gain_t
+
+    over the tokens in the mask. R is the number of responses that have a token. max_tokens, the
+    response budget, is the same for all responses (None: T), so a token weighs the same in a
+    short response as in a long one. The loss is 0 if there is no token at all. Padding may hold any
+    number, NaN too, and must reach neither the loss nor its gradient.
+
+    Returns (loss, stats). stats["clip_fraction"] is the share of the tokens in the mask for which
+    the clipped term is the smaller one.
+
+    >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
+    >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1).bool())[0]
+    tensor(-1.2000)
+    """
+    raise NotImplementedError("exercise 2, policy_loss")
+
+
+def nucleus_mask(logits: Tensor, top_p: float) -> Tensor:
+    """Exercise 3. The policy nucleus V_p: the fewest tokens whose probabilities sum to >= top_p.
+
+    pi = softmax(logits). Take the likeliest token, then the next, ... and stop as soon as the sum
+    of their probabilities reaches top_p. The token that crosses top_p is inside, so the set is
+    never empty; of equally likely tokens only as many as needed. top_p = 1 keeps every token,
+    however unlikely (sums are rounded, so this needs care).
+
+    logits [..., V], any number of leading dimensions -> bool [..., V], True inside, in the order of
+    the token ids.
+
+    >>> nucleus_mask(torch.tensor([0.15, 0.5, 0.1, 0.25]).log(), 0.8)  # .5 + .25 + .15 = .9
+    tensor([ True,  True, False,  True])
+    """
+    raise NotImplementedError("exercise 3, nucleus_mask")
+
+
+def nucleus_entropy(logits: Tensor, top_p: float) -> Tensor:
+    """Exercise 4. H': how open the choice among the real options is.
+
+        H' = -sum over V_p of q log q,    q = pi / pi(V_p)
+
+    where V_p is the nucleus, pi(V_p) the sum of its probabilities, and so q is pi renormalised on
+    the nucleus: it sums to 1 there. A nucleus of one token has H' = 0, exactly.
+
+    logits [..., V] -> nats [...]. Differentiable: the gradient is that of the formula with the set
+    V_p held fixed, so a logit outside the nucleus gets exactly 0, and no logit gets NaN.
+
+    >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)  # q = 2/3, 1/3
+    tensor(0.6365)
+    """
+    raise NotImplementedError("exercise 4, nucleus_entropy")
+
+
+def peak_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
+    """Exercise 5. The peak-entropy mask: the positions where a response really forks.
+
+    With q_i the `quantile` (0.8: four fifths lie below) of H' over response i's own tokens,
+    linearly interpolated as torch.quantile does, a position is a peak where all three hold:
+
+        H' >= q_i,    H' > 0,    mask
+
+    entropy [B, T] (H', nats; on padding any number but NaN), mask [B, T] bool -> bool [B, T]. An
+    empty response has no peak.
+
+    >>> peak_mask(torch.tensor([[0.1, 0.9, 0.5, 0.0]]), torch.ones(1, 4).bool(), 0.8)  # q = 0.66
+    tensor([[False,  True, False, False]])
+    """
+    raise NotImplementedError("exercise 5, peak_mask")
+
+
+def aggregate_entropy(entropy: Tensor, peak: Tensor, mask: Tensor) -> Tensor:
+    """Exercise 6. H_agg: one number that says how much entropy the batch has at its forks.
+
+    H_i is the mean of H' over response i's peaks, and H_agg the mean of H_i over the responses. A
+    response that has tokens but no peak counts, with H_i = 0; one without a token is left out; with
+    no response at all H_agg is 0.
+
+    entropy [B, T], peak [B, T] bool, mask [B, T] bool -> scalar, differentiable. A peak outside the
+    mask is no peak.
+
+    >>> h, mask = torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([[1, 1], [1, 0]]).bool()
+    >>> aggregate_entropy(h, h >= 2, mask)  # (3 + 2) / 2
+    tensor(2.5000)
+    """
+    raise NotImplementedError("exercise 6, aggregate_entropy")
+
+
+def siren_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logp: Tensor,
+    adv: Tensor,
+    mask: Tensor,
+    anchor: float,
+    *,
+    beta: float,
+    top_p: float = 0.8,
+    peak_quantile: float = 0.8,
+    max_tokens: int | None = None,
+    whole: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Exercise 7. SIREN: the policy loss plus beta * (H_agg - anchor)^2.
+
+    The anchor H* is the H_agg that the model began with. The penalty pulls H_agg back to it from
+    both sides: too little entropy costs, and so does too much. H_agg is made of exercises 3 to 6;
+    its gradient goes through H' at the peaks, not through the choice of nucleus and peaks.
+
+    logits [B, T, V], where logits[:, t] predicts tokens[:, t]; so the logp of exercise 2 is the
+    log-softmax of logits[:, t] at tokens[:, t]. tokens (ids), old_logp, mask [B, T], adv [B].
+    Returns (loss, stats); stats has "policy_loss", "regularizer_loss" (the penalty) and
+    "nucleus_entropy" (H_agg). With no token in the batch policy_loss and H_agg are 0.
+
+    whole: ignore it here; exercise 8 comes back to it.
+
+    >>> logits, tokens = torch.zeros(1, 2, 4), torch.tensor([[0, 1]])
+    >>> old_logp, mask = torch.full((1, 2), 0.25).log(), torch.ones(1, 2).bool()
+    >>> siren_loss(logits, tokens, old_logp, torch.zeros(1), mask, 0.0, beta=1.0)[0]  # (ln 4)^2
+    tensor(1.9218)
+    """
+    raise NotImplementedError("exercise 7, siren_loss")
+
+
+def minibatch_totals(
+    nucleus_entropy: Tensor, mask: Tensor, peak_quantile: float
+) -> dict[str, Tensor]:
+    """Exercise 8. Micro-batches that are exact: first, what each must know of the mini-batch.
+
+    A mini-batch [B, T] that does not fit into memory is split by rows into micro-batches; each has
+    its own backward pass, and the gradients add up in .grad. This function returns, of the whole
+    mini-batch and without gradient:
+
+        "responses": how many rows have a token    "tokens": how many tokens there are
+        "h_agg": H_agg of all rows, their peaks by exercise 5
+
+    Second, give siren_loss its `whole`: this dictionary, the same for each micro-batch. What
+    siren_loss returns is then a micro-batch's share: the losses, and each number in stats, summed
+    over the micro-batches, must be those of the mini-batch in one piece, and so must the gradients.
+    A micro-batch may have no token at all; its share is then 0.
+
+    Beware: (H_agg - H*)^2 is not a mean over micro-batches. But H_agg is one, weighted by their
+    numbers of responses, and the gradient of the square is 2 (H_agg - H*) times that of H_agg.
+
+    >>> minibatch_totals(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2).bool(), 0.8)["h_agg"]
+    tensor(2.)
+    """
+    raise NotImplementedError("exercise 8, minibatch_totals")
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Exercise 9. pass@k: the chance that at least one of k samples is right.
+
+    Estimated from n >= k samples of which c are right: draw k of these n without replacement; the
+    chance that a right one is among them. This estimate is unbiased; 1 - (1 - c/n)^k is not. It
+    must hold for large n too, such as n = 10000 and k = 100.
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    raise NotImplementedError("exercise 9, pass_at_k")
+
+
+def maj_at_k(votes: list[str | None], answer: str, k: int) -> float:
+    """Exercise 10. maj@k: how often the majority of k samples gives the right answer.
+
+    votes: the answers of all samples, in order; None is a response without an answer. They are cut
+    into consecutive blocks of k; what is left beyond the last whole block is not used. In a block,
+    the most frequent vote wins, also with less than half of the votes; of several equally frequent
+    ones, the one that was given first. None is no vote; in a block of None alone nobody wins.
+    Returns the share of the blocks that `answer` wins.
+
+    >>> maj_at_k([None, None, "7", "8", "8", "7"], "7", 3)  # won, lost
+    0.5
+    """
+    raise NotImplementedError("exercise 10, maj_at_k")
+
+
+def sample(
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    *,
+    max_tokens: int,
+    eos_ids: list[int],
+    pad_id: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Exercise 11. Sample `samples` responses to each prompt, in one batch, with a KV cache.
+
+    prompts: lists of token ids, of different lengths. Pad them on the left with pad_id, so that
+    all of them end in the last column. Row i * samples + j of the batch is sample j of prompt i.
+    Each token is drawn from softmax(logits / temperature) with torch.multinomial and the generator.
+    A response ends with the first token of eos_ids, which belongs to it, or after max_tokens.
+
+    The model (of transformers) is called by keywords:
+
+        out = model(input_ids=ids,               # [rows, L], the new tokens only
+                    attention_mask=seen,         # [rows, all columns so far]: 1 token, 0 padding
+                    position_ids=positions,      # [rows, L]: a row's first real token has 0
+                    past_key_values=cache,       # None at first, then the last out.past_key_values
+                    use_cache=True)
+
+    and out.logits [rows, L, V]. The first call takes the padded prompts, every later one a column:
+    keys and values of what came before are in the cache.
+
+    Returns Rollout(prompt [B, P], prompt_mask [B, P], tokens [B, T], mask [B, T], logp [B, T]),
+    with B = len(prompts) * samples and T at most max_tokens. tokens are pad_id after the end; masks
+    are bool, True where there is a token, EOS included (not where an id differs from pad_id: pad
+    may be EOS); logp: of the drawn tokens, at the same temperature, 0 on padding. No gradient.
+    """
+    raise NotImplementedError("exercise 11, sample")

@@ -481,9 +481,8 @@ class _TokenStats(torch.autograd.Function):
                 inside[ties[0], ties[1]] = False
                 pi *= inside
                 mass, size[rows] = pi.sum(-1), inside.sum(-1)  # mass = pi(V_p)
-                h = (
-                    mass.log() - torch.linalg.vecdot(pi, log_pi) / mass
-                )  # -sum q (log pi - log mass)
+                # -sum of q log q, where log q = log pi - log mass
+                h = mass.log() - torch.linalg.vecdot(pi, log_pi) / mass
                 choice = size[rows] > 1  # with a single option H' is 0: not nearly, exactly
                 nucleus[rows] = torch.where(choice, h, 0.0)
                 # for the backward pass: q = scale * pi, and log q + H' = log pi + shift
@@ -788,15 +787,8 @@ def evaluate(
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 MAX_SKIPPED = 5  # non-finite gradients in a row before the run stops
-MAY_CHANGE = {
-    "steps",
-    "out",
-    "save_every",
-    "threads",
-    "device",
-    "micro_batch_size",
-    "chunk",
-}  # by --resume
+# by --resume; every other field must be as it was
+MAY_CHANGE = {"steps", "out", "save_every", "threads", "device", "micro_batch_size", "chunk"}
 
 
 class DivergedError(RuntimeError):
@@ -972,9 +964,8 @@ def train(
     if cfg.model or cfg.data:
         options = cfg.pick("model data eval_data max_prompt answer_form verifier dtype lora_rank")
         options |= {"checkpointing": cfg.recompute, "lr": cfg.lr, "seed": cfg.seed}
-        task = load_task(
-            "examples.text_env", **options, **({"prompt": cfg.prompt} if cfg.prompt else {})
-        )
+        options |= {"prompt": cfg.prompt} if cfg.prompt else {}
+        task = load_task("examples.text_env", **options)
     else:
         task = load_task(cfg.task)
     with blame(f"--model {cfg.model}" if cfg.model else f"--task {cfg.task}"):
@@ -1146,9 +1137,7 @@ def report(records: list[dict[str, Any]], folder: Path) -> str:
         axes.legend()
     figure.savefig(folder / "curves.png", dpi=120)
     lines = [f"{key:<18}{before:>8.3f}{after:>8.3f}" for key, before, after in rows]
-    head = (
-        f"{'':18}{'before':>8}{'after':>8}   (training: the first batch, the mean of the last 10)"
-    )
+    head = f"{'':18}{'before':>8}{'after':>8}   (training: first batch, mean of the last 10)"
     return "\n".join([head, *lines, f"curves: {folder / 'curves.png'}"])
 
 

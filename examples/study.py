@@ -297,7 +297,7 @@ class Size:
     seeds: tuple[int, ...] = tuple(range(8))  # of the main table; each draws its own world
     quick_seeds: tuple[int, ...] = tuple(range(4))
     validation_seeds: tuple[int, ...] = (100,)  # of all that is chosen or explored
-    official_seeds: tuple[int, ...] = (100, 101)
+    official_seeds: tuple[int, ...] = (100,)
     final: Final = Final()
     quick_final: Final = Final(prompts=256, temperatures=(0.6,))
     explore: Final = Final(prompts=128, samples=16, temperatures=(0.6,))
@@ -305,7 +305,7 @@ class Size:
     methods: tuple[str, ...] = tuple(METHODS)
     candidates: int = 4  # for each method's coefficient
     band: tuple[float, ...] = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0)
-    band_few: tuple[float, ...] = (0.006, 0.06, 0.6)  # for the other vocabularies
+    band_few: tuple[float, ...] = (0.02, 0.2)  # for the other vocabularies
     vocabularies: tuple[int, ...] = (256, 96, 1024)  # the first is the world's own
     top_ps: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 1.0)
     taus: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9)

@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import study_figures
 import torch
+from study_figures import DEFAULT_VOCAB
 
 import siren
 import toy_env
@@ -305,8 +306,8 @@ class Size:
     methods: tuple[str, ...] = tuple(METHODS)
     candidates: int = 4  # for each method's coefficient
     band: tuple[float, ...] = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0)
-    band_few: tuple[float, ...] = (0.02, 0.2)  # for the other vocabularies
-    vocabularies: tuple[int, ...] = (256, 96, 1024)  # the first is the world's own
+    band_few: tuple[float, ...] = (0.02, 0.2)  # for each of the vocabularies
+    vocabularies: tuple[int, ...] = (96, DEFAULT_VOCAB, 1024)
     top_ps: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 1.0)
     taus: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9)
     betas: tuple[float, ...] = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0)
@@ -328,8 +329,8 @@ SMOKE = Size(
     methods=("dr_grpo", "naive_bonus", "siren"),
     candidates=2,
     band=(0.02, 0.2),
-    band_few=(),
-    vocabularies=(256,),
+    band_few=(0.02, 0.2),
+    vocabularies=(DEFAULT_VOCAB,),
     top_ps=(0.8, 1.0),
     taus=(0.0, 0.8),
     betas=(0.06, 0.2),
@@ -412,21 +413,21 @@ def choose(runs: list[Any]) -> dict[str, tuple[str, float]]:
     return chosen
 
 
+def over_beta(size: Size, betas: tuple[float, ...], **world: Any) -> list[Job]:
+    """Dr.GRPO, and the naive bonus and SIREN with these coefficients."""
+    grid = [("dr_grpo", 0.0), *((m, beta) for m in ("naive_bonus", "siren") for beta in betas)]
+    return [explore(size, m, b, seed, **world) for seed in size.validation_seeds for m, b in grid]
+
+
 def band_jobs(size: Size, _: dict[str, list]) -> list[Job]:
-    """The coefficient of the naive bonus and of SIREN over decades, for vocabularies of 3 sizes."""
-    jobs = []
-    for vocab in size.vocabularies:
-        own = vocab == size.vocabularies[0]
-        betas = size.band if own else size.band_few
-        world = {} if own else {"vocab": vocab}
-        jobs += [explore(size, "dr_grpo", 0.0, seed, **world) for seed in size.validation_seeds]
-        jobs += [
-            explore(size, method, beta, seed, **world)
-            for seed in size.validation_seeds
-            for method in ("naive_bonus", "siren")
-            for beta in betas
-        ]
-    return jobs
+    """The coefficient of the naive bonus and of SIREN over decades."""
+    return over_beta(size, size.band)
+
+
+def vocabulary_jobs(size: Size, _: dict[str, list]) -> list[Job]:
+    """The same, with fewer coefficients, for vocabularies of 3 sizes."""
+    worlds = [{"vocab": vocab} if vocab != DEFAULT_VOCAB else {} for vocab in size.vocabularies]
+    return [job for world in worlds for job in over_beta(size, size.band_few, **world)]
 
 
 def sensitivity_jobs(size: Size, _: dict[str, list]) -> list[Job]:
@@ -456,7 +457,7 @@ Stage = Callable[[Size, dict[str, list]], list[Job]]
 PRESETS: dict[str, dict[str, Stage]] = {
     "quick": {"quick": quick_jobs},
     "main": {"tune": tune_jobs, "table": table_jobs},
-    "sweep_band": {"band": band_jobs},
+    "sweep_band": {"band": band_jobs, "vocabularies": vocabulary_jobs},
     "sensitivity": {"sensitivity": sensitivity_jobs},
     "official": {"official": official_jobs},
 }

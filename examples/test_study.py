@@ -222,9 +222,7 @@ def test_presets_share_jobs():
         stage = next(stages[group] for stages in study.PRESETS.values() if group in stages)
         jobs = stage(study.FULL, {})
         keys = {job.key for job in jobs}
-        assert (
-            len(keys) == len(jobs) or group == "sensitivity"
-        )  # p = tau = 0.8 is there three times
+        assert len(keys) == len(jobs) or group == "sensitivity"  # which repeats p = tau = 0.8
         sizes.append(len(keys))
         new.append(len(keys - seen))
         seen |= keys

@@ -440,7 +440,8 @@ def test_plan_runs_nothing_and_counts_every_job_once(tmp_path, capsys):
     assert study.main(["--plan", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "main/table: 72 jobs, of which 72 to run" in text and not out.exists()
-    assert "sweep_band/band: 48 jobs, of which 30 to run" in text
+    assert "sweep_band/band: 15 jobs, of which 6 to run" in text
+    assert "sweep_band/vocabularies: 15 jobs, of which 10 to run" in text
 
 
 def test_figures_only_says_what_is_missing(tmp_path, capsys):

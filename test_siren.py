@@ -2115,5 +2115,5 @@ def test_readme_names_functions_that_exist_and_lines_that_hold_them(impl):
     flags = {flag.strip("-") for flag in re.findall(r"--[a-z][a-z-]+", text)}
     known = {f.name.replace("_", "-") for f in dataclasses.fields(impl.Config)}
     known |= {f"no-{name}" for name in known} | {"resume", "overwrite", "help"}
-    toy = {"rebuild-base", "check-base", "preset", "no-deps", "impl"}
+    toy = {"rebuild-base", "check-base", "preset", "no-deps", "impl", "rounds"}
     assert flags <= known | toy, f"unknown flags {flags - known - toy}"

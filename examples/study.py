@@ -15,7 +15,7 @@ A job is one training run and its evaluation. It writes results/raw/<preset>/<jo
 its end; what has its file is not run again, so a killed study goes on where it stopped, and presets
 share jobs. siren.train is the only training loop. The seed draws everything: the world's gaps and
 the base model (task toy_env:seed=N) and the policy's training. Coefficients are chosen on
-a validation seed and validation prompts; tables and curves are of other seeds and test prompts.
+validation seeds and validation prompts; tables and curves are of other seeds and test prompts.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ METHODS: dict[str, dict[str, Any]] = {  # what each changes in siren.Config
     "wo_anchor": {"regularizer": "bonus"},
     "anchor_only": {"top_p": 1.0, "peak_quantile": 0.0},
 }
-# As many for each method, log-spaced. The naive bonus pushes on all tokens instead of the peaks
-# and with nothing to stop it, so its useful coefficients are smaller.
+# As many for each method, log-spaced, around its best on validation prompts. A bonus has nothing to
+# stop it, so its useful coefficients are smaller; without the peak mask a coefficient is spread
+# over all positions, so they are larger.
 CANDIDATES: dict[str, tuple[float, ...]] = {
-    "naive_bonus": (0.006, 0.02, 0.06, 0.2),
-    **dict.fromkeys(
-        ("siren", "wo_top_p", "wo_peak", "wo_anchor", "anchor_only"), (0.02, 0.06, 0.2, 0.6)
-    ),
+    **dict.fromkeys(("naive_bonus", "wo_anchor"), (0.002, 0.006, 0.02, 0.06)),
+    **dict.fromkeys(("siren", "wo_top_p"), (0.02, 0.06, 0.2, 0.6)),
+    **dict.fromkeys(("wo_peak", "anchor_only"), (0.06, 0.2, 0.6, 2.0)),
 }
 VARIANTS: dict[str, dict[str, Any]] = {  # of siren.Config: the official code's departures
     "exclusive": {"inclusive": False},
@@ -297,8 +297,8 @@ class Size:
     quick_steps: int = 200
     seeds: tuple[int, ...] = tuple(range(8))  # of the main table; each draws its own world
     quick_seeds: tuple[int, ...] = tuple(range(4))
-    validation_seeds: tuple[int, ...] = (100,)  # of all that is chosen or explored
-    official_seeds: tuple[int, ...] = (100,)
+    validation_seeds: tuple[int, ...] = (100, 101, 102)  # of all that is chosen or explored
+    vocabulary_seeds: tuple[int, ...] = (100,)  # each needs base models of its own
     final: Final = Final()
     quick_final: Final = Final(prompts=256, temperatures=(0.6,))
     explore: Final = Final(prompts=128, samples=16, temperatures=(0.6,))
@@ -321,7 +321,7 @@ SMOKE = Size(
     seeds=(0, 1),
     quick_seeds=(0,),
     validation_seeds=(100,),
-    official_seeds=(100,),
+    vocabulary_seeds=(100,),
     final=dataclasses.replace(TINY, temperatures=(0.6, 1.0)),
     quick_final=TINY,
     explore=TINY,
@@ -367,7 +367,7 @@ def quick_jobs(size: Size, _: dict[str, list]) -> list[Job]:
 
 
 def tune_jobs(size: Size, _: dict[str, list]) -> list[Job]:
-    """Every method's candidates on the validation seed; Dr.GRPO has none: run to compare."""
+    """Every method's candidates on the validation seeds; Dr.GRPO has none: run to compare."""
     candidates = {m: CANDIDATES.get(m, (0.0,))[-size.candidates :] for m in size.methods}
     grid = [(method, beta) for method, betas in candidates.items() for beta in betas]
     return [explore(size, m, beta, seed) for seed in size.validation_seeds for m, beta in grid]
@@ -413,21 +413,24 @@ def choose(runs: list[Any]) -> dict[str, tuple[str, float]]:
     return chosen
 
 
-def over_beta(size: Size, betas: tuple[float, ...], **world: Any) -> list[Job]:
+def over_beta(
+    size: Size, seeds: tuple[int, ...], betas: tuple[float, ...], **world: Any
+) -> list[Job]:
     """Dr.GRPO, and the naive bonus and SIREN with these coefficients."""
     grid = [("dr_grpo", 0.0), *((m, beta) for m in ("naive_bonus", "siren") for beta in betas)]
-    return [explore(size, m, b, seed, **world) for seed in size.validation_seeds for m, b in grid]
+    return [explore(size, m, beta, seed, **world) for seed in seeds for m, beta in grid]
 
 
 def band_jobs(size: Size, _: dict[str, list]) -> list[Job]:
     """The coefficient of the naive bonus and of SIREN over decades."""
-    return over_beta(size, size.band)
+    return over_beta(size, size.validation_seeds, size.band)
 
 
 def vocabulary_jobs(size: Size, _: dict[str, list]) -> list[Job]:
     """The same, with fewer coefficients, for vocabularies of 3 sizes."""
     worlds = [{"vocab": vocab} if vocab != DEFAULT_VOCAB else {} for vocab in size.vocabularies]
-    return [job for world in worlds for job in over_beta(size, size.band_few, **world)]
+    grid = (size, size.vocabulary_seeds, size.band_few)
+    return [job for world in worlds for job in over_beta(*grid, **world)]
 
 
 def sensitivity_jobs(size: Size, _: dict[str, list]) -> list[Job]:
@@ -447,7 +450,7 @@ def official_jobs(size: Size, _: dict[str, list]) -> list[Job]:
     variants = {"definition": {}, **VARIANTS}
     return [
         explore(size, "siren", BETA, seed, label=label, **knobs)
-        for seed in size.official_seeds
+        for seed in size.validation_seeds
         for label, knobs in variants.items()
     ]
 

@@ -226,7 +226,7 @@ def test_presets_share_jobs():
         sizes.append(len(keys))
         new.append(len(keys - seen))
         seen |= keys
-    assert new == [25, 6, 10, 5, 4]
+    assert new == [75, 18, 10, 15, 12]
     assert all(more >= fewer for more, fewer in zip(sizes, new))
 
 
@@ -440,7 +440,7 @@ def test_plan_runs_nothing_and_counts_every_job_once(tmp_path, capsys):
     assert study.main(["--plan", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "main/table: 72 jobs, of which 72 to run" in text and not out.exists()
-    assert "sweep_band/band: 15 jobs, of which 6 to run" in text
+    assert "sweep_band/band: 45 jobs, of which 18 to run" in text
     assert "sweep_band/vocabularies: 15 jobs, of which 10 to run" in text
 
 

@@ -48,6 +48,7 @@ CASES = {
     "four-micro-batches-float32": {"micro": 4, "dtype": torch.float32},
     "bonus": {"micro": 8, "regularizer": "bonus", "siren_beta": 0.5},
     "given-anchor": {"micro": 8, "anchor": 0.7},
+    "no-peak-mask": {"micro": 4, "peak_quantile": 0.0},
     "lora": {"micro": 4, "checkpointing": True, "lora": True},
     "processes": {"micro": 4, "temperature": 1.2},
     "processes-checkpointed": {"micro": 4, "checkpointing": True},
@@ -165,7 +166,7 @@ def oracle_entropy(z, top_p=0.8):
     return -(q * q.log()).sum()
 
 
-def oracle_responses(model, batches, temperature):
+def oracle_responses(model, batches, temperature, quantile):
     """For every response: log-probabilities [t], H_i, peaks, tokens, advantage."""
     for batch in batches:
         for i, advantage in enumerate(batch["advantages"].tolist()):
@@ -178,8 +179,10 @@ def oracle_responses(model, batches, temperature):
             logp = logits.log_softmax(-1)[range(len(answer)), answer]
             h = torch.stack([oracle_entropy(z) for z in logits])
             values = h.detach().numpy()
-            threshold = np.quantile(values, 0.8)
+            threshold = np.quantile(values, quantile)
             peak = np.flatnonzero((values >= threshold - 1e-12) & (values > 0))
+            if quantile == 0:  # no mask
+                peak = np.arange(len(values))
             h_i = h[peak].mean() if len(peak) else h.sum() * 0
             yield logp, h_i, len(peak), len(answer), advantage
 
@@ -195,6 +198,7 @@ def oracle_policy_loss(now, old):
 
 def oracle(runs, accumulation, *, lora=False, untied=False, temperature=1.0, **penalty):
     """The whole run again: the weights after it and the values of each step."""
+    measure = temperature, penalty.pop("peak_quantile", 0.8)
     options = {"regularizer": "anchor", "anchor": None, "siren_beta": BETA} | penalty
     regularizer, anchor, beta = options.values()
     model = base_model(untied)
@@ -212,12 +216,12 @@ def oracle(runs, accumulation, *, lora=False, untied=False, temperature=1.0, **p
         if step % 2 == 0:  # a new rollout
             with torch.no_grad():
                 both = [
-                    list(oracle_responses(model, windows[step + i], temperature)) for i in range(2)
+                    list(oracle_responses(model, windows[step + i], *measure)) for i in range(2)
                 ]
             old = [[response[0] for response in half] for half in both]
             if anchor is None:
                 anchor = float(torch.stack([r[1] for half in both for r in half]).mean())
-        now = list(oracle_responses(model, window, temperature))
+        now = list(oracle_responses(model, window, *measure))
         policy = oracle_policy_loss(now, old[step % 2])
         h_agg = sum(response[1] for response in now) / len(now)
         penalty = {"anchor": (h_agg - anchor) ** 2, "bonus": -h_agg, "none": 0 * h_agg}
@@ -241,6 +245,7 @@ def largest_difference(a, b):
 
 def check_against_oracle(runs, case):
     names = ("lora", "untied", "temperature", "regularizer", "anchor", "siren_beta")
+    names += ("peak_quantile",)
     known = {key: case[key] for key in names if key in case}
     accumulation = ROWS // case["micro"] // len(runs)
     weights, log = oracle(runs, accumulation, **known)

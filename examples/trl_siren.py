@@ -51,7 +51,7 @@ class SirenGRPOConfig(GRPOConfig):
     scale_rewards: str = knob("none", "none: the advantage is reward - group mean, as in Dr.GRPO")
     siren_beta: float = knob(0.005, "weight of SIREN's regulariser")
     siren_top_p: float = knob(0.8, "p of the policy nucleus, in (0, 1]")
-    peak_quantile: float = knob(0.8, "tau of the peak-entropy mask, in [0, 1]")
+    peak_quantile: float = knob(0.8, "tau of the peak-entropy mask, in [0, 1]; 0 = no peak mask")
     regularizer: str = knob("anchor", "see siren.py", choices=["anchor", "bonus", "none"])
     anchor: float | None = knob(None, "H* in nats; default: that of the first global rollout")
     entropy_chunk: int = knob(256, "tokens per slice of the [N, V] logits; 0 = all at once")
@@ -169,7 +169,9 @@ class SirenGRPOTrainer(GRPOTrainer):
     def _peaks(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """H', peaks and response mask [B, T] of the micro-batch that the last forward pass saw."""
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)  # not what a tool wrote
-        return self._h, siren.peak_mask(self._h, mask, self.args.peak_quantile), mask
+        tau = self.args.peak_quantile
+        peak = siren.peak_mask(self._h, mask, tau) if tau else mask.bool()  # 0 = no peak mask
+        return self._h, peak, mask
 
     @torch.no_grad()
     def _totals(self, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:

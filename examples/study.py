@@ -306,7 +306,7 @@ class Size:
     methods: tuple[str, ...] = tuple(METHODS)
     candidates: int = 4  # for each method's coefficient
     band: tuple[float, ...] = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0)
-    band_few: tuple[float, ...] = (0.02, 0.2)  # for each of the vocabularies
+    band_few: tuple[float, ...] = (0.006, 0.02, 0.06, 0.2, 0.6)  # for each of the vocabularies
     vocabularies: tuple[int, ...] = (96, DEFAULT_VOCAB, 1024)
     top_ps: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 1.0)
     taus: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9)
@@ -413,24 +413,23 @@ def choose(runs: list[Any]) -> dict[str, tuple[str, float]]:
     return chosen
 
 
-def over_beta(
-    size: Size, seeds: tuple[int, ...], betas: tuple[float, ...], **world: Any
-) -> list[Job]:
-    """Dr.GRPO, and the naive bonus and SIREN with these coefficients."""
-    grid = [("dr_grpo", 0.0), *((m, beta) for m in ("naive_bonus", "siren") for beta in betas)]
-    return [explore(size, m, beta, seed, **world) for seed in seeds for m, beta in grid]
+def over_beta(methods: tuple[str, ...], betas: tuple[float, ...]) -> list[tuple[str, float]]:
+    """Dr.GRPO, and these methods with these coefficients."""
+    return [("dr_grpo", 0.0), *((method, beta) for method in methods for beta in betas)]
 
 
 def band_jobs(size: Size, _: dict[str, list]) -> list[Job]:
     """The coefficient of the naive bonus and of SIREN over decades."""
-    return over_beta(size, size.validation_seeds, size.band)
+    grid = over_beta(("naive_bonus", "siren"), size.band)
+    return [explore(size, m, beta, seed) for seed in size.validation_seeds for m, beta in grid]
 
 
 def vocabulary_jobs(size: Size, _: dict[str, list]) -> list[Job]:
-    """The same, with fewer coefficients, for vocabularies of 3 sizes."""
+    """Fewer coefficients for vocabularies of 3 sizes, and SIREN without its top-p mask as well."""
+    grid = over_beta(("naive_bonus", "siren", "wo_top_p"), size.band_few)
     worlds = [{"vocab": vocab} if vocab != DEFAULT_VOCAB else {} for vocab in size.vocabularies]
-    grid = (size, size.vocabulary_seeds, size.band_few)
-    return [job for world in worlds for job in over_beta(*grid, **world)]
+    seeds = size.vocabulary_seeds
+    return [explore(size, *row, seed, **w) for w in worlds for seed in seeds for row in grid]
 
 
 def sensitivity_jobs(size: Size, _: dict[str, list]) -> list[Job]:

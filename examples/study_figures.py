@@ -160,6 +160,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "naive_bonus": {"color": "#b35900", "linestyle": ":", "marker": "^"},
     "naive_exploding": {"color": "#b35900", "linestyle": ":", "marker": "^"},
     "naive_best": {"color": "#cc79a7", "linestyle": "-.", "marker": "v"},
+    "wo_top_p": {"color": "#009e73", "linestyle": "--", "marker": "P"},
     "wo_anchor": {"color": "#777777", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "D"},
 }
 NAMES = {
@@ -362,11 +363,12 @@ def band_figure(runs: list[Run], path: Path) -> None:
 
 
 def band_panel(axes: Axes, runs: list[Run], measure: Measure) -> None:
-    """One measure over the coefficient of both methods."""
+    """One measure over the coefficient of each method that is there."""
     title, value, levels = measure
-    for method in ("naive_bonus", "siren"):
+    for method in ("naive_bonus", "siren", "wo_top_p"):
         own = [run for run in runs if run.method == method]
-        against(axes, own, lambda run: run.beta, value, label=NAMES[method], **STYLES[method])
+        style = {**STYLES[method], "markersize": 4}
+        against(axes, own, lambda run: run.beta, value, label=NAMES[method], **style)
     zero = [value(run) for run in runs if run.method == "dr_grpo"]
     if zero:
         axes.axhline(np.mean(zero), color="black", linestyle="--", label=NAMES["dr_grpo"])
@@ -382,9 +384,11 @@ def vocabularies_figure(runs: list[Run], path: Path) -> None:
     for column, (size, own) in zip(axes.T, by_size.items()):
         for panel, (title, *rest) in zip(column, OVER_BETA[:2]):
             band_panel(panel, own, (f"{title}; {size} tokens", *rest))
-    for row, top in zip(axes, (2.0, 1.02)):
-        for panel in row:
-            panel.set_ylim(0, top)
+    for panel in axes[0]:
+        panel.set_ylim(0, 2)
+    for panel in axes[1]:  # down to a thousandth, and 0
+        panel.set_yscale("symlog", linthresh=1e-3)
+        panel.set_ylim(0, 1.2)
     axes[0, 0].legend(frameon=False, fontsize=8)
     save(figure, path)
 

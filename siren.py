@@ -36,7 +36,6 @@ import importlib
 import json
 import math
 import os
-import pickle
 import random
 import re
 import signal
@@ -106,7 +105,7 @@ class Config:
     eval_data: str = knob("", "", "held-out questions, likewise")
     prompt: str = knob("", "", "what to ask, with {question} in it; empty = the paper's prompt")
     max_prompt: int = knob(1024, "[1, inf)", "tokens; longer prompts are dropped and counted aloud")
-    answer_form: str = knob("boxed", "boxed|last-number", "where the answer is, if not boxed")
+    answer_form: str = knob("boxed", "boxed|last-number", "last-number: counts if nothing is boxed")
     verifier: str = knob("exact", "exact|math", "math = the library math-verify")
     dtype: str = knob("float32", "float32|bfloat16", "of the weights; LoRA adapters are float32")
     lora_rank: int = knob(0, "[0, inf)", "rank of LoRA adapters (pip install peft); 0 = train all")
@@ -125,7 +124,7 @@ class Config:
     out: str = knob("", "", "run folder; empty = runs/<regularizer>-seed<seed>")
     save_every: int = knob(10, "[1, inf)", "steps between checkpoints")
     device: str = knob("cpu", "", "cpu, cuda, ...")
-    threads: int = knob(1, "[0, inf)", "CPU threads; one is fastest for small models; 0 = all")
+    threads: int = knob(1, "[0, 1024]", "CPU threads; one is fastest for small models; 0 = all")
     chunk: int = knob(0, "[0, inf)", "tokens per slice of the [N, V] logits; 0 = by memory")
 
     def __post_init__(self) -> None:
@@ -172,6 +171,7 @@ def _within(value: Any, valid: str) -> bool:
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """B sampled responses. Masks come from positions, never from token ids (pad may equal EOS).
+    Tensor is short for torch.Tensor, see section 4.
 
     prompt [B, P] ids, padded on the left, and prompt_mask; tokens [B, T] ids, padded on the right,
     and mask, True up to and including EOS (which is trained); logp [B, T] as sampled.
@@ -340,7 +340,7 @@ def verify(response: str, answer: str, *, answer_form: AnswerForm = None, librar
         except Exception:  # a parser on hostile text: whatever it raises means "wrong"
             return False
     if ("%" in given) != ("%" in answer):
-        bare = [text.replace("\\%", "").replace("%", "") for text in (given, answer)]
+        bare = [re.sub(r"\\?%", "", text) for text in (given, answer)]
         if normalize(bare[0]) == normalize(bare[1]):
             return True
     return normalize(given) == normalize(answer)
@@ -396,7 +396,7 @@ def nucleus_entropy(logits: Tensor, top_p: float, *, inclusive: bool = True) -> 
 
     logits [..., V] -> nats [...]. Differentiable, though not through the choice of the set; logits
     outside it get no gradient. An empty set has H' = 0. This is the definition; token_stats does
-    the same with its gradient written out.
+    the same with its gradient written out (where a mass is p exactly, rounding decides in both).
 
     >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)
     tensor(0.6365)
@@ -413,8 +413,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _nucleus_floor(log_pi: Tensor, pi: Tensor, top_p: float, inclusive: bool) -> tuple[Tensor, ...]:
-    """The nucleus without sorting a vocabulary: floor [n, 1], so that V_p = {log pi >= floor}, and
-    the rows and columns of the tokens at the floor that are outside all the same, since they tie.
+    """The nucleus without sorting a vocabulary: V_p = {log pi >= floor [n, 1]} without the tokens
+    at these rows and columns, which equal the floor but come later in the order.
 
     A histogram of log pi [n, V] finds the bucket in which the mass crosses p; only that is sorted.
     """
@@ -433,7 +433,7 @@ def _nucleus_floor(log_pi: Tensor, pi: Tensor, top_p: float, inclusive: bool) ->
     table, order = table.sort(dim=-1, descending=True, stable=True)
     p = table.exp()
     inside = before + p.cumsum(-1) - p < top_p if inclusive else before + p.cumsum(-1) <= top_p
-    inside &= table > float("-inf")
+    inside &= table > -9e8  # neither the table's empty places nor forbidden tokens
     size = inside.sum(1, keepdim=True)
     # where nothing of this bucket is inside, the floor is just above it
     above = table[:, :1].nextafter(table.new_tensor(float("inf")))
@@ -451,6 +451,7 @@ class _TokenStats(torch.autograd.Function):
         d logp_y / dz_j = [j = y] - pi_j
         d H      / dz_j = -pi_j (log pi_j + H)
         d H'     / dz_j = -q_j (log q_j + H')   inside the nucleus, 0 outside
+    All but [j = y] is -pi_j times something; g gathers that.
     """
 
     @staticmethod
@@ -474,7 +475,7 @@ class _TokenStats(torch.autograd.Function):
                 log_pi, pi = _TokenStats.policy(ctx, x[rows], weight, bias)
                 logp[rows] = log_pi.gather(-1, tokens[rows, None])[:, 0]
                 entropy[rows] = -torch.linalg.vecdot(pi, log_pi)
-                least, *ties = torch.full_like(pi[:, :1], -9e8), [], []  # all but forbidden tokens
+                least, ties = torch.full_like(pi[:, :1], -9e8), [[], []]  # all but forbidden tokens
                 if top_p < 1:
                     least, *ties = _nucleus_floor(log_pi, pi, top_p, inclusive)
                 inside = log_pi >= least
@@ -503,7 +504,7 @@ class _TokenStats(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for rows, ties in zip(where.split(ctx.chunk), ctx.ties):
                 log_pi, pi = _TokenStats.policy(ctx, x[rows], weight, bias)
-                g = torch.zeros_like(pi)  # gathers the gradient divided by -pi_j
+                g = torch.zeros_like(pi)
                 if of_nucleus is not None:
                     g = (log_pi + shift[rows, None]).mul_((of_nucleus * scale)[rows, None])
                     g *= log_pi >= floor[rows, None]
@@ -713,8 +714,8 @@ def siren_loss(
     h_here = aggregate_entropy(now["nucleus_entropy"], peak, mask)  # H_agg of these rows
     n_here, n_all = mask.any(1).sum(), whole["responses"].clamp(min=1)  # responses
     if regularizer == "anchor":
-        # on a whole mini-batch simply (h_here - anchor) ** 2; on a part of it, a term of that value
-        # whose gradient is 2 (H_agg - H*) times that of this part's share of H_agg
+        # its value is gap^2 and its gradient 2 gap grad h_here, as the last bracket is 0 with that
+        # gradient; weighted by n_here / n_all, micro-batches add up to (H_agg - H*)^2 exactly
         gap = whole.get("h_agg", h_here.detach()) - anchor
         penalty = beta * (gap**2 + 2 * gap * (h_here - h_here.detach())) * n_here / n_all
     elif regularizer == "bonus":
@@ -805,17 +806,17 @@ def load_task(spec: str, **given: Any) -> Any:
     options = [option.partition("=") for option in rest.split(",") if option]
     if bad := [name for name, sign, _ in options if not sign]:
         raise ConfigError(f"--task {spec}: {bad[0]} has no value; write module:key=value,key=value")
-    with blame(f"--task {spec}"):
+    with blame(f"--task {spec}", AttributeError, TypeError):
         given |= {name: value for name, _, value in options}
         return importlib.import_module(module).load(**given)
 
 
 @contextmanager
-def blame(flag: str) -> Iterator[None]:
-    """Errors of a task that its user can mend, as ConfigErrors that name the flag."""
+def blame(flag: str, *more: type[Exception]) -> Iterator[None]:
+    """Errors that the user can mend, and these more, as ConfigErrors that name the flag."""
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, *more) as error:
         raise ConfigError(f"{flag}: {error}") from error
 
 
@@ -835,7 +836,6 @@ def forward(model: torch.nn.Module, rollout: Rollout) -> dict[str, Tensor]:
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)
     mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
     inputs = {"input_ids": ids, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # under LoRA
     out = model.base_model(**inputs, attention_mask=mask, use_cache=False)
     x = out.last_hidden_state[:, rollout.prompt.shape[1] - 1 : -1]
     head, where = model.get_output_embeddings(), {"tokens": rollout.tokens, "mask": rollout.mask}
@@ -860,7 +860,8 @@ def update(
     anchor: float,
     cfg: Config,
 ) -> dict[str, float]:
-    """One optimiser step on a mini-batch, by micro-batches that leave its gradient as it is.
+    """One optimiser step on a mini-batch; unless penalty_per_micro_batch, micro-batches leave its
+    gradient as it is.
 
     Returns siren_loss's stats and grad_norm. A step whose gradient is not finite is not taken.
     """
@@ -872,17 +873,15 @@ def update(
         # scored again, since the model has moved after the rollout
         h = score(model, rollout, cfg)["nucleus_entropy"] if exact else torch.zeros_like(old_logp)
         whole = minibatch_totals(h, rollout.mask, cfg.peak_quantile, strict=cfg.strict)
-        if not exact:
+        if not exact:  # the counts alone: each micro-batch squares its own H_agg, or has no square
             del whole["h_agg"]
     total: Counter[str] = Counter()
-    model.train(cfg.recompute)  # what activation checkpointing asks for; see eval() in train
     optimizer.zero_grad()
     for rows in micro_batches:
         data = {"old_logp": old_logp[rows], "adv": adv[rows], "anchor": anchor, "whole": whole}
         loss, stats = siren_loss(**forward(model, rollout.rows(rows)), **data, **options)
         loss.backward()
         total.update({key: float(value) for key, value in stats.items()})  # adds: shares
-    model.eval()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
     if math.isfinite(norm):
         optimizer.step()
@@ -924,7 +923,7 @@ def training_step(
             batch = (rollout.rows(rows), old["logp"][rows], adv[rows])
             updates.append(update(model, optimizer, *batch, state["anchor"], cfg))
             finite = math.isfinite(updates[-1]["grad_norm"])
-            if state["skipped"] < MAX_SKIPPED:  # else the run ends with this step
+            if state["skipped"] < MAX_SKIPPED:  # so many in a row end the run, whatever follows
                 state["skipped"] = 0 if finite else state["skipped"] + 1
     taken = [u for u in updates if math.isfinite(u["grad_norm"])]
     keys = ("policy_loss", "regularizer_loss", "clip_fraction", "approx_kl", "grad_norm")
@@ -962,15 +961,22 @@ def train(
         torch.set_num_threads(cfg.threads)
     folder, records = claim_folder(cfg, resume, overwrite), []
     if cfg.model or cfg.data:
-        options = cfg.pick("model data eval_data max_prompt answer_form verifier dtype lora_rank")
-        options |= {"checkpointing": cfg.recompute, "lr": cfg.lr, "seed": cfg.seed}
+        options = cfg.pick("model data eval_data max_prompt max_tokens answer_form verifier dtype")
+        options |= cfg.pick("lora_rank lr seed") | {"checkpointing": cfg.recompute}
         options |= {"prompt": cfg.prompt} if cfg.prompt else {}
         task = load_task("examples.text_env", **options)
     else:
+        for name in ("dtype", "lora_rank", "recompute"):
+            if (value := getattr(cfg, name)) != getattr(Config, name):
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} {value}: needs --model; leave it out for a task")
         task = load_task(cfg.task)
     with blame(f"--model {cfg.model}" if cfg.model else f"--task {cfg.task}"):
         # eval mode: without dropout, the policy that is scored is the one that sampled
         model = task.build_model().to(cfg.device).eval()
+    if cfg.verifier == "math":
+        with blame("--verifier math"):
+            importlib.import_module("math_verify")
     with blame(f"--eval-prompts {cfg.eval_prompts}"):
         heldout = task.heldout(cfg.eval_prompts, cfg.eval_split)
     make = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[cfg.optimizer]
@@ -983,13 +989,16 @@ def train(
         for key in dataclasses.asdict(cfg).keys() - MAY_CHANGE:
             if (old := saved["config"].get(key)) != (new := getattr(cfg, key)):
                 raise ConfigError(f"--resume: {key} is {old} in {folder}, not {new}; leave it out")
+        state["skipped"] %= MAX_SKIPPED  # a run that has diverged gets another try
         model.load_state_dict(saved["model"], strict=not cfg.lora_rank)
         optimizer.load_state_dict(saved["optimizer"])
         # lines after the checkpoint will be made again; the very last may be half a line
-        lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).exists() else []
-        if state["step"] >= len(lines) > 0 or len(lines) < state["step"]:
-            raise ConfigError(f"--resume: {folder / METRICS} lacks steps; restore it")
-        records = [json.loads(line) for line in lines[: state["step"] + 1]] if state["step"] else []
+        with blame(f"--resume: {folder / METRICS} is damaged; restore it"):
+            lines = (folder / METRICS).read_text().splitlines()
+            if 0 < state["step"] >= len(lines):
+                raise ValueError(f"{len(lines)} lines, the checkpoint is of step {state['step']}")
+            kept = state["step"] + 1 if state["step"] else 0
+            records = [json.loads(line) for line in lines[:kept]]
     write_whole(folder / METRICS, lambda file: file.writelines(map(to_line, records)))
 
     def save() -> None:
@@ -1013,25 +1022,24 @@ def train(
     save()
     stop = stop or threading.Event()
     pace = 0.5 if sys.stderr.isatty() else 60  # seconds between bars; few in a log file
-    stopping = stop.is_set()
     try:
         if not records:
             log({"step": 0})
         with tqdm(total=cfg.steps, initial=state["step"], unit="step", mininterval=pace) as bar:
-            while state["step"] < cfg.steps and not stopping:
+            while state["step"] < cfg.steps and not stop.is_set():
                 state["step"] += 1
                 log({"step": state["step"], **training_step(model, optimizer, task, cfg, state)})
                 shown = ("reward", "entropy", "nucleus_entropy", "anchor")
                 bar.set_postfix({key: f"{records[-1][key]:.3f}" for key in shown}, refresh=False)
                 bar.update()
-                diverged, stopping = state["skipped"] >= MAX_SKIPPED, stop.is_set()
-                done = diverged or stopping or state["step"] == cfg.steps
-                if done or state["step"] % cfg.save_every == 0:
+                diverged = state["skipped"] >= MAX_SKIPPED
+                if diverged or state["step"] % cfg.save_every == 0:
                     save()
                 if diverged:
                     raise FloatingPointError(f"{MAX_SKIPPED} gradients in a row were not finite")
+        save()
     except FloatingPointError as error:
-        where = f"the last checkpoint is in {folder}; lower --lr or --beta"
+        where = f"the last checkpoint is in {folder}; start again with a lower --lr or --beta"
         raise DivergedError(f"step {state['step']}: {error}; {where}") from error
     return records
 
@@ -1044,7 +1052,8 @@ def claim_folder(cfg: Config, resume: bool, overwrite: bool) -> Path:
     except OSError as error:
         reason = f"can't be written ({error.strerror}); name another folder"
         raise ConfigError(f"--out {cfg.folder}: {reason}") from error
-    if (cfg.folder / METRICS).exists() and not resume and not overwrite:
+    metrics = cfg.folder / METRICS  # empty: the run stopped before it had anything to lose
+    if metrics.exists() and metrics.stat().st_size and not resume and not overwrite:
         hint = "add --resume, --overwrite or another --out"
         raise ConfigError(f"--out {cfg.folder}: already holds a run; {hint}")
     return cfg.folder
@@ -1058,7 +1067,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("model", "optimizer", "state", "config")}
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # unpickling torn bytes may raise whatever it likes
         reason = f"is no whole checkpoint ({type(error).__name__})"
         raise ConfigError(f"--resume: {path} {reason}; restore it or use --overwrite") from error
 
@@ -1125,7 +1134,8 @@ def report(records: list[dict[str, Any]], folder: Path) -> str:
         if key == "nucleus_entropy" and (anchor := steps[0]["anchor"]):
             rows.append(("H_agg / anchor", rows[-1][1] / anchor, rows[-1][2] / anchor))
     tested = [r for r in records if any("/" in key for key in r)]
-    rows += [(key, value, tested[-1][key]) for key, value in tested[0].items() if "/" in key]
+    first, final = (tested[0], tested[-1]) if tested else ({}, {})
+    rows += [(key, value, final[key]) for key, value in first.items() if "/" in key]
     panels = {"reward": ["reward"], "entropy (nats)": ["entropy", "nucleus_entropy", "anchor"]}
     panels["held-out prompts"] = [key for key, *_ in rows if "pass@" in key or "distinct@" in key]
     figure = Figure(figsize=(12, 3.5), layout="constrained")
@@ -1136,13 +1146,13 @@ def report(records: list[dict[str, Any]], folder: Path) -> str:
         axes.set(title=title, xlabel="step")
         axes.legend()
     figure.savefig(folder / "curves.png", dpi=120)
-    lines = [f"{key:<18}{before:>8.3f}{after:>8.3f}" for key, before, after in rows]
-    head = f"{'':18}{'before':>8}{'after':>8}   (training: first batch, mean of the last 10)"
+    lines = [f"{key:<20}{before:>8.3f}{after:>8.3f}" for key, before, after in rows]
+    head = f"{'':20}{'before':>8}{'after':>8}   (training: first batch, mean of the last 10)"
     return "\n".join([head, *lines, f"curves: {folder / 'curves.png'}"])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 0: done, 1: diverged, 2: bad input, 130: interrupted."""
+    """The command. Exit code 0: done, 1: diverged or no room, 2: bad input, 130: interrupted."""
     stop, cfg = threading.Event(), None
 
     def interrupt(*_: object) -> None:
@@ -1155,9 +1165,8 @@ def main(argv: list[str] | None = None) -> int:
         how = {name: given.pop(name) for name in ("resume", "overwrite")}
         cfg = Config(**given)
         if how["resume"]:  # what is not given is the saved run's
-            known = {f.name for f in dataclasses.fields(Config)}
             saved = load_checkpoint(cfg.folder)["config"].items()
-            saved = {name: value for name, value in saved if name in known}
+            saved = {name: value for name, value in saved if name in vars(cfg)}
             cfg = Config(**{**saved, **given, "out": str(cfg.folder)})
         if cfg.dry_run:
             with blame(f"--model {cfg.model}"):
@@ -1172,8 +1181,8 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"siren.py: error: {error}", file=sys.stderr)
         return 2
-    except DivergedError as error:
-        print(f"siren.py: stopped: {error}", file=sys.stderr)
+    except (DivergedError, OSError, torch.OutOfMemoryError) as error:
+        print(f"siren.py: stopped: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         again = f"--resume --out {cfg.folder}" if cfg else "the same command"

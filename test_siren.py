@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -894,6 +895,15 @@ def test_hidden_states_and_head_equal_logits(impl, with_bias, chunk):
     same_stats(stats2, stats, "from hidden states")
     for name in grads:
         same(grads2[name], grads[name], f"gradient with respect to {name}", tol=1e-12)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.999999, 0.99999999])
+def test_forbidden_tokens_are_never_in_the_nucleus(impl, top_p):
+    logits = torch.zeros(1, 8).index_fill(1, torch.tensor([1, 3, 5, 7]), -math.inf)
+    stats = impl.token_stats(logits, torch.tensor([0]), top_p)
+    expected = impl.nucleus_mask(logits, top_p)
+    assert not expected[0, 1::2].any() and stats["nucleus_size"] == expected.sum()
+    same(stats["nucleus_entropy"], impl.nucleus_entropy(logits, top_p), "forbidden tokens")
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
@@ -2018,6 +2028,9 @@ def test_non_finite_gradients_are_skipped_then_stop_the_run(impl, tmp_path, monk
         run(impl, tmp_path / "all", steps=9)
     saved = impl.load_checkpoint(tmp_path / "all")
     assert saved["state"]["step"] == 2 and all(v.isfinite().all() for v in saved["model"].values())
+    bad = set()
+    again = run(impl, tmp_path / "all", {"resume": True}, steps=4)
+    assert [r["skipped_updates"] for r in again[3:]] == [0, 0], "it gets another try"
 
 
 def test_diverging_weights_stop_with_one_line(impl, tmp_path, capsys):
@@ -2045,6 +2058,12 @@ BAD_FLAGS = """
 --task=nowhere     | --task nowhere:
 --task=toy_env:x=1 | no such option
 --task=toy_env:gap | --task toy_env:gap:
+--task=json        | --task json:
+--task=.here       | --task .here:
+--task=math        | --task math:
+--lora-rank=2      | --lora-rank 2: needs --model
+--recompute        | --recompute True: needs --model
+--threads=99999    | --threads 99999: must be int in [0, 1024]
 --eval-prompts=1000000 | the number of easy test prompts
 --max-tokens=400   | must fit 256 tokens
 --out=/proc/none   | --out /proc/none: can't be written
@@ -2079,6 +2098,47 @@ def test_truncated_checkpoint_is_refused(impl, tmp_path, capsys, left):
     assert "is no whole checkpoint" in capsys.readouterr().err
     assert impl.main([f"--out={tmp_path / 'nowhere'}", "--resume"]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("torn", [b"K", b"\x80", b"\x80\x02}q\xff", b"PK\x03\x04"])
+def test_no_bytes_break_the_resume(impl, tmp_path, capsys, torn):
+    run(impl, tmp_path, steps=1)
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+    for broken in (torn + lines, lines.splitlines()[0] + b"\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(broken)
+        assert impl.main([f"--out={tmp_path}", "--resume", "--steps=2"]) == 2
+        shown = capsys.readouterr().err.strip().splitlines()
+        assert "metrics.jsonl is damaged; restore it" in shown[-1], shown
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    (tmp_path / "checkpoint.pt").write_bytes(torn)
+    assert impl.main([f"--out={tmp_path}", "--resume", "--steps=2"]) == 2
+    assert "is no whole checkpoint" in capsys.readouterr().err
+
+
+def test_bad_input_found_late_leaves_the_folder_free(impl, tmp_path, capsys):
+    flags = [f"--out={tmp_path}", "--prompts=8", "--steps=0", "--eval-prompts=4"]
+    assert impl.main([*flags, "--max-tokens=400"]) == 2
+    assert impl.main(flags) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory\nat all"), OSError(28, "full")]
+)
+def test_a_full_machine_is_one_line(impl, tmp_path, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(impl, "training_step", fail)
+    assert impl.main([f"--out={tmp_path}", "--steps=1", "--eval-prompts=4"]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("siren.py: stopped: ") and str(error).splitlines()[0] in line
+
+
+def test_stopped_before_the_first_step(impl, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    assert [r["step"] for r in run(impl, tmp_path, {"stop": stop}, steps=2)] == [0]
+    assert impl.load_checkpoint(tmp_path)["state"]["step"] == 0
 
 
 def test_help_documents_every_knob(impl, capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
-from siren import aggregate_entropy, group_advantages, peak_mask, siren_loss, token_stats
+from siren import group_advantages, minibatch_totals, siren_loss, token_stats
 
 VOCAB, LENGTH, RESPONSES, GROUP = 8, 5, 512, 8
 
@@ -58,8 +58,7 @@ def train(regularizer: str = "anchor", steps: int = 60, seed: int = 0) -> list[d
         # 2. score the responses before any update; the first H_agg is the anchor
         with torch.no_grad():
             old = token_stats(policy(tokens), tokens, top_p=0.8)
-        h = old["nucleus_entropy"]
-        h_agg = aggregate_entropy(h, peak_mask(h, mask, quantile=0.8), mask)
+        h_agg = minibatch_totals(old["nucleus_entropy"], mask, 0.8)["h_agg"]
         anchor = h_agg if anchor is None else anchor
         # 3. as many updates as one likes; the ratio to the old log-probabilities is clipped
         for _ in range(2):

@@ -617,6 +617,8 @@ def verdict(cfg: siren.Config, found: Plan) -> str:
 
 def plan(cfg: siren.Config) -> str:
     """The memory plan of a run on a card of cfg.gpu_gb, as text. ValueError: see prepare."""
+    if cfg.model:
+        text_env.check_precision(cfg.dtype, cfg.lora_rank, cfg.lr)
     run, found = prepare(cfg, "cuda"), measure(cfg)
     base = found.parameters - (found.trained if cfg.lora_rank else 0)
     trained = f"{found.trained:,} of adapters trained" if cfg.lora_rank else "all trained"
@@ -646,7 +648,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         )
         return 0
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"memory_plan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -306,7 +306,7 @@ class Size:
     methods: tuple[str, ...] = tuple(METHODS)
     candidates: int = 4  # for each method's coefficient
     band: tuple[float, ...] = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0)
-    band_few: tuple[float, ...] = (0.006, 0.02, 0.06, 0.2, 0.6)  # for each of the vocabularies
+    band_few: tuple[float, ...] = (0.006, 0.02, 0.2)  # for each of the vocabularies
     vocabularies: tuple[int, ...] = (96, DEFAULT_VOCAB, 1024)
     top_ps: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 1.0)
     taus: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9)
@@ -468,9 +468,9 @@ PRESETS: dict[str, dict[str, Stage]] = {
 # ------------------------------------------------------------------------------------- 3. running
 def finished(out: Path) -> dict[str, Path]:
     """Key -> file, of every job that any preset has run."""
-    found = {}
+    found, fix = {}, "not a file of this study, delete it"
     for path in sorted(out.glob("raw/*/*.jsonl")):
-        with open(path) as file, siren.blame(f"{path}, not a file of this study, delete it"):
+        with open(path) as file, siren.blame(f"{path}, {fix}", KeyError, TypeError):
             head = json.loads(file.readline())
             found[key_of(head["config"], head["final"])] = path
     return found
@@ -656,14 +656,14 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     (3, 5, 8, 9)
     """
     try:
-        ends = [part.split("-") for part in text.split(",")]
-        seeds = [
-            n for first, *last in ends for n in range(int(first), int((last or [first])[0]) + 1)
-        ]
+        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+        good = all(len(end) <= 2 and end[0] <= end[-1] for end in ends)
+        seeds = [n for end in ends for n in range(end[0], end[-1] + 1)]
     except ValueError:
-        seeds = []
-    if not seeds:
-        raise siren.ConfigError(f"--seeds {text}: must be numbers and ranges; write 0-7 or 3,5,8-9")
+        good = False
+    if not good or len(set(seeds)) < len(seeds):
+        rule = "must be numbers and ranges, each once; try 3,5,8-9"
+        raise siren.ConfigError(f"--seeds {text}: {rule}")
     return tuple(seeds)
 
 
@@ -714,7 +714,8 @@ def study(args: Any) -> int:
             rule = f"must leave out the validation seeds {sorted(kept)}; choose others"
             raise siren.ConfigError(f"--seeds {args.seeds}: {rule}")
         size = dataclasses.replace(size, seeds=seeds, quick_seeds=seeds)
-    presets = list(PRESETS) if args.preset in ("smoke", "all") else [args.preset]
+    every = args.preset in ("smoke", "all") or args.report  # tables.md has all that has run
+    presets = list(PRESETS) if every else [args.preset]
     out = Path(
         args.out or (Path(tempfile.gettempdir()) / "study-smoke" if smoke else ROOT / "results")
     )

@@ -226,7 +226,7 @@ def test_presets_share_jobs():
         sizes.append(len(keys))
         new.append(len(keys - seen))
         seen |= keys
-    assert new == [75, 18, 33, 15, 12]
+    assert new == [75, 18, 11, 15, 12]
     assert all(more >= fewer for more, fewer in zip(sizes, new))
 
 
@@ -412,9 +412,10 @@ def test_finished_jobs_of_any_preset_count_and_half_files_do_not(tiny_run, tmp_p
         "anchor_only",
     ]
     (tmp_path / "raw" / "x").mkdir(parents=True)
-    (tmp_path / "raw" / "x" / "bad.jsonl").write_text("hello")
-    with pytest.raises(siren.ConfigError, match=r"bad\.jsonl.*delete it"):
-        study.finished(tmp_path)
+    for text in ("hello", "{}", "[]"):
+        (tmp_path / "raw" / "x" / "bad.jsonl").write_text(text)
+        with pytest.raises(siren.ConfigError, match=r"bad\.jsonl.*delete it"):
+            study.finished(tmp_path)
 
 
 # ------------------------------------------------------------------------------ 4. the command line
@@ -425,6 +426,8 @@ def test_finished_jobs_of_any_preset_count_and_half_files_do_not(tiny_run, tmp_p
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--seeds", "a-b"], "--seeds a-b: must be numbers and ranges"),
         (["--seeds", "5-3"], "--seeds 5-3: must be numbers and ranges"),
+        (["--seeds", "1-2-3"], "--seeds 1-2-3: must be numbers and ranges"),
+        (["--seeds", "0-3,3"], "--seeds 0-3,3: must be numbers and ranges, each once"),
         (["--seeds", "99-100"], "must leave out the validation seeds [100]"),
         (["--preset", "quick", "--out", "/dev/null/x"], "--out /dev/null/x: can't be written"),
     ],
@@ -441,7 +444,7 @@ def test_plan_runs_nothing_and_counts_every_job_once(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "main/table: 72 jobs, of which 72 to run" in text and not out.exists()
     assert "sweep_band/band: 45 jobs, of which 18 to run" in text
-    assert "sweep_band/vocabularies: 48 jobs, of which 33 to run" in text
+    assert "sweep_band/vocabularies: 30 jobs, of which 11 to run" in text
 
 
 def test_figures_only_says_what_is_missing(tmp_path, capsys):

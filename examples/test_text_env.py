@@ -596,28 +596,7 @@ FLAGS = """--prompts 4 --mini-batches 2 --group-size 4 --micro-batch-size 3 --ma
 @pytest.mark.parametrize("extra", [[], ["--lora-rank", "2", "--recompute"]], ids=["full", "lora"])
 def test_the_flags_of_the_command(tmp_path, tiny, data, extra, capsys):
     flags = ["--model", tiny, "--data", data, "--answer-form", "last-number", *extra]
-    flags += [
-        "--prompts",
-        "4",
-        "--mini-batches",
-        "2",
-        "--group-size",
-        "4",
-        "--max-tokens",
-        "4",
-        "--threads",
-        "1",
-    ]
-    flags += [
-        "--eval-prompts",
-        "2",
-        "--eval-samples",
-        "2",
-        "--micro-batch-size",
-        "3",
-        "--lr",
-        "0.01",
-    ]
+    flags += FLAGS.split()
     for out, steps in (("a", "3"), ("b", "2")):
         assert siren.main([*flags, "--out", str(tmp_path / out), "--steps", steps]) == 0
     assert siren.main(["--resume", "--out", str(tmp_path / "b"), "--steps", "3"]) == 0
@@ -631,6 +610,41 @@ def test_the_flags_of_the_command(tmp_path, tiny, data, extra, capsys):
     assert runs[0] == runs[1]
     assert len(runs[0]) == 4 and max(r["grad_norm"] for r in runs[0][1:]) > 0
     capsys.readouterr()
+
+
+def test_recomputing_with_dropout_trains_the_policy_that_sampled(tmp_path, data):
+    """Before the first update every ratio is 1; dropout in the update would show."""
+    folder = Path(tiny_model(tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    knobs = {"model": str(folder), "data": data, "recompute": True, "out": str(tmp_path / "run")}
+    knobs |= {"prompts": 4, "mini_batches": 1, "max_tokens": 4, "steps": 1, "warmup_steps": 0}
+    first = siren.train(siren.Config(eval_prompts=2, eval_samples=2, **knobs))[1]
+    assert first["approx_kl"] == 0 and first["clip_fraction"] == 0
+
+
+def test_prompts_that_leave_no_room_for_the_response_are_dropped(tmp_path, tiny, capsys):
+    """By the flags of siren.py; one of them would stop the run on the step that draws it."""
+    long = {"question": " ".join(["plus"] * 20), "answer": "1"}  # fits 32 tokens, with 12 more not
+    both = write_lines(tmp_path / "both.jsonl", *sums(30), long)
+    held = write_lines(tmp_path / "held.jsonl", *sums(5, 50))
+    knobs = {"model": tiny, "data": both, "eval_data": held, "steps": 8, "prompts": 8}
+    knobs |= {"mini_batches": 1, "max_tokens": 12, "out": str(tmp_path / "run")}
+    assert len(siren.train(siren.Config(eval_prompts=2, eval_samples=2, **knobs))) == 9
+    assert "data: dropped 1 of 31 prompts" in capsys.readouterr().err
+
+
+def test_padding_without_an_embedding_is_not_used(tmp_path, data):
+    folder = tiny_model(tmp_path / "model", pad="<pad>")  # a word that the model does not have
+    task = text_env.load(model=folder, data=data)
+    assert task.tokenizer.pad_token_id >= task.config.vocab_size > task.pad_id
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.00001, "0.00001"), (3, "3"), (2.5, "2.5")])
+def test_numbers_as_answers_are_plain_text(tmp_path, number, text):
+    path = write_lines(tmp_path / "n.jsonl", {"question": "?", "answer": number})
+    assert text_env.read_rows(path)[0].answer == text
+    assert siren.verify(f"\\boxed{{{text}}}", text_env.read_rows(path)[0].answer)
 
 
 # --- SmolLM2, 135 million real weights ---

@@ -369,6 +369,10 @@ def test_resume_needs_the_same_measure(tmp_path):
     other = Recorder(args=config(tmp_path, 16, siren_top_p=0.5), **parts())
     with pytest.raises(siren.ConfigError, match=r"--siren_top_p 0.5: .*0.8"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for option, message in (("temperature", r"--temperature 2.0: .*1.0"), ("anchor", "leave it")):
+        other = Recorder(args=config(tmp_path, 16, **{option: 2.0}), **parts())
+        with pytest.raises(siren.ConfigError, match=message):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     (tmp_path / "checkpoint-2" / "siren_state.json").unlink()
     same = Recorder(args=config(tmp_path, 16), **parts())
     with pytest.raises(siren.ConfigError, match=r"siren_state\.json: does not exist"):
@@ -399,6 +403,12 @@ def test_version_guard(monkeypatch):
         {"regularizer": "entropy"},
         {"beta": 0.04},
         {"top_p": 0.8},
+        {"top_k": 2},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.2},
+        {"anchor": float("nan")},
+        {"anchor": -1.0},
+        {"siren_beta": float("inf")},
         {"use_liger_kernel": True},
         {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
     ],
@@ -503,11 +513,12 @@ def test_script_on_a_model_and_a_file(template, tmp_path):
     toy["processing_class"].chat_template = template
     for part in ("model", "processing_class"):
         toy[part].save_pretrained(tmp_path / "model")
-    rows = [{"question": "3 4 5 =", "answer": "12"}, {"question": "1 2 =", "answer": "3"}]
+    rows = [{"question": "3 4 5 =", "answer": 12}, {"question": "1 2 =", "answer": 3}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     built = trl_data.text_parts(str(tmp_path / "model"), str(tmp_path / "data.jsonl"), "{question}")
     prompt = built["train_dataset"][0]["prompt"]
     assert prompt == ([{"role": "user", "content": "3 4 5 ="}] if template else "3 4 5 =")
+    assert built["train_dataset"]["answer"][:] == ["12", "3"]  # text, as the verifier wants it
     flags = {"model": tmp_path / "model", "data": tmp_path / "data.jsonl", "use_cpu": "true"}
     flags |= {"prompt": "{question}", "max_completion_length": 4, "report_to": "none", "bf16": "no"}
     flags |= {"max_steps": 1, "per_device_train_batch_size": 8, "output_dir": tmp_path / "out"}
@@ -523,6 +534,7 @@ def test_script_on_a_model_and_a_file(template, tmp_path):
         (["--siren_beta", "x"], "invalid float value: 'x'"),
         (["--nonsense", "1"], "--nonsense"),
         (["--task", "toy_env:slip=2"], "a probability from 0 to 1"),
+        (["--resume_from_checkpoint", "gone"], "--resume_from_checkpoint gone: no such folder"),
         (["--model", "m", "--data", "none.jsonl", "--use_cpu", "1", "--bf16", "0"], "none.jsonl"),
     ],
 )

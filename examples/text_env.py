@@ -32,6 +32,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,7 +74,7 @@ class Options:
     eval_data: str = ""  # the same, to evaluate on; empty = the last tenth of data
     prompt: str = PROMPT  # the user's message
     max_prompt: int = 1024  # tokens; longer prompts are dropped, and counted aloud
-    max_tokens: int = 1  # of the response; what a prompt must leave free in the model's context
+    max_tokens: int = 1  # of a response; what a prompt must leave free in the model's context
     answer_form: str = "boxed"  # or "last-number", for models that don't box their answer
     verifier: str = "exact"  # or "math", siren.py's flag: here only, is math-verify installed?
     dtype: str = "float32"  # of the model's weights
@@ -148,7 +149,7 @@ def _read_row(line: bytes, where: str) -> Row:
         raise ValueError(f"{where}: expected {expected}; found a {type(row).__name__}")
     answer = row.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
+        answer = f"{Decimal(repr(answer)):f}"  # 0.00001, not 1e-05
     for name, value in (("question", row.get("question")), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
             what = f"{name} is {json.dumps(value)[:40]}" if name in row else f"no {name}"
@@ -246,7 +247,8 @@ def check_head(network: torch.nn.Module, model: str) -> None:
         hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state
         plain = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
         logits = network(input_ids=ids, use_cache=False).logits.float()
-        if torch.allclose(plain, logits, rtol=0, atol=1e-3 * float(logits.abs().max())):
+        tolerance = {"rtol": 0, "atol": 1e-3 * float(logits.abs().max())}
+        if plain.shape == logits.shape and torch.allclose(plain, logits, **tolerance):
             return
     what = f"has {', '.join(more)}" if more else f"is a {type(network).__name__}"
     reason = "so its logits are more than hidden states times a matrix"
@@ -323,7 +325,8 @@ class TextTask:
         if not eos:
             raise ValueError(f"model={self.options.model}: its config needs an eos_token_id")
         pad = self.tokenizer.pad_token_id
-        return sorted(eos), min(eos) if pad is None else pad
+        known = pad is not None and pad < self.config.vocab_size  # else it has no embedding
+        return sorted(eos), pad if known else min(eos)
 
     def encode(self, question: str) -> list[int]:
         """The prompt for a question, as token ids."""

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+import text_env
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
-
-PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 def toy_tokenizer(task: Any, vocab: int) -> PreTrainedTokenizerFast:
@@ -41,25 +40,23 @@ def toy_parts(spec: str, problems: list[Any] | None = None) -> dict[str, Any]:
     return {**parts, "train_dataset": Dataset.from_list(rows)}
 
 
-def text_parts(model: str, data: str, prompt: str = PROMPT) -> dict[str, Any]:
+def text_parts(model: str, data: str, prompt: str = text_env.PROMPT) -> dict[str, Any]:
     """The same for a language model (folder or hub id) and a .jsonl file of question and answer.
 
-    OSError, ValueError: no such model or file, or a column is missing.
+    OSError, ValueError: no such model or file, or a line without question or answer.
     """
-    if not Path(data).is_file():
-        raise ValueError(f"--data {data!r}: no such file; name a .jsonl of question and answer")
+    if "{question}" not in prompt:
+        raise ValueError(f"--prompt {prompt!r}: needs {{question}} where the question goes")
+    rows = text_env.read_rows(data)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    rows = load_dataset("json", data_files=data, split="train")
-    if missing := {"question", "answer"} - set(rows.column_names):
-        raise ValueError(f"--data {data}: no {min(missing)!r}; a line needs question and answer")
 
-    def to_prompt(row: dict[str, Any]) -> dict[str, Any]:
-        text = prompt.replace("{question}", str(row["question"]))
+    def to_prompt(row: text_env.Row) -> dict[str, Any]:
+        text = prompt.replace("{question}", row.question)
         chat = [{"role": "user", "content": text}]
-        return {"prompt": chat if tokenizer.chat_template else text, "answer": str(row["answer"])}
+        return {"prompt": chat if tokenizer.chat_template else text, "answer": row.answer}
 
     parts = {"model": model, "processing_class": tokenizer, "reward_funcs": right_text}
-    return {**parts, "train_dataset": rows.map(to_prompt, remove_columns=rows.column_names)}
+    return {**parts, "train_dataset": Dataset.from_list([to_prompt(row) for row in rows])}
 
 
 def right_text(completions: list[Any], answer: list[str], **_: Any) -> list[float]:

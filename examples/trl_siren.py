@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import text_env
 import torch
 import trl_data  # first, as it also puts siren.py, in the folder above, within reach
 from transformers import HfArgumentParser
@@ -32,9 +33,7 @@ from siren import ConfigError
 
 TESTED_WITH = "1.16."  # the trl versions that examples/test_trl_siren.py has run with
 STATE = "siren_state.json"  # a checkpoint holds it beside TRL's files
-MEASURE = ("siren_top_p", "peak_quantile")  # H* belongs to these
-# TRL's list of what a model may do to its logits; token_stats has logits = head(hidden)
-SCALES = "final_logit_softcapping logit_scale output_multiplier lm_head_multiplier logits_scaling"
+MEASURE = ("siren_top_p", "peak_quantile", "temperature")  # H* belongs to these
 
 
 def knob(default: Any, doc: str, **more: Any) -> Any:
@@ -54,21 +53,27 @@ class SirenGRPOConfig(GRPOConfig):
     peak_quantile: float = knob(0.8, "tau of the peak-entropy mask, in [0, 1]; 0 = no peak mask")
     regularizer: str = knob("anchor", "see siren.py", choices=["anchor", "bonus", "none"])
     anchor: float | None = knob(None, "H* in nats; default: that of the first global rollout")
-    entropy_chunk: int = knob(256, "tokens per slice of the [N, V] logits; 0 = all at once")
+    entropy_chunk: int = knob(256, "tokens per slice of the [N, V] logits; 0 = by memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        nucleus = "would truncate the samples; SIREN's nucleus is --siren_top_p"
+        nucleus = "changes what is sampled and not what is scored; SIREN's nucleus is --siren_top_p"
+        finite = self.anchor is None or 0 <= self.anchor < float("inf")
         micro = f"must divide --steps_per_generation {self.steps_per_generation}; change one"
         ga, kinds = self.gradient_accumulation_steps, ("anchor", "bonus", "none")
         for name, ok, rule in (
-            ("siren_beta", self.siren_beta >= 0, "must be >= 0; the paper's is 0.005"),
+            ("siren_beta", 0 <= self.siren_beta < float("inf"), "must be >= 0; paper: 0.005"),
+            ("anchor", finite, "must be >= 0 nats; left out, it is measured"),
             ("siren_top_p", 0 < self.siren_top_p <= 1, "must be in (0, 1]; the paper's is 0.8"),
             ("peak_quantile", 0 <= self.peak_quantile <= 1, "must be in [0, 1]; paper: 0.8"),
-            ("entropy_chunk", self.entropy_chunk >= 0, "must be >= 0; 0 = all at once"),
+            ("entropy_chunk", self.entropy_chunk >= 0, "must be >= 0; 0 = by memory"),
             ("regularizer", self.regularizer in kinds, "must be anchor, bonus or none"),
             ("beta", self.beta == 0, "SIREN has no KL term; its own weight is --siren_beta"),
             ("top_p", self.top_p == 1, nucleus),
+            ("top_k", not self.top_k, nucleus),
+            ("min_p", not self.min_p, nucleus),
+            ("repetition_penalty", self.repetition_penalty == 1, nucleus),
+            ("generation_kwargs", not self.generation_kwargs, nucleus),
             ("gradient_accumulation_steps", self.steps_per_generation % ga == 0, micro),
             ("use_liger_kernel", not self.use_liger_kernel, "not supported; leave it out"),
         ):
@@ -93,7 +98,7 @@ def check_supported(trainer: GRPOTrainer) -> None:
         rule = "the auxiliary loss of mixtures of experts is not supported; set it to 0"
         raise ConfigError(f"--router_aux_loss_coef {trainer.router_aux_loss_coef}: {rule}")
     config = trainer.model.config.get_text_config()
-    for name in SCALES.split():
+    for name in text_env.HEAD_FIELDS:  # token_stats has logits = head(hidden), and nothing more
         if (value := getattr(config, name, None)) not in (None, 1):
             rule = "capped or scaled logits are not supported; use another model"
             raise ConfigError(f"{config.model_type}, {name} {value}: {rule}")
@@ -238,6 +243,9 @@ class SirenGRPOTrainer(GRPOTrainer):
             for name in MEASURE:
                 if (now := getattr(self.args, name)) != saved[name]:
                     raise ConfigError(f"--{name} {now}: H* was measured with {saved[name]}; use it")
+            if self.args.anchor not in (None, saved["anchor"]):
+                rule = f"H* of the checkpoint is {saved['anchor']}; leave it out"
+                raise ConfigError(f"--anchor {self.args.anchor}: {rule}")
             self.anchor = saved["anchor"]
 
 
@@ -250,7 +258,7 @@ class Script:
 
     model: str = knob("", "a folder or a hub id; default: the base model of --task")
     data: str = knob("", "with --model: a .jsonl file of question and answer")
-    prompt: str = knob(trl_data.PROMPT, "with --model: the prompt's text")
+    prompt: str = knob(text_env.PROMPT, "with --model: the prompt's text")
     task: str = knob("toy_env", "without --model: a task, see siren.py")
     lora_rank: int = knob(0, "train LoRA adapters of this rank; 0 = all weights")
 
@@ -283,9 +291,12 @@ def main(argv: list[str] | None = None) -> int:
             if script.lora_rank:
                 from peft import LoraConfig
 
-                parts["peft_config"] = LoraConfig(r=script.lora_rank, target_modules="all-linear")
+                lora = {"r": script.lora_rank, "lora_alpha": 2 * script.lora_rank}
+                parts["peft_config"] = LoraConfig(target_modules="all-linear", **lora)
             trainer = SirenGRPOTrainer(args=args, **parts)
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if (last := args.resume_from_checkpoint) and not Path(last).is_dir():
+            raise ConfigError(f"--resume_from_checkpoint {last}: no such folder; name a checkpoint")
+        trainer.train(resume_from_checkpoint=last)
         trainer.save_model()
     except ConfigError as error:
         print(f"trl_siren.py: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,6 +3,7 @@
     python examples/study.py --preset smoke         # two minutes: everything, tiny; a temp folder
     python examples/study.py --preset quick         # README's figure and table
     python examples/study.py --preset main          # coefficients on validation seeds, main table
+    python examples/study.py --preset fresh         # does the effect repeat on eight more seeds?
     python examples/study.py --preset sweep_band    # width of the band of useful coefficients
     python examples/study.py --preset sensitivity   # p, tau and beta
     python examples/study.py --preset official      # the official code's departures
@@ -297,6 +298,7 @@ class Size:
     quick_steps: int = 200
     seeds: tuple[int, ...] = tuple(range(8))  # of the main table; each draws its own world
     quick_seeds: tuple[int, ...] = tuple(range(4))
+    fresh_seeds: tuple[int, ...] = tuple(range(8, 16))  # does the main table's effect repeat?
     validation_seeds: tuple[int, ...] = (100, 101, 102)  # of all that is chosen or explored
     vocabulary_seeds: tuple[int, ...] = (100,)  # each needs base models of its own
     final: Final = Final()
@@ -320,6 +322,7 @@ SMOKE = Size(
     quick_steps=4,
     seeds=(0, 1),
     quick_seeds=(0,),
+    fresh_seeds=(2, 3),
     validation_seeds=(100,),
     vocabulary_seeds=(100,),
     final=dataclasses.replace(TINY, temperatures=(0.6, 1.0)),
@@ -386,6 +389,12 @@ def table_jobs(size: Size, runs: dict[str, list]) -> list[Job]:
         for seed in size.seeds
         for label, method, beta in rows
     ]
+
+
+def fresh_jobs(size: Size, runs: dict[str, list]) -> list[Job]:
+    """Dr.GRPO and SIREN as in the main table, on seeds that nothing else has seen."""
+    again = table_jobs(dataclasses.replace(size, seeds=size.fresh_seeds), runs)
+    return [job for job in again if job.method in ("dr_grpo", "siren")]
 
 
 def choose(runs: list[Any]) -> dict[str, tuple[str, float]]:
@@ -459,6 +468,7 @@ Stage = Callable[[Size, dict[str, list]], list[Job]]
 PRESETS: dict[str, dict[str, Stage]] = {
     "quick": {"quick": quick_jobs},
     "main": {"tune": tune_jobs, "table": table_jobs},
+    "fresh": {"tune": tune_jobs, "fresh": fresh_jobs},
     "sweep_band": {"band": band_jobs, "vocabularies": vocabulary_jobs},
     "sensitivity": {"sensitivity": sensitivity_jobs},
     "official": {"official": official_jobs},
@@ -638,7 +648,7 @@ def collect(
     results: dict[str, list[study_figures.Run]] = {}
     for preset in presets:
         for group, stage in PRESETS[preset].items():
-            if group == "table" and not results["tune"]:
+            if group in ("table", "fresh") and not results["tune"]:
                 continue  # the coefficients are not chosen yet
             jobs = stage(size, results)
             if pool:

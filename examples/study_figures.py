@@ -682,11 +682,15 @@ p = tau = 0.8 whatever the method trains with.
 def write_tables(results: dict[str, list[Run]], path: Path) -> None:
     """tables.md: what the complete groups say, in markdown."""
     lines = [TABLES_HEAD]
-    for group, title in (("quick", "Quick"), ("table", "Main table")):
+    titles = {"quick": "Quick", "table": "Main table", "fresh": "Fresh seeds"}
+    for group, title in titles.items():
         if runs := results.get(group):
             lines += [f"## {title}", "", *policy_table(runs), *score_tables(runs)]
     if runs := results.get("table"):
         lines += ["## Claims of the main table", "", *claim_table(table_claims(runs))]
+    if runs := results.get("fresh"):
+        claims = [effect_claim(runs, *gain) for gain in GAINS.items()]
+        lines += ["## The effect on fresh seeds", "", *claim_table(claims)]
     if runs := results.get("band"):
         lines += ["## Claims of the coefficient sweep", "", *claim_table(band_claims(runs))]
 

@@ -189,7 +189,7 @@ def test_what_is_chosen_never_sees_test_seeds_or_prompts():
         for group, stage in stages.items():
             jobs = stage(size, runs)
             runs[group] = [study.stand_in(job) for job in jobs]
-            reported = group in ("quick", "table")
+            reported = group in ("quick", "table", "fresh")
             assert {job.cfg.eval_split for job in jobs} == {"test" if reported else "validation"}
             seeds = {job.cfg.seed for job in jobs}
             assert seeds.isdisjoint(size.validation_seeds) == reported
@@ -228,6 +228,7 @@ def test_presets_share_jobs():
         seen |= keys
     assert new == [75, 18, 11, 15, 12]
     assert all(more >= fewer for more, fewer in zip(sizes, new))
+    assert set(study.FULL.fresh_seeds).isdisjoint((*study.FULL.seeds, *study.FULL.quick_seeds))
 
 
 def test_choice_of_coefficients():

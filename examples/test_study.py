@@ -226,7 +226,7 @@ def test_presets_share_jobs():
         sizes.append(len(keys))
         new.append(len(keys - seen))
         seen |= keys
-    assert new == [75, 18, 11, 15, 12]
+    assert new == [75, 18, 21, 15, 12]
     assert all(more >= fewer for more, fewer in zip(sizes, new))
     assert set(study.FULL.fresh_seeds).isdisjoint((*study.FULL.seeds, *study.FULL.quick_seeds))
 
@@ -445,7 +445,7 @@ def test_plan_runs_nothing_and_counts_every_job_once(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "main/table: 72 jobs, of which 72 to run" in text and not out.exists()
     assert "sweep_band/band: 45 jobs, of which 18 to run" in text
-    assert "sweep_band/vocabularies: 30 jobs, of which 11 to run" in text
+    assert "sweep_band/vocabularies: 30 jobs, of which 21 to run" in text
 
 
 def test_figures_only_says_what_is_missing(tmp_path, capsys):

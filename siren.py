@@ -14,14 +14,15 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
     python siren.py --resume --out DIR   # go on after Ctrl-C, kill -9 or a power cut
     python siren.py --help               # every number, its meaning and its range
 
-Departures from the paper (P) and from the official code (C); README.md gives the reasons:
- 1. C leaves the token that crosses p out of the nucleus, which may be empty; here, as in P, it
+Departures from the paper (P) and from the official code (C) that change numbers; README.md has all
+of them, and the reasons:
+  - C leaves the token that crosses p out of the nucleus, which may be empty; here, as in P, it
     is inside.
- 2. A peak is H' >= q (C: H' > q), and here also H' > 0: once q = 0, ">= q" selects every token.
- 3. C squares H_agg - H* per micro-batch; here it is squared once per optimiser mini-batch.
- 4. C counts responses without tokens and anchors on one micro-batch; here they are left out, and H*
+  - A peak is H' >= q (C: H' > q), and here also H' > 0: once q = 0, ">= q" selects every token.
+  - C squares H_agg - H* per micro-batch; here it is squared once per optimiser mini-batch.
+  - C counts responses without tokens and anchors on one micro-batch; here they are left out, and H*
     comes from the whole first rollout.
- 5. C cuts the support of H' at the 10000 likeliest tokens; here it is the whole nucleus.
+  - C cuts the support of H' at the 10000 likeliest tokens; here it is the whole nucleus.
 No KL term, no reference model, no critic: the paper's Dr.GRPO has none of them.
 
 B responses, T response positions, V vocabulary, N tokens, D hidden size. Entropies are in nats.
@@ -66,7 +67,7 @@ def knob(default: Any, valid: str, doc: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every number of a run. The fields make `--help` and are checked here and nowhere else."""
+    """Every number of a run. The fields make `--help`, and their ranges are checked here."""
 
     # rollout
     task: str = knob("toy_env", "", "module:key=value,...; its load(key=value) gives the task")
@@ -955,7 +956,7 @@ def train(
     first, step 0, is the evaluation before training. Once `stop` is set, the step is the last.
 
     Only model, optimiser and `state` carry over from step to step, and every draw is a function of
-    (seed, step): a resumed run repeats an uninterrupted one to the last bit.
+    (seed, step): with the same flags, a resumed run repeats an uninterrupted one to the last bit.
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

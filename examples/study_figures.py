@@ -234,7 +234,7 @@ def steps_figure(runs: list[Run], path: Path) -> None:
     axes[0].set(title="entropy (nats a token)", yscale="log")
     axes[0].set_yticks(ENTROPY_TICKS, list(map(str, ENTROPY_TICKS)))
     axes[0].yaxis.set_minor_locator(NullLocator())
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))
     curve(axes[1], runs, ruled_ratio)
     axes[1].axhline(1, color="0.7", linewidth=0.8)
     axes[1].set(title="H_agg / anchor", ylim=(0, 1.3))

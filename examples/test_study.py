@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -472,7 +473,10 @@ def wait_until(condition, seconds: float = 120.0) -> None:
 def stop_halfway(out: Path, files: int, how: int) -> tuple[subprocess.Popen, set[int]]:
     """Start the smoke preset, send the signal once so many raw files are there; its workers."""
     command = [*STUDY, "--preset", "smoke", "--out", str(out)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    # a process in the background of a script ignores Ctrl-C, and so would its children
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    child = subprocess.Popen(command, **pipes, preexec_fn=heed)
     wait_until(lambda: len(list(out.glob("raw/*/*.jsonl"))) >= files)
     workers = {pid for pid, parent in processes().items() if parent == child.pid}
     child.send_signal(how)

@@ -689,8 +689,9 @@ def write_tables(results: dict[str, list[Run]], path: Path) -> None:
     if runs := results.get("table"):
         lines += ["## Claims of the main table", "", *claim_table(table_claims(runs))]
     if runs := results.get("fresh"):
-        claims = [effect_claim(runs, *gain) for gain in GAINS.items()]
-        lines += ["## The effect on fresh seeds", "", *claim_table(claims)]
+        for title, some in {"fresh": runs, "all": runs + results.get("table", [])}.items():
+            claims = [effect_claim(some, *gain) for gain in GAINS.items()]
+            lines += [f"## The effect on {title} seeds", "", *claim_table(claims)]
     if runs := results.get("band"):
         lines += ["## Claims of the coefficient sweep", "", *claim_table(band_claims(runs))]
 

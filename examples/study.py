@@ -1,8 +1,8 @@
 """The study: collapse, explosion and SIREN on the toy world, over seeds, with intervals.
 
     python examples/study.py --preset smoke         # two minutes: everything, tiny; a temp folder
-    python examples/study.py --preset quick         # README's figure and table
-    python examples/study.py --preset main          # coefficients on validation seeds, main table
+    python examples/study.py --preset quick         # three methods, four seeds, 200 steps
+    python examples/study.py --preset main          # coefficients; README's figure and table
     python examples/study.py --preset fresh         # does the effect repeat on eight more seeds?
     python examples/study.py --preset sweep_band    # width of the band of useful coefficients
     python examples/study.py --preset sensitivity   # p, tau and beta

@@ -3,53 +3,34 @@
 Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arXiv 2509.25133
 
     L = L_DrGRPO + beta * (H_agg - H*)^2     the self-anchored regulariser
-    H'_t    entropy of pi renormalised on the policy nucleus V_p (top-p mask, over actions)
-    H_i     mean of H'_t over a response's peaks, H'_t >= the response's tau-quantile (peak-entropy
-            mask, over states)
-    H_agg   mean of H_i over the responses; H* is H_agg of the first batch, before any update
 
-    python siren.py                      # SIREN on the toy task, about two minutes on a CPU
+    V_p     the policy nucleus: the fewest tokens whose probabilities sum to p (top-p mask)
+    H'_t    the entropy of the policy pi at position t, renormalised on the nucleus
+    H_i     the mean of H'_t over the peaks of response i: the positions where H'_t reaches the
+            tau-quantile of this response (peak-entropy mask)
+    H_agg   the mean of H_i over the responses
+    H*      the anchor: H_agg of the first batch, before any update
+
+    python siren.py                      # SIREN on the toy task, about a minute on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0    # naive bonus: it explodes
-    python siren.py --resume --out DIR   # go on after Ctrl-C, kill -9 or a power cut
-    python siren.py --help               # every number, its meaning and its range
+    python siren.py --resume --out DIR   # continue a run that was stopped
 
-Departures from the paper (P) and from the official code (C) that change numbers; README.md has all
-of them, and the reasons:
-  - C leaves the token that crosses p out of the nucleus, which may be empty; here, as in P, it
-    is inside.
-  - A peak is H' >= q (C: H' > q), and here also H' > 0: once q = 0, ">= q" selects every token.
-  - C squares H_agg - H* per micro-batch; here it is squared once per optimiser mini-batch.
-  - C counts responses without tokens and anchors on one micro-batch; here they are left out, and H*
-    comes from the whole first rollout.
-  - C cuts the support of H' at the 10000 likeliest tokens; here it is the whole nucleus.
-No KL term, no reference model, no critic: the paper's Dr.GRPO has none of them.
-
-B responses, T response positions, V vocabulary, N tokens, D hidden size. Entropies are in nats.
-Reading order = data order; the paper is in sections 4-8, so a first reading may skip 1-3.
+Letters: B responses, T response positions, V vocabulary, D hidden size; entropies are in nats. No
+KL term, no reference model, no critic, as in the paper. Departures: docs/departures.md.
 """
 
-from __future__ import annotations
-
-import argparse
 import dataclasses
 import importlib
-import json
 import math
 import os
 import random
 import re
-import signal
 import sys
-import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -57,237 +38,175 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------- 1. config
 class ConfigError(ValueError):
-    """Bad input: the message has the value, the constraint and the fix; exit code 2."""
+    """Bad input: the message has the value, the constraint and the fix."""
 
 
-def knob(default: Any, valid: str, doc: str) -> Any:
-    """A field of Config: default, valid values (an interval "(0, 1]" or "a|b|c"), documentation."""
-    return dataclasses.field(default=default, metadata={"valid": valid, "doc": doc})
+def knob(default, allowed, doc):
+    """A field of Config. allowed: (low, high) of a number, both included; choices; or None."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "doc": doc})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every number of a run. The fields make `--help`, and their ranges are checked here."""
+    """Every number of a run; `--help` prints these fields."""
 
-    # rollout
-    task: str = knob("toy_env", "", "module:key=value,...; its load(key=value) gives the task")
-    seed: int = knob(0, "[0, inf)", "every random draw is a function of (seed, step)")
-    steps: int = knob(200, "[0, inf)", "rollouts in the run, each sampled, scored and trained on")
-    prompts: int = knob(32, "[1, inf)", "prompts per rollout (paper: 128)")
-    group_size: int = knob(8, "[2, inf)", "responses per prompt, compared with each other")
-    max_tokens: int = knob(16, "[1, inf)", "response budget; a larger one needs a smaller beta")
-    temperature: float = knob(1.0, "(0, inf)", "training samples and scores the same distribution")
-    sample_batch: int = knob(1024, "[1, inf)", "responses sampled at once")
+    task: str = knob("toy_env", None, "module:key=value,...: the questions and the model")
+    seed: int = knob(0, (0, 2**32), "every random draw is a function of the seed and the step")
+    steps: int = knob(200, (0, 10**7), "training steps: sample, verify, score, update")
+    # sampling
+    prompts: int = knob(32, (1, 10**5), "prompts per step (paper: 128)")
+    group_size: int = knob(8, (2, 10**4), "responses per prompt (paper: 8)")
+    max_tokens: int = knob(16, (1, 10**6), "response budget; the best beta depends on it")
+    temperature: float = knob(1.0, (0.01, 100), "of the policy, in sampling and in the loss")
+    sample_batch: int = knob(1024, (1, 10**6), "responses that are sampled at once")
     # SIREN
-    regularizer: str = knob("anchor", "anchor|bonus|none", "beta (H_agg - H*)^2, -beta H_agg, or 0")
-    beta: float = knob(0.2, "[0, inf)", "weight of the regulariser (paper: 0.005)")
-    top_p: float = knob(0.8, "(0, 1]", "p of the policy nucleus; 1 = no top-p mask")
-    peak_quantile: float = knob(0.8, "[0, 1]", "tau of the peak-entropy mask; 0 = no peak mask")
-    anchor: float | None = knob(None, "[0, inf)", "H* in nats; None = that of the first rollout")
-    inclusive: bool = knob(True, "", "the token that crosses p is in the nucleus (official: no)")
-    strict: bool = knob(False, "", "a peak is H' > q, not H' >= q (official: yes)")
-    penalty_per_micro_batch: bool = knob(False, "", "square per micro-batch (official: yes)")
+    regularizer: str = knob("anchor", ("anchor", "bonus", "none"), "see siren_loss")
+    beta: float = knob(0.2, (0, 10**6), "weight of the regulariser (paper: 0.005)")
+    top_p: float = knob(0.8, (1e-6, 1), "p of the policy nucleus; 1 = no top-p mask")
+    peak_quantile: float = knob(0.8, (0, 1), "tau of the peak-entropy mask; 0 = no peak mask")
+    anchor: float | None = knob(None, (0, 100), "H* in nats; None = H_agg of the first batch")
     # policy gradient
-    mini_batches: int = knob(4, "[1, inf)", "optimiser steps per pass over a rollout (paper: 16)")
-    micro_batch_size: int = knob(64, "[1, inf)", "responses scored or trained on at once")
-    epochs: int = knob(1, "[1, inf)", "passes over each rollout")
-    lr: float = knob(3e-4, "(0, inf)", "AdamW's learning rate (paper: 1e-6, for a 7B model)")
-    warmup_steps: int = knob(5, "[0, inf)", "rollouts over which lr rises; Adam starts wild")
-    weight_decay: float = knob(0.0, "[0, inf)", "AdamW's (paper: 0.1)")
-    grad_clip: float = knob(1.0, "(0, inf)", "largest global gradient norm")
-    clip_low: float = knob(0.2, "[0, 1]", "PPO clip: the ratio is at least 1 - this")
-    clip_high: float = knob(0.2, "[0, inf)", "PPO clip: the ratio is at most 1 + this")
-    dual_clip: float | None = knob(None, "(1, inf)", "c: loss <= c|A| if A < 0 (official: 3)")
-    aggregation: str = knob("constant", "constant|sequence|token", "Dr.GRPO, GRPO, DAPO")
-    scale_by_std: bool = knob(False, "", "divide advantages by the group's std (GRPO's way)")
-    # language model
-    model: str = knob("", "", "folder or hub id of a causal language model, instead of --task")
-    data: str = knob("", "", "questions to train on: FILE.jsonl with question and answer fields")
-    eval_data: str = knob("", "", "held-out questions, likewise")
-    prompt: str = knob("", "", "what to ask, with {question} in it; empty = the paper's prompt")
-    max_prompt: int = knob(1024, "[1, inf)", "tokens; longer prompts are dropped and counted aloud")
-    answer_form: str = knob("boxed", "boxed|last-number", "last-number: counts if nothing is boxed")
-    verifier: str = knob("exact", "exact|math", "math = the library math-verify")
-    dtype: str = knob("float32", "float32|bfloat16", "of the weights; LoRA adapters are float32")
-    lora_rank: int = knob(0, "[0, inf)", "rank of LoRA adapters (pip install peft); 0 = train all")
-    optimizer: str = knob("adamw", "adamw|adafactor", "adafactor keeps no second moment per weight")
-    recompute: bool = knob(False, "", "activation checkpointing: memory for time")
-    dry_run: bool = knob(False, "", "print a plan of the memory and stop")
-    gpu_gb: float = knob(80.0, "(0, inf)", "the card that the plan is for, GB (10^9 bytes)")
+    algorithm: str = knob("dr_grpo", ("dr_grpo", "grpo"), "scale of advantages and lengths")
+    mini_batches: int = knob(4, (1, 10**5), "optimiser updates per step (paper: 16)")
+    micro_batch_size: int = knob(64, (1, 10**6), "responses in memory at once; changes no result")
+    lr: float = knob(3e-4, (1e-12, 10**6), "AdamW's learning rate (paper: 1e-6, for a 7B model)")
+    warmup_steps: int = knob(5, (0, 10**7), "steps in which lr rises; Adam's first ones are rough")
+    weight_decay: float = knob(0.0, (0, 1), "AdamW's (paper: 0.1)")
+    grad_clip: float = knob(1.0, (1e-6, 10**6), "largest global gradient norm")
+    clip_low: float = knob(0.2, (0, 1), "PPO clip: the ratio counts down to 1 - this")
+    clip_high: float = knob(0.2, (0, 100), "PPO clip: the ratio counts up to 1 + this")
     # evaluation
-    eval_every: int = knob(0, "[0, inf)", "steps; 0 = before and after training only")
-    eval_prompts: int = knob(128, "[1, inf)", "held-out prompts per set")
-    eval_samples: int = knob(16, "[1, inf)", "k of avg@k, maj@k, pass@k and distinct@k")
-    eval_temperature: float = knob(0.6, "(0, inf)", "the paper's")
-    eval_top_p: float = knob(1.0, "(0, 1]", "truncates evaluation samples only (official: 0.7)")
-    eval_split: str = knob("test", "test|validation", "tune on validation, report on test")
+    eval_every: int = knob(0, (0, 10**7), "steps between evaluations; 0 = before and after only")
+    eval_prompts: int = knob(128, (1, 10**6), "held-out prompts per set")
+    eval_samples: int = knob(16, (1, 10**5), "k of avg@k, maj@k, pass@k and distinct@k")
+    eval_temperature: float = knob(0.6, (0.01, 100), "the paper's")
     # run
-    out: str = knob("", "", "run folder; empty = runs/<regularizer>-seed<seed>")
-    save_every: int = knob(10, "[1, inf)", "steps between checkpoints")
-    device: str = knob("cpu", "", "cpu, cuda, ...")
-    threads: int = knob(1, "[0, 1024]", "CPU threads; one is fastest for small models; 0 = all")
-    chunk: int = knob(0, "[0, inf)", "tokens per slice of the [N, V] logits; 0 = by memory")
+    out: str = knob("", None, "run folder; empty = runs/<regularizer>-seed<seed>")
+    save_every: int = knob(10, (1, 10**7), "steps between checkpoints")
+    device: str = knob("auto", None, "auto, cpu, cuda, mps, ...")
+    threads: int = knob(1, (0, 1024), "CPU threads; one is fastest for small models; 0 = all")
+    chunk: int = knob(0, (0, 10**7), "tokens whose logits are in memory at once; 0 = by size")
+    plug: str = knob("", None, "module that replaces functions of this file (examples/README.md)")
 
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for f in dataclasses.fields(self):
-            value, valid = getattr(self, f.name), f.metadata["valid"]
-            if value is None and f.default is None:
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, allowed = getattr(self, field.name), field.metadata["allowed"]
+            if allowed is None or value is None:
                 continue
-            kind = (get_args(hints[f.name]) or (hints[f.name],))[0]
-            right_type = isinstance(value, (int, float) if kind is float else kind)
-            if not right_type or (valid and not _within(value, valid)):
-                rule = f"{kind.__name__} in {valid}" if valid else kind.__name__
-                flag = "--" + f.name.replace("_", "-")
-                raise ConfigError(f"{flag} {value}: must be {rule}; the default is {f.default}")
-        if self.mini_batches > self.prompts:
-            rule = f"at most --prompts {self.prompts}, as a prompt's responses stay together"
-            raise ConfigError(f"--mini-batches {self.mini_batches}: must be {rule}; lower it")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"--device {self.device}: {reason}; use --device cpu") from error
-
-    @property
-    def folder(self) -> Path:
-        """Where the run is written."""
-        return Path(self.out or f"runs/{self.regularizer}-seed{self.seed}")
-
-    def pick(self, names: str) -> dict[str, Any]:
-        """Some fields, as keyword arguments."""
-        return {name: getattr(self, name) for name in names.split()}
-
-
-def _within(value: Any, valid: str) -> bool:
-    """Is value in an interval such as "(0, 1]", or one of "a|b|c"? NaN is in no interval."""
-    if valid[0] not in "([":
-        return value in valid.split("|")
-    low, high = (float(end) for end in valid[1:-1].split(","))
-    above = value > low if valid[0] == "(" else value >= low
-    return above and (value < high if valid[-1] == ")" else value <= high)
+            choice = isinstance(allowed[0], str)
+            if not (value in allowed if choice else allowed[0] <= value <= allowed[1]):
+                rule = (" or " if choice else " to ").join(map(str, allowed))
+                flag = "--" + field.name.replace("_", "-")
+                raise ConfigError(f"{flag} {value}: must be {rule}; the default is {field.default}")
+        if self.mini_batches > self.prompts:  # a prompt's responses stay together
+            raise ConfigError(f"--mini-batches {self.mini_batches}: more than --prompts has")
 
 
 # --------------------------------------------------------------------------------------- 2. sampler
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """B sampled responses. Masks come from positions, never from token ids (pad may equal EOS).
-    Tensor is short for torch.Tensor, see section 4.
+class Rollout(NamedTuple):
+    """B sampled responses. Masks come from positions, never from token ids: pad may equal EOS."""
 
-    prompt [B, P] ids, padded on the left, and prompt_mask; tokens [B, T] ids, padded on the right,
-    and mask, True up to and including EOS (which is trained); logp [B, T] as sampled.
-    """
+    prompt: torch.Tensor  # [B, P] ids, padded on the left
+    prompt_mask: torch.Tensor  # [B, P] bool
+    tokens: torch.Tensor  # [B, T] ids, padded on the right
+    mask: torch.Tensor  # [B, T] bool, True up to and including EOS, which is trained too
+    logp: torch.Tensor  # [B, T] log-probability of each token when it was sampled
 
-    prompt: Tensor
-    prompt_mask: Tensor
-    tokens: Tensor
-    mask: Tensor
-    logp: Tensor
-
-    def rows(self, index: Tensor) -> Rollout:
+    def rows(self, index):
         """The responses at index [b]."""
-        return Rollout(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+        return Rollout(*(tensor[index] for tensor in self))
 
-    def responses(self) -> list[list[int]]:
-        """Token ids of each response, without padding."""
+    def responses(self):
+        """The token ids of each response, without padding."""
         return [ids[mask].tolist() for ids, mask in zip(self.tokens.cpu(), self.mask.cpu())]
+
+
+def draw(pi, generator):
+    """A token for each row of pi [n, V]: the first at which the running sum of pi exceeds u."""
+    mass = pi.cumsum(-1)
+    u = torch.rand(len(pi), 1, device=pi.device, generator=generator)  # 0 <= u < 1
+    return torch.searchsorted(mass, u * mass[:, -1:], right=True)  # [n, 1]
 
 
 @torch.no_grad()
 def sample(
-    model: torch.nn.Module,
-    prompts: list[list[int]],
-    *,
-    max_tokens: int,
-    eos_ids: list[int],
-    pad_id: int,
-    samples: int = 1,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    batch: int = 1024,
-    generator: torch.Generator | None = None,
-) -> Rollout:
-    """Sample responses; row i * samples + j is sample j of prompt i (a list of token ids).
+    model, prompts, *, max_tokens, eos_ids, pad_id,
+    samples=1, temperature=1.0, batch=1024, generator=None,
+):  # fmt: skip
+    """A Rollout, in which row i * samples + j is sample j of prompt i, a list of token ids.
 
-    About `batch` rows at a time. A prompt's samples share one prefill of the KV cache; a row that
-    has ended leaves the batch. top_p < 1 truncates: for evaluation only, as training must score
-    what it sampled. FloatingPointError: logits are not finite; ConfigError: the context is short.
+    About `batch` rows at a time. The samples of a prompt share one pass over it, and a row that has
+    ended leaves the batch. Nothing is truncated: what is scored later is what was sampled.
     """
-    from transformers import DynamicCache  # here, since the rest of the file needs only torch
+    from transformers import DynamicCache  # here, since the method needs only torch
 
-    device = next(model.parameters()).device
-    width, size = max(map(len, prompts)), len(prompts) * samples
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if width + max_tokens > context:
-        longest = f"the longest prompt ({width} tokens) and the response must fit {context} tokens"
-        raise ConfigError(f"--max-tokens {max_tokens}: {longest}; lower it or drop long prompts")
-    prompt = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    prompt_mask = torch.arange(width, device=device) >= width - lengths[:, None]
-    tokens = torch.full((size, max_tokens), pad_id, device=device)
-    mask = torch.zeros(size, max_tokens, dtype=torch.bool, device=device)
-    logp = torch.zeros(size, max_tokens, device=device)
+    device, width = next(model.parameters()).device, max(map(len, prompts))
+    prompt = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=device)
+    start = torch.tensor([width - len(ids) for ids in prompts], device=device)[:, None]
+    prompt_mask = torch.arange(width, device=device) >= start  # [N, P] for N prompts
+    tokens = torch.full((len(prompts) * samples, max_tokens), pad_id, device=device)  # [B, T]
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    logp = torch.zeros_like(tokens, dtype=torch.float32)
     eos = torch.tensor(eos_ids, device=device)
+
     for some in torch.arange(len(prompts), device=device).split(max(1, batch // samples)):
-        cache, attention = DynamicCache(config=model.config), prompt_mask[some].long()
-        # position ids count real tokens only, or left padding would shift them
-        inputs = {"input_ids": prompt[some], "position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+        cache, seen = DynamicCache(config=model.config), prompt_mask[some].long()
+        # positions count a row's own tokens only, or left padding would shift them
+        ids, positions = prompt[some], (seen.cumsum(1) - 1).clamp(min=0)
         for t in range(max_tokens):
-            inputs |= {"attention_mask": attention, "past_key_values": cache, "use_cache": True}
-            logits = model(**inputs, logits_to_keep=1).logits[:, -1].float() / temperature
-            if t == 0:  # after the prefill, a row a response; `alive` have not ended
+            logits = model(
+                ids, attention_mask=seen, position_ids=positions, past_key_values=cache,
+                use_cache=True, logits_to_keep=1,
+            ).logits[:, -1].float()  # fmt: skip
+            if t == 0:  # the prompts are read; from here on a row is a response that has not ended
                 cache.batch_repeat_interleave(samples)
-                logits, attention = (x.repeat_interleave(samples, 0) for x in (logits, attention))
-                alive = (some[:, None] * samples + torch.arange(samples, device=device)).view(-1)
-            if top_p < 1:
-                logits = logits.masked_fill(~nucleus_mask(logits, top_p), float("-inf"))
-            log_pi = logits.log_softmax(-1)  # [alive, V]
+                logits, seen = (x.repeat_interleave(samples, 0) for x in (logits, seen))
+                rows = (some[:, None] * samples + torch.arange(samples, device=device)).view(-1)
+            log_pi = (logits / temperature).log_softmax(-1)  # [n, V]
             if log_pi.isnan().any():
                 raise FloatingPointError("the model's logits are not finite")
-            token = torch.multinomial(log_pi.exp(), 1, generator=generator)  # [alive, 1]
-            tokens[alive, t], mask[alive, t] = token[:, 0], True
-            logp[alive, t] = log_pi.gather(1, token)[:, 0]
-            going = (~torch.isin(token[:, 0], eos)).nonzero()[:, 0]
+            ids = draw(log_pi.exp(), generator)  # [n, 1]
+            tokens[rows, t], mask[rows, t] = ids[:, 0], True
+            logp[rows, t] = log_pi.gather(1, ids)[:, 0]
+
+            going = (~torch.isin(ids[:, 0], eos)).nonzero()[:, 0]
             if len(going) == 0:
                 break
-            if len(going) < len(alive):
+            if len(going) < len(rows):
                 cache.batch_select_indices(going)
-                alive, attention, token = alive[going], attention[going], token[going]
-            attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
-            inputs = {"input_ids": token, "position_ids": attention.sum(1, keepdim=True) - 1}
+                rows, seen, ids = rows[going], seen[going], ids[going]
+            seen = torch.cat([seen, torch.ones_like(ids)], 1)
+            positions = seen.sum(1, keepdim=True) - 1
     used = int(mask.any(0).sum())
     prompt, prompt_mask = (x.repeat_interleave(samples, 0) for x in (prompt, prompt_mask))
     return Rollout(prompt, prompt_mask, tokens[:, :used], mask[:, :used], logp[:, :used])
 
 
 # -------------------------------------------------------------------------------------- 3. verifier
-
 MAX_RESPONSE, MAX_ANSWER = 1_000_000, 200  # characters; a longer answer is compared as it stands
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_FRACTION = re.compile(
-    r"\\frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
-)
-_NUMBER = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?)(?:/([0-9]+))?(%?)")
-# a unit: a known short one or any longer word that is no part of a formula or of a number
-_WORD = r"(?:[cmk]?m|k?g|mg|s|h|hr|ft|in|yd|mi|oz|lb|[mc]?[lL]|[JKNWV]|Hz|[a-zA-Zµ]{3,})"
-_NO_UNIT = r"(?!(?:log|sin|cos|tan|exp|sqrt|mod|and|hundred|thousand|million|billion|dozen)\b)"
-_UNIT = re.compile(rf"(?<=[0-9.%])\s+{_NO_UNIT}{_WORD}(?:[ /]{_WORD})*(?:\s*\^\{{?[0-9]\}}?)?$")
-_SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")  # not between digits: "5 6" is not 56
-AnswerForm = Callable[[str], "str | None"] | None  # how a task finds an answer without a box
+BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+LAYOUT = re.compile(r"\\(?:left|right|displaystyle)\b|\\\\|\\[()\[\]!$%,;: ]|[$~\u2212]")
+MEANS = {"\\\\": "\\\\", "\\%": "%", "\u2212": "-"}  # of LAYOUT; what is not here means a space
+FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))")
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
+NUMBER = re.compile(rf"([+-]? ?(?:{DIGITS}|[0-9]+ ?/ ?[0-9]+)) ?(%?)")
 
 
-def extract_answer(response: str, answer_form: AnswerForm = None) -> str | None:
-    r"""The last \boxed{...} with balanced braces; without one, what answer_form finds; or None.
+def extract_answer(response, answer_form=None):
+    r"""The content of the last \boxed{...} with balanced braces; without one, what answer_form, a
+    task's own rule, finds in the text; or None.
 
     >>> extract_answer(r"so \boxed{3}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
     text = response[-MAX_RESPONSE:]
-    opened: list[int] = []  # where the content of each open brace starts; -1 if it is no box
+    opened = []  # for each open brace: where its content starts, or -1 if it is not a box
     start, end = -1, -1
-    for found in _BRACES.finditer(text):  # one pass: linear time whatever the text
-        if found[0] == "{" or len(found[0]) > 2:
-            opened.append(-1 if found[0] == "{" else found.end())
+    for found in BRACES.finditer(text):  # one pass, so the time is linear in the text
+        if found[0].startswith(r"\boxed"):
+            opened.append(found.end())
+        elif found[0] == "{":
+            opened.append(-1)
         elif found[0] == "}" and opened and (begin := opened.pop()) > start:
             start, end = begin, found.start()
     if start >= 0:
@@ -295,462 +214,404 @@ def extract_answer(response: str, answer_form: AnswerForm = None) -> str | None:
     return answer_form(text) if answer_form else None
 
 
-def normalize(answer: str) -> Fraction | str:
-    r"""An exact number where the text is one, else the text without what does not count.
+def normalize(answer):
+    r"""What equal answers have in common: an exact number (Fraction), or else a text.
 
-    >>> normalize(r"$-1{,}234.50\text{ cm}$"), normalize(r"\dfrac{1}{2}"), normalize("50%")
+    A number is a sign, digits (also 1,234), decimals or a fraction (1/2, \frac{1}{2}), and %. All
+    else is text: not evaluated, and without spaces (but between digits) and braces of one token.
+
+    >>> normalize(r"$-1{,}234.50$"), normalize(r"\dfrac{1}{2}"), normalize(r"50\%")
     (Fraction(-2469, 2), Fraction(1, 2), Fraction(1, 2))
-    >>> normalize(r"\text{East} ")
-    'East'
+    >>> normalize(r"\text{East}"), normalize("x^{2} + 1"), normalize("5 6")
+    ('East', 'x^2+1', '5 6')
     """
     if len(answer) > MAX_ANSWER:
         return answer.strip()
-    text = answer.strip().strip("$").replace("\u2212", "-").replace("\\%", "%").replace("{,}", ",")
-    text = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\[!,;: ]|\\left|\\right|\\[()\[\]$]|\^?\\circ", "", text).strip().rstrip(".")
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text).strip()
-    text, bare = _SPACE.sub("", text), _SPACE.sub("", _UNIT.sub("", text))
-    number = _NUMBER.fullmatch(bare)
-    if number and number[2].strip(".") and not ("." in number[2] and number[3]):
-        value = Fraction(number[1] + "0" + number[2].replace(",", "").rstrip("."))
-        below = int(number[3] or 1) * (100 if number[4] else 1)
-        return value / below if below else text
-    return text
+    text = LAYOUT.sub(lambda found: MEANS.get(found[0], " "), answer.replace("{,}", ","))
+    text = " ".join(text.replace(", !", ",").split()).removesuffix(".").rstrip()
+    # a fraction is set apart by spaces, so that it can't join what stands beside it
+    number = NUMBER.fullmatch(FRACTION.sub(r" \1\2/\3\4 ", text).strip())
+    if number:
+        try:
+            value = Fraction(re.sub("[, ]", "", number[1]))
+            return value / 100 if number[2] else value
+        except (ValueError, ZeroDivisionError):
+            pass  # such as "." or "1/0"
+    text = re.sub(r"\\(?:text|textbf|mathrm|mbox) ?\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\{ ?([a-zA-Z0-9]|\\[a-zA-Z]+) ?\}", r"\1", text)
+    return re.sub(r"(?<![0-9]) | (?![0-9])", "", " ".join(text.split()))
 
 
-def verify(response: str, answer: str, *, answer_form: AnswerForm = None, library=False) -> bool:
-    r"""Is the response's answer right? The binary reward. Text is compared, never evaluated.
+def verify(response, answer, *, answer_form=None, equal=None):
+    r"""The reward r_i: is the response's answer right? The answer may be in a box itself.
 
-    Numbers are compared exactly. A percent sign on one side only is read both ways (50% = 50, 1/2),
-    as data sets drop it. Never raises, and takes time linear in the text. library=True: math-verify
-    decides (pip install math-verify), which also knows that \sqrt{8} = 2\sqrt{2}.
+    equal(given, answer), if any, decides instead, such as math-verify's in examples/text_env.py.
 
     >>> verify(r"... so the answer is \boxed{0.5}", r"\frac{1}{2}"), verify("0.5", "0.5")
     (True, False)
     """
-    given = extract_answer(response, answer_form)
-    if given is None or not given.strip():
-        return False
-    if library:
-        import math_verify
-
-        gold, guess = (f"\\boxed{{{text[:MAX_ANSWER]}}}" for text in (answer, given))
-        try:
-            return bool(math_verify.verify(math_verify.parse(gold), math_verify.parse(guess)))
-        except Exception:  # a parser on hostile text: whatever it raises means "wrong"
-            return False
-    if ("%" in given) != ("%" in answer):
-        bare = [re.sub(r"\\?%", "", text) for text in (given, answer)]
-        if normalize(bare[0]) == normalize(bare[1]):
-            return True
-    return normalize(given) == normalize(answer)
+    given, answer = extract_answer(response, answer_form), extract_answer(answer) or answer
+    if given is None or equal is not None:
+        return given is not None and equal(given, answer)
+    return normalize(given) == normalize(answer) != ""
 
 
+# ------------------------------------------------------------------------------------ 4. the method
 # === begin: copy from here (needs nothing but `import torch`) ===
+def group_advantages(rewards, group_size, algorithm="dr_grpo"):
+    """A_i = r_i - mean of its group's r: is this response better than usual for its prompt?
 
-Tensor = torch.Tensor
+    rewards [B], a prompt's responses side by side -> A [B]. algorithm "grpo" also divides by the
+    group's standard deviation. ValueError unless groups of at least 2 fill B.
 
-
-# ------------------------------------------------------------------------------------ 4. advantages
-def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = False) -> Tensor:
-    """A_i = r_i - mean of its group's r (Dr.GRPO). rewards [B], groups consecutive -> adv [B].
-
-    scale_by_std divides by the group's standard deviation (GRPO): easy and hard prompts weigh more.
-    ValueError if groups of at least 2 do not fill B.
-
-    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # the mean is 1/4
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
     if group_size < 2 or len(rewards) % group_size:
-        constraint = f"must be at least 2 and divide the {len(rewards)} rewards"
-        raise ValueError(f"group_size {group_size}: {constraint}")
-    groups = rewards.to(_wide(rewards)).view(-1, group_size)
+        raise ValueError(f"group_size {group_size}: must be >= 2 and divide {len(rewards)} rewards")
+    groups = rewards.view(-1, group_size)
     adv = groups - groups.mean(1, keepdim=True)
-    if scale_by_std:
+    if algorithm == "grpo":
         adv = adv / (groups.std(1, keepdim=True) + 1e-6)
     return adv.view(-1)
 
 
-# --------------------------------------------------------------------------------------- 5. entropy
-def nucleus_mask(logits: Tensor, top_p: float, *, inclusive: bool = True) -> Tensor:
-    """The policy nucleus V_p (top-p mask): the fewest tokens whose probabilities sum to >= p.
+def nucleus(log_pi, top_p):
+    """The policy nucleus V_p and the policy on it, q = pi / pi(V_p).
 
-    logits [..., V] -> bool [..., V]. The token that crosses p is inside, so the set is never empty.
-    inclusive=False, the official code's rule: cumulative probability <= p; the set may be empty.
-
-    >>> nucleus_mask(torch.tensor([0.5, 0.25, 0.15, 0.1]).log(), 0.8)
-    tensor([ True,  True,  True, False])
+    V_p is the smallest set of tokens whose probabilities sum to at least p: the token that crosses
+    p is inside, so the set is never empty. The choice of the set has no gradient. log_pi [..., V]
+    -> log q of the likeliest tokens [..., k], -inf outside the nucleus, and their ids [..., k].
     """
-    possible = logits > float("-inf")
-    if top_p >= 1:
-        return possible
-    probs = logits.detach().to(_wide(logits)).softmax(-1)
-    probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    mass = probs.cumsum(-1)
-    inside = mass - probs < top_p if inclusive else mass <= top_p
-    return torch.zeros_like(inside).scatter(-1, order, inside) & possible
+    vocab = log_pi.shape[-1]
+    if top_p >= 1:  # every token; a sum of rounded probabilities might stop short of 1
+        return log_pi, torch.arange(vocab, device=log_pi.device).expand(log_pi.shape)
+    k = min(64, vocab)  # to sort a whole vocabulary takes a hundred times as long
+    while True:
+        top, ids = log_pi.detach().topk(k)  # [..., k]
+        mass = top.exp().cumsum(-1)
+        if k == vocab or bool((mass[..., -1] >= top_p).all()):
+            break
+        k = min(16 * k, vocab)
+    inside = mass - top.exp() < top_p  # the tokens before this one do not reach p
+    return log_pi.gather(-1, ids).masked_fill(~inside, float("-inf")).log_softmax(-1), ids
 
 
-def nucleus_entropy(logits: Tensor, top_p: float, *, inclusive: bool = True) -> Tensor:
-    """H' = -sum over V_p of q log q, q = pi / pi(V_p): how open the choice among real options is.
+def nucleus_mask(logits, top_p):
+    """Which tokens are in the policy nucleus V_p? logits [..., V] -> bool [..., V].
 
-    logits [..., V] -> nats [...]. Differentiable, though not through the choice of the set; logits
-    outside it get no gradient. An empty set has H' = 0. This is the definition; token_stats does
-    the same with its gradient written out (where a mass is p exactly, rounding decides in both).
+    >>> nucleus_mask(torch.tensor([0.15, 0.5, 0.1, 0.25]).log(), 0.8)  # .5 + .25 + .15 = .9
+    tensor([ True,  True, False,  True])
+    """
+    log_q, ids = nucleus(log_softmax(logits), top_p)
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, log_q > float("-inf"))
 
-    >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)
+
+def nucleus_entropy(logits, top_p):
+    """H' = -sum over V_p of q log q, with q = pi / pi(V_p): how open is the choice that is real?
+
+    logits [..., V] -> nats [...]. A nucleus of one token has H' = 0. The gradient is that of the
+    formula with V_p held fixed: a logit outside gets none. With p = 1 it is the full entropy H.
+
+    >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)  # q = 2/3, 1/3
     tensor(0.6365)
     """
-    inside = nucleus_mask(logits, top_p, inclusive=inclusive)
-    some = inside.any(-1, keepdim=True)  # an empty set is computed as if full, then zeroed: no NaN
-    log_q = logits.to(_wide(logits)).masked_fill(~inside & some, float("-inf")).log_softmax(-1)
-    return -(log_q.exp() * log_q.masked_fill(~inside, 0.0)).sum(-1) * some[..., 0]
+    return entropy_of(nucleus(log_softmax(logits), top_p)[0])
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64: entropies in half precision are off in the first decimal."""
-    return torch.promote_types(x.dtype, torch.float32)
+def entropy_of(log_q):
+    """-sum of q log q over the last dimension, where 0 log 0 is 0 and has no gradient."""
+    return -(log_q.exp() * log_q.masked_fill(log_q == float("-inf"), 0.0)).sum(-1)
 
 
-def _nucleus_floor(log_pi: Tensor, pi: Tensor, top_p: float, inclusive: bool) -> tuple[Tensor, ...]:
-    """The nucleus without sorting a vocabulary: V_p = {log pi >= floor [n, 1]} without the tokens
-    at these rows and columns, which equal the floor but come later in the order.
-
-    A histogram of log pi [n, V] finds the bucket in which the mass crosses p; only that is sorted.
-    """
-    n, buckets = len(pi), min(2048, pi.shape[1])
-    # 32 nats in all, for beyond there is nothing; fmin sends NaN to the last bucket
-    bucket = torch.fmin(log_pi * (-buckets / 32), log_pi.new_tensor(buckets - 1)).long()
-    mass = pi.new_zeros(n, buckets).scatter_add_(1, bucket, pi).cumsum(1)
-    edge = (mass < top_p).sum(1, keepdim=True).clamp(max=buckets - 1)
-    before = mass.gather(1, (edge - 1).clamp(min=0)) * (edge > 0)
-    # the tokens in the bucket at the edge, left-aligned in a table and sorted
-    rows, cols = (bucket == edge).nonzero(as_tuple=True)
-    count = torch.bincount(rows, minlength=n)
-    place = torch.arange(len(rows), device=pi.device) - (count.cumsum(0) - count)[rows]
-    table = log_pi.new_full((n, max([1, *count.tolist()])), float("-inf"))
-    table[rows, place] = log_pi[rows, cols]
-    table, order = table.sort(dim=-1, descending=True, stable=True)
-    p = table.exp()
-    inside = before + p.cumsum(-1) - p < top_p if inclusive else before + p.cumsum(-1) <= top_p
-    inside &= table > -9e8  # neither the table's empty places nor forbidden tokens
-    size = inside.sum(1, keepdim=True)
-    # where nothing of this bucket is inside, the floor is just above it
-    above = table[:, :1].nextafter(table.new_tensor(float("inf")))
-    floor = torch.where(size > 0, table.gather(1, (size - 1).clamp(min=0)), above)
-    tied, at = ((table == floor) & ~inside).nonzero(as_tuple=True)
-    columns = torch.zeros_like(order)
-    columns[rows, place] = cols
-    return floor, tied, columns[tied, order[tied, at]]
+def log_softmax(logits, temperature=1.0):
+    """In float32 at least: in half precision the first decimal of an entropy is wrong."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits / temperature).log_softmax(-1)
 
 
-class _TokenStats(torch.autograd.Function):
-    """logp, H, H' and |V_p| of N tokens, chunk by chunk; nothing of size [N, V] is kept.
+def peak_mask(entropy, mask, quantile):
+    """The peak-entropy mask m_t (Eq. 9): the positions where a response really forks.
 
-    The backward pass makes each chunk's z = logits / temperature again and applies
-        d logp_y / dz_j = [j = y] - pi_j
-        d H      / dz_j = -pi_j (log pi_j + H)
-        d H'     / dz_j = -q_j (log q_j + H')   inside the nucleus, 0 outside
-    All but [j = y] is -pi_j times something; g gathers that.
-    """
+    q_i is the tau-quantile of H' over response i's own tokens; t is a peak where H'_t >= q_i and
+    H'_t > 0 (without the second test every token is a peak once q_i is 0). entropy (H') and mask
+    [B, T] -> bool [B, T]. quantile is tau; 0 switches the mask off: all of the response.
 
-    @staticmethod
-    def policy(ctx, x, weight, bias):
-        """log pi and pi of a chunk, [n, V]."""
-        if weight is not None:
-            x = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
-        log_pi = (x.to(_wide(x)) / ctx.temperature).log_softmax(-1)
-        log_pi = log_pi.clamp_(min=-1e9)  # a forbidden token has logit -inf: 0 * log 0 = 0
-        return log_pi, log_pi.exp()
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, tokens, where, top_p, temperature, inclusive, chunk):
-        ctx.temperature, ctx.chunk, ctx.ties = temperature, chunk, []
-        ctx.set_materialize_grads(False)
-        wide = _wide(x if weight is None else weight)
-        logp, entropy, nucleus, floor, scale, shift = x.new_zeros(6, len(x), dtype=wide)
-        size = torch.zeros_like(tokens)
-        with torch.autocast(x.device.type, enabled=False):  # it would round the entropies to bf16
-            for rows in where.split(chunk):
-                log_pi, pi = _TokenStats.policy(ctx, x[rows], weight, bias)
-                logp[rows] = log_pi.gather(-1, tokens[rows, None])[:, 0]
-                entropy[rows] = -torch.linalg.vecdot(pi, log_pi)
-                least, ties = torch.full_like(pi[:, :1], -9e8), [[], []]  # all but forbidden tokens
-                if top_p < 1:
-                    least, *ties = _nucleus_floor(log_pi, pi, top_p, inclusive)
-                inside = log_pi >= least
-                inside[ties[0], ties[1]] = False
-                pi *= inside
-                mass, size[rows] = pi.sum(-1), inside.sum(-1)  # mass = pi(V_p)
-                # -sum of q log q, where log q = log pi - log mass
-                h = mass.log() - torch.linalg.vecdot(pi, log_pi) / mass
-                choice = size[rows] > 1  # with a single option H' is 0: not nearly, exactly
-                nucleus[rows] = torch.where(choice, h, 0.0)
-                # for the backward pass: q = scale * pi, and log q + H' = log pi + shift
-                scale[rows] = torch.where(choice, 1 / mass, 0.0)
-                shift[rows] = torch.where(choice, h - mass.log(), 0.0)
-                floor[rows] = least[:, 0]
-                ctx.ties.append(ties)
-        ctx.save_for_backward(x, weight, bias, tokens, where, entropy, floor, scale, shift)
-        ctx.mark_non_differentiable(size)
-        return logp, entropy, nucleus, size
-
-    @staticmethod
-    def backward(ctx, of_logp, of_entropy, of_nucleus, _):
-        x, weight, bias, tokens, where, entropy, floor, scale, shift = ctx.saved_tensors
-        grad_x = torch.zeros_like(x)
-        grad_w = torch.zeros_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
-        grad_b = torch.zeros_like(bias, dtype=_wide(bias)) if ctx.needs_input_grad[2] else None
-        with torch.autocast(x.device.type, enabled=False):
-            for rows, ties in zip(where.split(ctx.chunk), ctx.ties):
-                log_pi, pi = _TokenStats.policy(ctx, x[rows], weight, bias)
-                g = torch.zeros_like(pi)
-                if of_nucleus is not None:
-                    g = (log_pi + shift[rows, None]).mul_((of_nucleus * scale)[rows, None])
-                    g *= log_pi >= floor[rows, None]
-                    g[ties[0], ties[1]] = 0.0
-                if of_entropy is not None:
-                    g += log_pi.add_(entropy[rows, None]).mul_(of_entropy[rows, None])
-                if of_logp is not None:
-                    g += of_logp[rows, None]
-                g = g.mul_(pi).neg_()
-                if of_logp is not None:
-                    g.scatter_add_(1, tokens[rows, None], of_logp[rows, None])
-                g /= ctx.temperature
-                grad_x[rows] = (g if weight is None else g.to(weight.dtype) @ weight).to(x.dtype)
-                if grad_w is not None:
-                    grad_w += g.T @ x[rows].to(g.dtype)  # summed over the chunks in float32
-                if grad_b is not None:
-                    grad_b += g.sum(0)
-        cast = (None if g is None else g.to(p.dtype) for g, p in ((grad_w, weight), (grad_b, bias)))
-        return grad_x, *cast, None, None, None, None, None, None
-
-
-def token_stats(
-    x: Tensor,
-    tokens: Tensor,
-    top_p: float,
-    *,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    inclusive: bool = True,
-    chunk: int = 0,
-) -> dict[str, Tensor]:
-    """All that the loss needs of pi = softmax(logits / temperature), in one pass and in float32.
-
-    x: logits [..., V]; or hidden states [..., D] with the head's weight [V, D] and bias [V], and
-    then no [..., V] tensor outlives its chunk. tokens [...] ids; mask [...]: where it is False,
-    nothing is computed and all is 0; chunk: tokens at a time, 0 = as many as fit. Returns, each
-    [...]: logp of `tokens`, the full entropy H, nucleus_entropy H' (nats), nucleus_size |V_p|.
-
-    >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), 0.5)
-    >>> stats["logp"], stats["nucleus_entropy"], stats["nucleus_size"]
-    (tensor([-1.3863]), tensor([0.6931]), tensor([2]))
-    """
-    where = torch.arange(tokens.numel(), device=tokens.device)
-    if mask is not None:
-        where = where[mask.bool().flatten()]
-    if not chunk:  # slices of 2 million logits fit a processor's cache, 64 million fill a GPU
-        entries = x.shape[-1] if weight is None else len(weight)
-        chunk = max(1, (1 << (21 if x.device.type == "cpu" else 26)) // entries)
-    options = (top_p, temperature, inclusive, chunk)
-    flat = x.reshape(-1, x.shape[-1]), weight, bias, tokens.flatten(), where
-    names = ("logp", "entropy", "nucleus_entropy", "nucleus_size")
-    values = _TokenStats.apply(*flat, *options)
-    return {name: value.view(tokens.shape) for name, value in zip(names, values)}
-
-
-# ----------------------------------------------------------------------------------------- 6. masks
-def peak_mask(entropy: Tensor, mask: Tensor, quantile: float, *, strict: bool = False) -> Tensor:
-    """The peak-entropy mask (Eq. 9): where H' reaches the tau-quantile q of its own response.
-
-    entropy [B, T] in nats, mask [B, T] -> bool [B, T]: H' >= q, H' > 0 and in the response. Without
-    the second test every token is a peak once q = 0. strict=True, the official code's rule: H' > q.
-
-    >>> peak_mask(torch.tensor([[0.1, 0.9, 0.5, 0.0]]), torch.ones(1, 4), 0.8)
+    >>> peak_mask(torch.tensor([[0.1, 0.9, 0.5, 0.0]]), torch.ones(1, 4), 0.8)  # q = 0.66
     tensor([[False,  True, False, False]])
     """
     h, mask = entropy.detach(), mask.bool()
-    own = h.double().masked_fill(~mask, float("nan"))
-    # found in float64, then rounded: q must not land a hair above the value it equals
-    q = torch.nanquantile(own, quantile, dim=1, keepdim=True).to(h.dtype)
-    return (h > q if strict else (h >= q) & (h > 0)) & mask
+    if quantile == 0 or h.numel() == 0:
+        return mask
+    own = h.masked_fill(~mask, float("nan"))
+    # "higher": the next value above q_i, which the same H' reach, and which rounding can't change;
+    # 1e-6 less, since 0.8 is stored as a number just above 0.8
+    q = torch.nanquantile(own, max(0.0, quantile - 1e-6), 1, keepdim=True, interpolation="higher")
+    return (h >= q) & (h > 0) & mask
 
 
-def _peaks(h: Tensor, mask: Tensor, quantile: float, strict: bool) -> Tensor:
-    """peak_mask, or all of the response where quantile 0 turns it off."""
-    return peak_mask(h, mask, quantile, strict=strict) if quantile else mask.bool()
+def aggregate_entropy(entropy, peak, mask):
+    """H_agg = mean over the responses of H_i; H_i = mean of H' over the peaks of response i.
 
-
-# -------------------------------------------------------------------------------- 7. aggregation
-def aggregate_entropy(entropy: Tensor, peak: Tensor, mask: Tensor) -> Tensor:
-    """H_agg: the mean over responses of H_i, the mean of H' over the response's peaks.
-
-    entropy, peak, mask [B, T] -> scalar. No peak counts 0; a response without a token is left out.
+    entropy (H'), peak, mask [B, T] -> nats, a scalar. A response without a peak counts as 0, one
+    without a token is left out; without any response H_agg is 0.
 
     >>> h, mask = torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])
     >>> aggregate_entropy(h, h >= 2, mask)  # (3 + 2) / 2
     tensor(2.5000)
     """
-    peak = peak.bool() & mask.bool()
-    h_i = torch.where(peak, entropy, 0.0).sum(1) / peak.sum(1).clamp(min=1)
-    return h_i.sum() / mask.bool().any(1).sum().clamp(min=1)
+    peak, mask = peak.bool() & mask.bool(), mask.bool()
+    h_i = torch.where(peak, entropy, 0.0).sum(1) / peak.sum(1).clamp(min=1)  # [B]
+    return h_i.sum() / mask.any(1).sum().clamp(min=1)
 
 
-@torch.no_grad()
-def minibatch_totals(
-    nucleus_entropy: Tensor, mask: Tensor, peak_quantile: float, *, strict: bool = False
-) -> dict[str, Tensor]:
-    """What a micro-batch must know of its optimiser mini-batch [B, T]: the argument `whole` below.
-
-    (H_agg - H*)^2 is no mean over micro-batches, but its gradient, 2 (H_agg - H*) grad H_agg, is
-    linear in theirs once H_agg is known: one pass without gradient, then micro-batches are exact.
-
-    >>> minibatch_totals(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), 0.8)["h_agg"]
-    tensor(2.)
-    """
-    peak = _peaks(nucleus_entropy, mask, peak_quantile, strict)
-    h_agg = aggregate_entropy(nucleus_entropy, peak, mask)
-    return {"responses": mask.bool().any(1).sum(), "tokens": mask.bool().sum(), "h_agg": h_agg}
-
-
-# ------------------------------------------------------------------------------------------ 8. loss
 def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    adv: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    aggregation: str = "constant",
-    max_tokens: int | None = None,
-    whole: dict[str, Tensor] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_DrGRPO: -mean over responses of sum_t min(r_t A, clip(r_t, 1 - lo, 1 + hi) A) / max_tokens.
+    logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None, algorithm="dr_grpo"
+):
+    """L_DrGRPO = -mean over the responses of (1 / max_tokens) sum_t gain_t, with PPO's clipped gain
 
-    logp, old_logp, mask [B, T], adv [B] -> (loss, stats); r_t = exp(logp - old_logp). aggregation:
-    "constant" divides by the budget max_tokens (default T), so a long wrong answer costs more;
-    "sequence" by the response's length (GRPO); "token" averages over all tokens (DAPO). dual_clip:
-    for A < 0 a token's loss is at most dual_clip * |A|. whole: of minibatch_totals; loss and stats
-    are then these rows' share. stats: clip_fraction, approx_kl (nats, mean of r - 1 - log r).
+        gain_t = min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i)
+        r_t = exp(logp_t - old_logp_t), how much likelier the token has become
 
-    >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
-    >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]
+    logp, old_logp, mask [B, T], adv (A) [B] -> (loss, stats). max_tokens is the response budget, by
+    default T, and the same for all: no token weighs less for being in a long response. algorithm
+    "grpo" divides by the response's own length. stats: clip_fraction; approx_kl in nats.
+
+    >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # r = 1.25
+    >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]  # clipped to 1.2
     tensor(-1.2000)
     """
     mask = mask.bool()
-    whole = whole or {"responses": mask.any(1).sum(), "tokens": mask.sum()}
-    responses, tokens = whole["responses"].clamp(min=1), whole["tokens"].clamp(min=1)
-    # padding may hold anything, so it goes before the arithmetic instead of times 0 after it
-    log_ratio = torch.where(mask, logp, 0.0) - torch.where(mask, old_logp, 0.0)
-    log_ratio = log_ratio.clamp(-20, 20)  # exp stays finite
-    ratio, a = log_ratio.exp(), adv[:, None]
-    free, clipped = ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a
-    gain = torch.min(free, clipped)  # the clip takes gain away, never adds any
-    if dual_clip is not None:
-        gain = torch.where(a < 0, torch.max(gain, dual_clip * a), gain)
-    gain = torch.where(mask, gain, 0.0)
-    if aggregation == "constant":
-        loss = -gain.sum() / (max_tokens or mask.shape[1]) / responses
-    elif aggregation == "sequence":
-        loss = -(gain.sum(1) / mask.sum(1).clamp(min=1)).sum() / responses
-    elif aggregation == "token":
-        loss = -gain.sum() / tokens
+    log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-20, 20)  # so that exp is finite
+    ratio, adv = log_ratio.exp(), adv[:, None]  # [B, T], [B, 1]
+    free, clipped = ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv
+    gain = torch.where(mask, torch.min(free, clipped), 0.0).sum(1)  # [B]
+    budget = max_tokens or max(1, mask.shape[1])
+    length = mask.sum(1).clamp(min=1) if algorithm == "grpo" else budget
+    loss = -(gain / length).sum() / mask.any(1).sum().clamp(min=1)
+
+    stats = {"clip_fraction": (clipped < free) & mask, "approx_kl": ratio - 1 - log_ratio}
+    return loss, {name: x.detach().sum() / mask.sum().clamp(min=1) for name, x in stats.items()}
+
+
+def token_stats(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=0):
+    """logp, H (entropy, without gradient), H' (nucleus_entropy) and |V_p| (nucleus_size) of tokens.
+
+    outputs: logits [B, T, V], of which [:, t] predicts tokens[:, t]; or hidden states [B, T, D] for
+    the module `head` to make logits of. tokens (ids), mask [B, T] -> a dictionary of [B, T], 0 in
+    padding. The [chunk, V] tensors of `chunk` tokens at a time (0: by size) are not kept.
+
+    >>> stats = token_stats(torch.zeros(1, 1, 4), torch.tensor([[2]]), torch.ones(1, 1), 0.5)
+    >>> stats["logp"], stats["nucleus_entropy"]  # log 1/4; two equal options: log 2
+    (tensor([[-1.3863]]), tensor([[0.6931]]))
+    """
+
+    def stats_of(outputs, tokens):  # [n, V or D], [n]
+        logits = outputs if head is None else head(outputs)
+        log_pi = log_softmax(logits, temperature)  # [n, V]
+        log_q, _ = nucleus(log_pi, top_p)
+        logp = log_pi.gather(-1, tokens[:, None])[:, 0]
+        size = (log_q > float("-inf")).sum(-1)
+        return logp, entropy_of(log_pi.detach()), entropy_of(log_q), size
+
+    mask = mask.bool()
+    outputs, tokens = outputs[mask], tokens[mask]  # [N, V or D], [N]: padding is never looked at
+    if not chunk:  # 2 million logits fit a processor's cache, 64 million fill a GPU
+        vocab = outputs.shape[-1] if head is None else len(head.weight)
+        chunk = max(1, (1 << (21 if outputs.device.type == "cpu" else 26)) // vocab)
+    if len(tokens) <= chunk:
+        values = stats_of(outputs, tokens)
     else:
-        raise ValueError(f"aggregation {aggregation!r}: must be constant, sequence or token")
-    with torch.no_grad():
-        clip_fraction = ((clipped < free) & mask).sum() / tokens
-        approx_kl = ((ratio - 1 - log_ratio) * mask).sum() / tokens
-    return loss, {"clip_fraction": clip_fraction, "approx_kl": approx_kl}
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        parts = zip(outputs.split(chunk), tokens.split(chunk))
+        parts = [torch.utils.checkpoint.checkpoint(stats_of, *part, **again) for part in parts]
+        values = map(torch.cat, zip(*parts))
+    names = ("logp", "entropy", "nucleus_entropy", "nucleus_size")
+    return {k: v.new_zeros(mask.shape).masked_scatter(mask, v) for k, v in zip(names, values)}
 
 
 def siren_loss(
-    x: Tensor,
-    tokens: Tensor,
-    old_logp: Tensor,
-    adv: Tensor,
-    mask: Tensor,
-    anchor: Tensor | float,
-    *,
-    beta: float,
-    top_p: float = 0.8,
-    peak_quantile: float = 0.8,
-    regularizer: str = "anchor",
-    strict: bool = False,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    inclusive: bool = True,
-    chunk: int = 0,
-    whole: dict[str, Tensor] | None = None,
-    **policy_options: object,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """SIREN in one call: L = L_DrGRPO + beta * (H_agg - H*)^2.
+    outputs, tokens, old_logp, adv, mask, anchor, *, beta, top_p=0.8, peak_quantile=0.8,
+    temperature=1.0, regularizer="anchor", clip_low=0.2, clip_high=0.2, max_tokens=None,
+    algorithm="dr_grpo", head=None, chunk=0,
+):  # fmt: skip
+    """SIREN, from the network's outputs: L = L_DrGRPO + beta * (H_agg - H*)^2.
 
-    x: logits [B, T, V], where x[:, t] predicts tokens[:, t], not yet divided by the temperature (or
-    hidden states [B, T, D] with weight and bias, see token_stats). tokens, old_logp, mask [B, T];
-    adv [B]; anchor H* in nats. regularizer: "anchor" as above, "bonus" -beta * H_agg, "none" 0; the
-    textbook's entropy bonus is bonus, top_p 1, peak_quantile 0. whole: of minibatch_totals; without
-    its "h_agg" these rows' own H_agg is squared (official code). Further options: policy_loss's.
-    Returns (loss, stats): policy_loss's, the two terms, and entropy, nucleus_entropy (H_agg),
-    peak_fraction, nucleus_size. ValueError for an unknown regularizer or aggregation.
+    outputs, tokens, head, chunk are token_stats's; old_logp, mask [B, T], adv [B] policy_loss's.
+    anchor is H* in nats: H_agg of the first batch, before any update. top_p is p, peak_quantile is
+    tau. regularizer: "anchor" as above; "bonus" -beta * H_agg, the textbook's for p = 1, tau = 0;
+    "none". Returns (loss, stats).
 
     >>> logits, tokens, mask = torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), torch.ones(1, 2)
     >>> old_logp, adv = torch.full((1, 2), 0.25).log(), torch.zeros(1)
-    >>> loss, stats = siren_loss(logits, tokens, old_logp, adv, mask, 0.0, beta=1.0)
-    >>> loss, stats["nucleus_entropy"]  # (ln 4)^2 and ln 4: the nucleus holds all four tokens
-    (tensor(1.9218), tensor(1.3863))
+    >>> siren_loss(logits, tokens, old_logp, adv, mask, 1.0, beta=0.5)[0]  # 0.5 (log 4 - 1)^2
+    tensor(0.0746)
     """
-    mask, head = mask.bool(), {"weight": weight, "bias": bias, "temperature": temperature}
-    whole = whole or {"responses": mask.any(1).sum(), "tokens": mask.sum()}
-    now = token_stats(x, tokens, top_p, mask=mask, inclusive=inclusive, chunk=chunk, **head)
-    loss, stats = policy_loss(now["logp"], old_logp, adv, mask, whole=whole, **policy_options)
+    now = token_stats(outputs, tokens, mask, top_p, temperature, head, chunk)
+    policy, stats = policy_loss(
+        now["logp"], old_logp, adv, mask,
+        clip_low=clip_low, clip_high=clip_high, max_tokens=max_tokens, algorithm=algorithm,
+    )  # fmt: skip
+    peak = peak_mask(now["nucleus_entropy"], mask, peak_quantile)  # [B, T]
+    h_agg = aggregate_entropy(now["nucleus_entropy"], peak, mask)
 
-    peak = _peaks(now["nucleus_entropy"], mask, peak_quantile, strict)
-    h_here = aggregate_entropy(now["nucleus_entropy"], peak, mask)  # H_agg of these rows
-    n_here, n_all = mask.any(1).sum(), whole["responses"].clamp(min=1)  # responses
     if regularizer == "anchor":
-        # its value is gap^2 and its gradient 2 gap grad h_here, as the last bracket is 0 with that
-        # gradient; weighted by n_here / n_all, micro-batches add up to (H_agg - H*)^2 exactly
-        gap = whole.get("h_agg", h_here.detach()) - anchor
-        penalty = beta * (gap**2 + 2 * gap * (h_here - h_here.detach())) * n_here / n_all
+        loss = policy + beta * (h_agg - anchor) ** 2
     elif regularizer == "bonus":
-        penalty = -beta * h_here * n_here / n_all
+        loss = policy - beta * h_agg
     elif regularizer == "none":
-        penalty = torch.zeros_like(loss)
+        loss = policy
     else:
         raise ValueError(f"regularizer {regularizer!r}: must be anchor, bonus or none")
-    stats |= {"policy_loss": loss.detach(), "regularizer_loss": penalty.detach()}
-    stats["nucleus_entropy"] = h_here.detach() * n_here / n_all
-    sums = {"entropy": now["entropy"], "peak_fraction": peak, "nucleus_size": now["nucleus_size"]}
-    stats |= {k: v.detach().sum() / whole["tokens"].clamp(min=1) for k, v in sums.items()}
-    return loss + penalty, stats
+    stats |= {"policy_loss": policy.detach(), "regularizer_loss": (loss - policy).detach()}
+    stats |= {"h_agg": h_agg.detach(), "peak_fraction": peak.sum() / mask.sum().clamp(min=1)}
+    return loss, stats
+
+
+def micro_batch_anchor(h_micro, h_agg, anchor):
+    """The anchor that makes a micro-batch pull as its mini-batch does. (Skip this at first.)
+
+    A mini-batch too large for memory is cut by rows; the losses of these micro-batches, each times
+    its share of the responses, are added up. H_agg is such a sum, (H_agg - H*)^2 is not; but if the
+    gap of each micro-batch is made H_agg - H*, losses and gradients add up exactly.
+    """
+    return h_micro - (h_agg - anchor)
 
 
 # === end: copy to here ===
 
 
-# ------------------------------------------------------------------------------------ 9. evaluation
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased pass@k (k <= n): the chance that k of n samples, c of them right, hold a right one.
+# --------------------------------------------------------------------------------- 5. training step
+def forward(model, rollout):
+    """The hidden states [B, T, D] that predict the response, by one pass without a cache."""
+    ids = torch.cat([rollout.prompt, rollout.tokens], 1)  # [B, P + T]
+    seen = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
+    network, positions = model.base_model, (seen.cumsum(1) - 1).clamp(min=0)
+    out = network(ids, attention_mask=seen, position_ids=positions, use_cache=False)
+    return out.last_hidden_state[:, rollout.prompt.shape[1] - 1 : -1]
 
-    >>> pass_at_k(4, 1, 2)
+
+@torch.no_grad()
+def score(model, rollout, cfg):
+    """token_stats of the rollout under the model as it is now, a micro-batch at a time."""
+    scored, head = [], model.get_output_embeddings()
+    for rows in torch.arange(len(rollout.mask)).split(cfg.micro_batch_size):
+        part = rollout.rows(rows)
+        hidden = forward(model, part)
+        knobs = (cfg.top_p, cfg.temperature, head, cfg.chunk)
+        scored.append(token_stats(hidden, part.tokens, part.mask, *knobs))
+    return {name: torch.cat([stats[name] for stats in scored]) for name in scored[0]}
+
+
+def update(model, optimizer, rollout, old_logp, adv, anchor, cfg):
+    """One optimiser update on a mini-batch, unless the gradient is not finite. Micro-batches give
+    the gradient of the whole. Returns siren_loss's stats and grad_norm."""
+    micro_batches = torch.arange(len(adv)).split(cfg.micro_batch_size)
+    exact = len(micro_batches) > 1 and cfg.regularizer == "anchor"
+    if exact:  # H_agg of the whole, scored again since the model has moved
+        entropy = score(model, rollout, cfg)["nucleus_entropy"]
+        peak = peak_mask(entropy, rollout.mask, cfg.peak_quantile)
+        h_agg = aggregate_entropy(entropy, peak, rollout.mask)
+    total = Counter()
+    optimizer.zero_grad()
+    for rows in micro_batches:
+        part, target = rollout.rows(rows), anchor
+        if exact:
+            h_micro = aggregate_entropy(entropy[rows], peak[rows], part.mask)
+            target = micro_batch_anchor(h_micro, h_agg, anchor)
+        loss, stats = siren_loss(
+            forward(model, part), part.tokens, old_logp[rows], adv[rows], part.mask, target,
+            beta=cfg.beta, top_p=cfg.top_p, peak_quantile=cfg.peak_quantile,
+            temperature=cfg.temperature, regularizer=cfg.regularizer,
+            clip_low=cfg.clip_low, clip_high=cfg.clip_high, max_tokens=cfg.max_tokens,
+            algorithm=cfg.algorithm, head=model.get_output_embeddings(), chunk=cfg.chunk,
+        )  # fmt: skip
+        share = len(rows) / len(adv)  # every sampled response has a token
+        (share * loss).backward()
+        token_share = part.mask.sum() / rollout.mask.sum()
+        for name, value in stats.items():
+            over_tokens = name in ("clip_fraction", "approx_kl", "peak_fraction")
+            total[name] += float(value * (token_share if over_tokens else share))
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
+    if math.isfinite(norm):
+        optimizer.step()
+    return {**total, "grad_norm": norm}
+
+
+def respond(model, task, problems, cfg, seed, samples, temperature):
+    """A Rollout of `samples` responses to each problem; the text `seed` decides every draw."""
+    generator = torch.Generator(model.device).manual_seed(random.Random(seed).getrandbits(63))
+    return sample(
+        model, [problem.prompt for problem in problems], max_tokens=cfg.max_tokens,
+        eos_ids=task.eos_ids, pad_id=task.pad_id, samples=samples, temperature=temperature,
+        batch=cfg.sample_batch, generator=generator,
+    )  # fmt: skip
+
+
+def is_right(task, ids, answer):
+    """The reward of a response [t] of token ids, by the task's rules."""
+    return verify(task.decode(ids), answer, answer_form=task.answer_form, equal=task.equal)
+
+
+def training_step(model, optimizer, task, cfg, step, anchor):
+    """Sample, verify, score, update; return the metrics. anchor is H*; None: it is found here."""
+    start, seed = time.perf_counter(), f"{cfg.seed}/{step}"
+    # 1. sample: group_size responses to each prompt
+    problems = task.train_problems(cfg.prompts, seed)
+    rollout = respond(model, task, problems, cfg, seed, cfg.group_size, cfg.temperature)
+    responses = rollout.responses()
+    # 2. verify: a reward for each response, then its advantage over the others of its group
+    answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
+    rewards = [is_right(task, ids, answer) for ids, answer in zip(responses, answers)]
+    rewards = torch.tensor(rewards, dtype=torch.float32, device=rollout.mask.device)  # [B]
+    adv = group_advantages(rewards, cfg.group_size, cfg.algorithm)  # [B]
+    # 3. score before any update: the old log-probabilities and, on the first step, the anchor
+    old = score(model, rollout, cfg)
+    peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
+    h_agg = float(aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask))
+    anchor = h_agg if anchor is None else anchor
+    # 4. update: once per mini-batch of whole groups
+    optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+    groups, updates = list(range(cfg.prompts)), []
+    random.Random(f"{seed}/0").shuffle(groups)
+    for some in torch.tensor(groups).tensor_split(cfg.mini_batches):
+        rows = (some[:, None] * cfg.group_size + torch.arange(cfg.group_size)).view(-1)
+        batch = rollout.rows(rows), old["logp"][rows], adv[rows]
+        updates.append(update(model, optimizer, *batch, anchor, cfg))
+    made = [values for values in updates if math.isfinite(values["grad_norm"])]
+    if not made:
+        raise FloatingPointError("the gradient is not finite")
+    tokens = int(rollout.mask.sum())
+    return {
+        **{name: sum(values[name] for values in made) / len(made) for name in made[0]},
+        "reward": float(rewards.mean()),
+        "entropy": float(old["entropy"].sum()) / tokens,
+        "nucleus_size": float(old["nucleus_size"].sum()) / tokens,
+        "h_agg": h_agg,
+        "anchor": anchor,
+        "skipped_updates": len(updates) - len(made),
+        "response_tokens": tokens / len(responses),
+        "ended_share": sum(ids[-1] in task.eos_ids for ids in responses) / len(responses),
+        **task.metrics(responses),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+# ------------------------------------------------------------------------------------ 6. evaluation
+def pass_at_k(n, c, k):
+    """pass@k: the chance that k of n samples, of which c are right, hold a right one.
+
+    >>> pass_at_k(4, 1, 2)  # 1 - 3 / 6
     0.5
     """
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def maj_at_k(votes: list[Any], answer: Any, k: int) -> float:
-    """maj@k: the share of consecutive blocks of k <= len(votes) votes that `answer` wins.
+def maj_at_k(votes, answer, k):
+    """maj@k: the share of the blocks of k votes that `answer` wins. In a tie the vote that came
+    first wins; None (no answer) is no vote.
 
-    A tie goes to the answer given first; None (no answer) never wins.
-
-    >>> maj_at_k([None, None, "7", "8", "8", "7"], "7", 3)
+    >>> maj_at_k([None, None, "7", "8", "8", "7"], "7", 3)  # won, lost
     0.5
     """
     blocks = [votes[i : i + k] for i in range(0, len(votes) - k + 1, k)]
@@ -758,438 +619,82 @@ def maj_at_k(votes: list[Any], answer: Any, k: int) -> float:
     return sum(bool(c) and c.most_common(1)[0][0] == answer for c in counts) / len(blocks)
 
 
-def evaluate(
-    model: torch.nn.Module, task: Any, problems: list[Any], cfg: Config, ks: tuple[int, ...] = ()
-) -> dict[str, float]:
-    """avg@n of n = cfg.eval_samples responses; maj@k, pass@k, distinct@k for each k (default n).
-
-    Means over the problems; distinct@k is the share of different responses among k.
-    """
-    n, total = cfg.eval_samples, Counter()
-    how = {"answer_form": task.answer_form, "library": cfg.verifier == "math"}
-    options = {"temperature": cfg.eval_temperature, "top_p": cfg.eval_top_p, "samples": n}
-    responses = rollout_of(model, task, problems, cfg, f"{cfg.seed}/eval", **options).responses()
+def evaluate(model, task, problems, cfg):
+    """Means over the problems, with k = eval_samples responses to each: avg@k, the share of right
+    ones; maj@k; pass@k; distinct@k, the share of different ones."""
+    k, total = cfg.eval_samples, Counter()
+    rollout = respond(model, task, problems, cfg, f"{cfg.seed}/eval", k, cfg.eval_temperature)
+    responses = rollout.responses()
     for i, problem in enumerate(problems):
-        own = responses[i * n : (i + 1) * n]
-        texts = [task.decode(ids) for ids in own]
-        given = [extract_answer(text, task.answer_form) for text in texts]
-        right = [verify(text, problem.answer, **how) for text in texts]
+        own = responses[i * k : (i + 1) * k]
+        right = [is_right(task, ids, problem.answer) for ids in own]
+        given = [extract_answer(task.decode(ids), task.answer_form) for ids in own]
         answer = normalize(problem.answer)  # right answers vote alike, however they are written
         votes = [answer if ok else g and normalize(g) for ok, g in zip(right, given)]
-        total[f"avg@{n}"] += sum(right) / n
-        for k in ks or (n,):
-            blocks = [set(map(tuple, own[b : b + k])) for b in range(0, n - k + 1, k)]
-            total[f"maj@{k}"] += maj_at_k(votes, answer, k)
-            total[f"pass@{k}"] += pass_at_k(n, sum(right), k)
-            total[f"distinct@{k}"] += sum(map(len, blocks)) / k / len(blocks)
-    return {key: value / len(problems) for key, value in total.items()}
+        total[f"avg@{k}"] += sum(right) / k
+        total[f"maj@{k}"] += maj_at_k(votes, answer, k)
+        total[f"pass@{k}"] += pass_at_k(k, sum(right), k)
+        total[f"distinct@{k}"] += len(set(map(tuple, own))) / k
+    return {name: value / len(problems) for name, value in total.items()}
 
 
-# -------------------------------------------------------------------------------------- 10. trainer
+# ---------------------------------------------------------------------------------- 7. training run
+def load_task(cfg):
+    """The task "module:key=value,key=value": the module's load(cfg, **options), as in toy_env.py.
 
-CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
-MAX_SKIPPED = 5  # non-finite gradients in a row before the run stops
-# by --resume; every other field must be as it was
-MAY_CHANGE = {"steps", "out", "save_every", "threads", "device", "micro_batch_size", "chunk"}
-
-
-class DivergedError(RuntimeError):
-    """The run can't go on; its last checkpoint is whole."""
-
-
-def load_task(spec: str, **given: Any) -> Any:
-    """The task of a spec such as "toy_env:min_terms=5,max_terms=7": the module's load(**options).
-
-    A task has build_model(), train_problems(n, seed), heldout(n, split), decode(ids), eos_ids,
-    pad_id, answer_form(text), metrics(responses), as in toy_env.py; a problem: .prompt, .answer.
+    A task has build_model(), train_problems(n, seed), heldout(n), decode(ids), answer_form(text),
+    equal, metrics(responses), eos_ids, pad_id; a problem has .prompt (ids) and .answer (text).
     """
-    module, _, rest = spec.partition(":")
-    options = [option.partition("=") for option in rest.split(",") if option]
-    if bad := [name for name, sign, _ in options if not sign]:
-        raise ConfigError(f"--task {spec}: {bad[0]} has no value; write module:key=value,key=value")
-    with blame(f"--task {spec}", AttributeError, TypeError):
-        given |= {name: value for name, _, value in options}
-        return importlib.import_module(module).load(**given)
-
-
-@contextmanager
-def blame(flag: str, *more: type[Exception]) -> Iterator[None]:
-    """Errors that the user can mend, and these more, as ConfigErrors that name the flag."""
+    module, _, rest = cfg.task.partition(":")
     try:
-        yield
-    except (ImportError, OSError, ValueError, *more) as error:
-        raise ConfigError(f"{flag}: {error}") from error
+        options = dict(option.split("=", 1) for option in re.split(r",(?=\w+=)", rest) if option)
+        return importlib.import_module(module).load(cfg, **options)
+    except (ImportError, OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"--task {cfg.task}: {error}") from error
 
 
-def rollout_of(
-    model: torch.nn.Module, task: Any, problems: list[Any], cfg: Config, draw: str, **options: Any
-) -> Rollout:
-    """Responses to the problems, a function of the model and of the text `draw` that seeds them."""
-    generator = torch.Generator(cfg.device).manual_seed(random.Random(draw).getrandbits(63))
-    options |= {"eos_ids": task.eos_ids, "pad_id": task.pad_id, "max_tokens": cfg.max_tokens}
-    prompts = [problem.prompt for problem in problems]
-    return sample(model, prompts, batch=cfg.sample_batch, generator=generator, **options)
+def train(cfg, *, resume=False):
+    """Train in cfg.folder; return the records, one per step; step 0 is the first evaluation.
 
-
-def forward(model: torch.nn.Module, rollout: Rollout) -> dict[str, Tensor]:
-    """One pass without cache, as keywords of token_stats and siren_loss: x [B, T, D], the hidden
-    states that predict the response; the head's weight [V, D] and bias; tokens and mask [B, T]."""
-    ids = torch.cat([rollout.prompt, rollout.tokens], 1)
-    mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
-    inputs = {"input_ids": ids, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    out = model.base_model(**inputs, attention_mask=mask, use_cache=False)
-    x = out.last_hidden_state[:, rollout.prompt.shape[1] - 1 : -1]
-    head, where = model.get_output_embeddings(), {"tokens": rollout.tokens, "mask": rollout.mask}
-    return {"x": x, "weight": head.weight, "bias": head.bias, **where}
-
-
-@torch.no_grad()
-def score(model: torch.nn.Module, rollout: Rollout, cfg: Config) -> dict[str, Tensor]:
-    """token_stats [B, T] of the rollout under the model as it is now."""
-    options = cfg.pick("top_p temperature inclusive chunk")
-    slices = torch.arange(len(rollout.mask)).split(cfg.micro_batch_size)
-    parts = [token_stats(**forward(model, rollout.rows(rows)), **options) for rows in slices]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def update(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
-    old_logp: Tensor,
-    adv: Tensor,
-    anchor: float,
-    cfg: Config,
-) -> dict[str, float]:
-    """One optimiser step on a mini-batch; unless penalty_per_micro_batch, micro-batches leave its
-    gradient as it is.
-
-    Returns siren_loss's stats and grad_norm. A step whose gradient is not finite is not taken.
+    A run is its model, its optimiser and its records; all else is a function of (seed, step): it
+    goes on from its last checkpoint to the same last bit, however rudely it was stopped.
     """
-    options = cfg.pick("beta top_p peak_quantile regularizer strict temperature inclusive chunk")
-    options |= cfg.pick("clip_low clip_high dual_clip aggregation max_tokens")
-    micro_batches, whole = torch.arange(len(adv)).split(cfg.micro_batch_size), None
-    if len(micro_batches) > 1:
-        exact = cfg.regularizer == "anchor" and not cfg.penalty_per_micro_batch
-        # scored again, since the model has moved after the rollout
-        h = score(model, rollout, cfg)["nucleus_entropy"] if exact else torch.zeros_like(old_logp)
-        whole = minibatch_totals(h, rollout.mask, cfg.peak_quantile, strict=cfg.strict)
-        if not exact:  # the counts alone: each micro-batch squares its own H_agg, or has no square
-            del whole["h_agg"]
-    total: Counter[str] = Counter()
-    optimizer.zero_grad()
-    for rows in micro_batches:
-        data = {"old_logp": old_logp[rows], "adv": adv[rows], "anchor": anchor, "whole": whole}
-        loss, stats = siren_loss(**forward(model, rollout.rows(rows)), **data, **options)
-        loss.backward()
-        total.update({key: float(value) for key, value in stats.items()})  # adds: shares
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
-    if math.isfinite(norm):
-        optimizer.step()
-    return {**total, "grad_norm": norm}
+    from examples.engine import RunFolder, find_device  # locks, checkpoints, metrics.jsonl
 
-
-def training_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Any, cfg: Config, state: dict
-) -> dict[str, Any]:
-    """Step state["step"]: rollout, verify, score, update. Returns the step's metrics; sets state's
-    "anchor" on the first batch and counts non-finite gradients in a row in its "skipped"."""
-    start, draw = time.perf_counter(), f"{cfg.seed}/{state['step']}"
-    # rollout
-    problems = task.train_problems(cfg.prompts, draw)
-    options = {"samples": cfg.group_size, "temperature": cfg.temperature}
-    rollout = rollout_of(model, task, problems, cfg, draw, **options)
-    # verify
-    responses = rollout.responses()
-    answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
-    how = {"answer_form": task.answer_form, "library": cfg.verifier == "math"}
-    rewards = [verify(task.decode(r), a, **how) for r, a in zip(responses, answers)]
-    rewards = torch.tensor(rewards, dtype=torch.float32, device=cfg.device)
-    adv = group_advantages(rewards, cfg.group_size, scale_by_std=cfg.scale_by_std)
-    # score before any update: old log-probabilities, and on the first batch the anchor
-    old = score(model, rollout, cfg)
-    peak = _peaks(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile, cfg.strict)
-    h_agg = float(aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask))
-    if state["anchor"] is None:
-        state["anchor"] = h_agg
-    # update on mini-batches of whole groups
-    for group in optimizer.param_groups:
-        group["lr"] = cfg.lr * min(1.0, state["step"] / max(1, cfg.warmup_steps))
-    updates = []
-    for epoch in range(cfg.epochs):
-        order = list(range(cfg.prompts))
-        random.Random(f"{draw}/{epoch}").shuffle(order)
-        for groups in torch.tensor(order).tensor_split(cfg.mini_batches):
-            rows = (groups[:, None] * cfg.group_size + torch.arange(cfg.group_size)).view(-1)
-            batch = (rollout.rows(rows), old["logp"][rows], adv[rows])
-            updates.append(update(model, optimizer, *batch, state["anchor"], cfg))
-            finite = math.isfinite(updates[-1]["grad_norm"])
-            if state["skipped"] < MAX_SKIPPED:  # so many in a row end the run, whatever follows
-                state["skipped"] = 0 if finite else state["skipped"] + 1
-    taken = [u for u in updates if math.isfinite(u["grad_norm"])]
-    keys = ("policy_loss", "regularizer_loss", "clip_fraction", "approx_kl", "grad_norm")
-    tokens, seconds = int(rollout.mask.sum()), time.perf_counter() - start
-    return {
-        "reward": float(rewards.mean()),
-        "entropy": float(old["entropy"].sum()) / tokens,
-        "nucleus_entropy": h_agg,
-        "anchor": state["anchor"],
-        "peak_fraction": float(peak.sum()) / tokens,
-        "nucleus_size": float(old["nucleus_size"].sum()) / tokens,
-        **{key: sum(u[key] for u in taken) / len(taken) if taken else None for key in keys},
-        "skipped_updates": len(updates) - len(taken),
-        "response_tokens": tokens / len(responses),
-        **task.metrics(responses),
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-    }
-
-
-def train(
-    cfg: Config,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    stop: threading.Event | None = None,
-) -> list[dict[str, Any]]:
-    """Train in cfg.folder (metrics.jsonl, checkpoint.pt); return one record a step, of which the
-    first, step 0, is the evaluation before training. Once `stop` is set, the step is the last.
-
-    Only model, optimiser and `state` carry over from step to step, and every draw is a function of
-    (seed, step): with the same flags, a resumed run repeats an uninterrupted one to the last bit.
-    """
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    folder, records = claim_folder(cfg, resume, overwrite), []
-    if cfg.model or cfg.data:
-        options = cfg.pick("model data eval_data max_prompt max_tokens answer_form verifier dtype")
-        options |= cfg.pick("lora_rank lr seed") | {"checkpointing": cfg.recompute}
-        options |= {"prompt": cfg.prompt} if cfg.prompt else {}
-        task = load_task("examples.text_env", **options)
-    else:
-        for name in ("dtype", "lora_rank", "recompute"):
-            if (value := getattr(cfg, name)) != getattr(Config, name):
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} {value}: needs --model; leave it out for a task")
-        task = load_task(cfg.task)
-    with blame(f"--model {cfg.model}" if cfg.model else f"--task {cfg.task}"):
+    torch.set_num_threads(cfg.threads or os.cpu_count())
+    with RunFolder(cfg, resume) as folder:
+        task = load_task(cfg)
+        heldout = task.heldout(cfg.eval_prompts)
         # eval mode: without dropout, the policy that is scored is the one that sampled
-        model = task.build_model().to(cfg.device).eval()
-    if cfg.verifier == "math":
-        with blame("--verifier math"):
-            importlib.import_module("math_verify")
-    with blame(f"--eval-prompts {cfg.eval_prompts}"):
-        heldout = task.heldout(cfg.eval_prompts, cfg.eval_split)
-    make = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[cfg.optimizer]
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make(trained.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    state = {"step": 0, "anchor": cfg.anchor, "skipped": 0}
-    if resume:
-        saved = load_checkpoint(folder)
-        state = saved["state"]
-        for key in dataclasses.asdict(cfg).keys() - MAY_CHANGE:
-            if (old := saved["config"].get(key)) != (new := getattr(cfg, key)):
-                raise ConfigError(f"--resume: {key} is {old} in {folder}, not {new}; leave it out")
-        state["skipped"] %= MAX_SKIPPED  # a run that has diverged gets another try
-        model.load_state_dict(saved["model"], strict=not cfg.lora_rank)
-        optimizer.load_state_dict(saved["optimizer"])
-        # lines after the checkpoint will be made again; the very last may be half a line
-        with blame(f"--resume: {folder / METRICS} is damaged; restore it"):
-            lines = (folder / METRICS).read_text().splitlines()
-            if 0 < state["step"] >= len(lines):
-                raise ValueError(f"{len(lines)} lines, the checkpoint is of step {state['step']}")
-            kept = state["step"] + 1 if state["step"] else 0
-            records = [json.loads(line) for line in lines[:kept]]
-    write_whole(folder / METRICS, lambda file: file.writelines(map(to_line, records)))
-
-    def save() -> None:
-        weights = trained if cfg.lora_rank else model.state_dict()  # the base stays as it was
-        parts = {"model": weights, "optimizer": optimizer.state_dict(), "state": state}
-        parts["config"] = dataclasses.asdict(cfg)
-        write_whole(folder / CHECKPOINT, lambda file: torch.save(parts, file))
-
-    def log(record: dict[str, Any]) -> None:
-        step = record["step"]
-        if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
-            for name, problems in heldout.items():
-                values = evaluate(model, task, problems, cfg)
-                record |= {f"{name}/{key}": value for key, value in values.items()}
-        records.append(record)
-        with open(folder / METRICS, "ab") as file:
-            file.write(to_line(record))
-            file.flush()
-            os.fsync(file.fileno())  # before the checkpoint of this step
-
-    save()
-    stop = stop or threading.Event()
-    pace = 0.5 if sys.stderr.isatty() else 60  # seconds between bars; few in a log file
-    try:
-        if not records:
-            log({"step": 0})
-        with tqdm(total=cfg.steps, initial=state["step"], unit="step", mininterval=pace) as bar:
-            while state["step"] < cfg.steps and not stop.is_set():
-                state["step"] += 1
-                log({"step": state["step"], **training_step(model, optimizer, task, cfg, state)})
-                shown = ("reward", "entropy", "nucleus_entropy", "anchor")
-                bar.set_postfix({key: f"{records[-1][key]:.3f}" for key in shown}, refresh=False)
-                bar.update()
-                diverged = state["skipped"] >= MAX_SKIPPED
-                if diverged or state["step"] % cfg.save_every == 0:
-                    save()
-                if diverged:
-                    raise FloatingPointError(f"{MAX_SKIPPED} gradients in a row were not finite")
-        save()
-    except FloatingPointError as error:
-        where = f"the last checkpoint is in {folder}; start again with a lower --lr or --beta"
-        raise DivergedError(f"step {state['step']}: {error}; {where}") from error
+        model = task.build_model().to(find_device(cfg.device)).eval()
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        records = folder.restore(model, optimizer)
+        anchor = records[-1].get("anchor", cfg.anchor) if records else cfg.anchor
+        for step in (bar := tqdm(range(len(records), cfg.steps + 1), unit="step")):
+            record = {"step": step}
+            if step > 0:
+                record |= training_step(model, optimizer, task, cfg, step, anchor)
+                anchor = record["anchor"]
+                bar.set_postfix(reward=record["reward"], h_agg=record["h_agg"], refresh=False)
+            if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
+                for name, problems in heldout.items():
+                    values = evaluate(model, task, problems, cfg)
+                    record |= {f"{name}/{key}": value for key, value in values.items()}
+            records.append(record)
+            if step % cfg.save_every == 0 or step == cfg.steps:
+                folder.save(model, optimizer, records)
+            folder.log(records)
     return records
 
 
-def claim_folder(cfg: Config, resume: bool, overwrite: bool) -> Path:
-    """The run folder, made if need be. ConfigError if it can't be written or holds another run."""
-    try:
-        cfg.folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.folder).close()
-    except OSError as error:
-        reason = f"can't be written ({error.strerror}); name another folder"
-        raise ConfigError(f"--out {cfg.folder}: {reason}") from error
-    metrics = cfg.folder / METRICS  # empty: the run stopped before it had anything to lose
-    if metrics.exists() and metrics.stat().st_size and not resume and not overwrite:
-        hint = "add --resume, --overwrite or another --out"
-        raise ConfigError(f"--out {cfg.folder}: already holds a run; {hint}")
-    return cfg.folder
+# ---------------------------------------------------------------------------------- 8. command line
+def main(argv=None):
+    """The command: flags, then train, then a table. Returns the exit code."""
+    from examples.engine import run_command  # --help, one line for bad input, exit codes
+
+    return run_command(train, argv)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The folder's last checkpoint: model, optimizer, state (step, anchor, skipped) and config."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        raise ConfigError(f"--resume: {path} does not exist; start the run without --resume")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: saved[key] for key in ("model", "optimizer", "state", "config")}
-    except Exception as error:  # unpickling torn bytes may raise whatever it likes
-        reason = f"is no whole checkpoint ({type(error).__name__})"
-        raise ConfigError(f"--resume: {path} {reason}; restore it or use --overwrite") from error
-
-
-def to_line(record: dict[str, Any]) -> bytes:
-    """A line of metrics.jsonl."""
-    return (json.dumps(record) + "\n").encode()
-
-
-def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file whole or not at all, whenever the process is killed."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-# --------------------------------------------------------------------------------- 11. command line
-
-# the first field of each group in --help
-GROUPS = {"task": "rollout", "regularizer": "SIREN", "mini_batches": "policy gradient"}
-GROUPS |= {"model": "language model", "eval_every": "evaluation", "out": "run"}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> None:
-        """Raise instead of printing the usage of every flag."""
-        raise ConfigError(f"{message}; see --help")
-
-
-def make_parser() -> Parser:
-    """The flags and --help, from Config's fields."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    either.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
-    group, hints = parser, get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        valid = f"; {f.metadata['valid'].replace('|', ' | ')}" if f.metadata["valid"] else ""
-        doc = f"{f.metadata['doc']} (default {f.default}{valid})".replace("%", "%%")
-        how: dict[str, Any] = {"help": doc, "default": argparse.SUPPRESS}
-        if hints[f.name] is bool:
-            how["action"] = argparse.BooleanOptionalAction
-        else:
-            how |= {"type": (get_args(hints[f.name]) or (hints[f.name],))[0], "metavar": "X"}
-        group.add_argument("--" + f.name.replace("_", "-"), **how)
-    return parser
-
-
-def report(records: list[dict[str, Any]], folder: Path) -> str:
-    """Draw curves.png into the folder; return a table of the run before and after."""
-    from matplotlib.figure import Figure
-
-    steps, rows = [r for r in records if "reward" in r], []
-    for key in ("reward", "entropy", "nucleus_entropy") if steps else ():
-        last = [r[key] for r in steps[-10:]]
-        rows.append((key, steps[0][key], sum(last) / len(last)))
-        if key == "nucleus_entropy" and (anchor := steps[0]["anchor"]):
-            rows.append(("H_agg / anchor", rows[-1][1] / anchor, rows[-1][2] / anchor))
-    tested = [r for r in records if any("/" in key for key in r)]
-    first, final = (tested[0], tested[-1]) if tested else ({}, {})
-    rows += [(key, value, final[key]) for key, value in first.items() if "/" in key]
-    panels = {"reward": ["reward"], "entropy (nats)": ["entropy", "nucleus_entropy", "anchor"]}
-    panels["held-out prompts"] = [key for key, *_ in rows if "pass@" in key or "distinct@" in key]
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items()):
-        for key, style in zip(keys, ("k-", "k--", "k:", "k-.")):
-            some = [r for r in records if key in r]
-            axes.plot([r["step"] for r in some], [r[key] for r in some], style, label=key)
-        axes.set(title=title, xlabel="step")
-        axes.legend()
-    figure.savefig(folder / "curves.png", dpi=120)
-    lines = [f"{key:<20}{before:>8.3f}{after:>8.3f}" for key, before, after in rows]
-    head = f"{'':20}{'before':>8}{'after':>8}   (training: first batch, mean of the last 10)"
-    return "\n".join([head, *lines, f"curves: {folder / 'curves.png'}"])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 0: done, 1: diverged or no room, 2: bad input, 130: interrupted."""
-    stop, cfg = threading.Event(), None
-
-    def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C stops at once
-        print("\nfinishing this step; Ctrl-C again stops at once", file=sys.stderr)
-        stop.set()
-
-    try:
-        given = vars(make_parser().parse_args(argv))
-        how = {name: given.pop(name) for name in ("resume", "overwrite")}
-        cfg = Config(**given)
-        if how["resume"]:  # what is not given is the saved run's
-            saved = load_checkpoint(cfg.folder)["config"].items()
-            saved = {name: value for name, value in saved if name in vars(cfg)}
-            cfg = Config(**{**saved, **given, "out": str(cfg.folder)})
-        if cfg.dry_run:
-            with blame(f"--model {cfg.model}"):
-                print(importlib.import_module("examples.memory_plan").plan(cfg))
-            return 0
-        signal.signal(signal.SIGINT, interrupt)
-        records = train(cfg, **how, stop=stop)
-        if records[-1]["step"] < cfg.steps:
-            raise KeyboardInterrupt
-        print(report(records, cfg.folder))
-        return 0
-    except ConfigError as error:
-        print(f"siren.py: error: {error}", file=sys.stderr)
-        return 2
-    except (DivergedError, OSError, torch.OutOfMemoryError) as error:
-        print(f"siren.py: stopped: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        again = f"--resume --out {cfg.folder}" if cfg else "the same command"
-        print(f"siren.py: interrupted; go on with {again}", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # as the module `siren`, which tasks and examples import
+    sys.exit(importlib.import_module("siren").main())

@@ -116,6 +116,7 @@ class ToyWorld:
 
     pad_id: ClassVar[int] = PAD
     eos_ids: ClassVar[list[int]] = [EOS]
+    equal: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         def require(ok: bool, names: str, rule: str) -> None:
@@ -418,7 +419,7 @@ class ToyWorld:
             part.unlink(missing_ok=True)
 
 
-def load(**options: str) -> ToyWorld:
+def load(cfg=None, **options: str) -> ToyWorld:
     """The world with these options, given as text.
 
     >>> load(min_terms="5", max_terms="7", seed="3").max_terms

@@ -1,0 +1,418 @@
+"""What a run needs around the method: its flags, its folder, its checkpoints, its exit code.
+
+siren.py imports this file when it trains, and nothing in it changes a number. A run folder holds
+
+    checkpoint.pt   a SHA-256 sum (32 bytes), then what torch.save wrote of the trained weights, the
+                    optimiser, the records and the config
+    metrics.jsonl   the records, a line per step, for people and for plots
+
+The checkpoint is the run: on --resume, metrics.jsonl is written again from it, and the steps after
+it are made again. A checkpoint is written beside its place and then moved there, so it is whole or
+not there at all, whenever the process is killed or the disk is full. The folder is locked by the
+process that writes to it; the system takes the lock back when that process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from siren import Config, ConfigError
+
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+# what may differ from the checkpoint when a run is resumed: none of it changes what is computed
+# (up to rounding, for the last three)
+MAY_CHANGE = {"steps", "out", "save_every", "eval_every", "threads", "device"}
+MAY_CHANGE |= {"micro_batch_size", "chunk"}
+SHOWN = ("reward", "entropy", "h_agg", "anchor")  # of training, in the final table
+NO_MEMORY = "lower --micro-batch-size, --sample-batch, --chunk or --eval-samples"
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field of Config.
+
+    >>> flag_of("top_p")
+    '--top-p'
+    """
+    return "--" + name.replace("_", "-")
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors, and so one line."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message}; see --help")
+
+
+def make_parser() -> Parser:
+    """Config's fields as flags. A flag that is not given is not in the result."""
+    parser = Parser("python siren.py", allow_abbrev=False, add_help=False)
+    parser.add_argument("--help", action="store_true", help="print this and the task's own flags")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    for field in dataclasses.fields(Config):
+        kind = float if field.default is None else type(field.default)
+        allowed = field.metadata["allowed"]
+        is_choice = bool(allowed) and isinstance(allowed[0], str)
+        rule = f"; {' or '.join(allowed)}" if is_choice else ""
+        text = f"{field.metadata['doc']} (default: {field.default}{rule})".replace("%", "%%")
+        how = {"type": kind, "default": argparse.SUPPRESS, "metavar": "X", "help": text}
+        parser.add_argument(flag_of(field.name), **how)
+    return parser
+
+
+def task_options(words: list[str]) -> dict[str, str]:
+    """The task's flags, --name value or --name=value, as options of its load.
+
+    >>> task_options(["--vocab", "1024", "--gap-share=0.3"])
+    {'vocab': '1024', 'gap_share': '0.3'}
+    """
+    options, rest = {}, iter(words)
+    for word in rest:
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"{word}: is neither a flag nor the value of one; see --help")
+        name, sign, value = word.removeprefix("--").partition("=")
+        value = value if sign else next(rest, None)
+        if value is None:
+            raise ConfigError(f"--{name}: has no value; write --{name}=VALUE")
+        options[name.replace("-", "_")] = value
+    return options
+
+
+def add_options(task: str, options: dict[str, str]) -> str:
+    """The task with more options.
+
+    >>> add_options("toy_env:seed=3", {"vocab": "1024"})
+    'toy_env:seed=3,vocab=1024'
+    """
+    for name, value in options.items():
+        task += f"{',' if ':' in task else ':'}{name}={value}"
+    return task
+
+
+def read_flags(argv: list[str] | None = None) -> tuple[Config, bool]:
+    """The Config that a command line asks for, and whether to resume.
+
+    Flags that Config does not have belong to the task: `--vocab 1024` is the same as
+    `--task toy_env:vocab=1024`, and `--model NAME` alone selects the task examples.text_env.
+    """
+    parser = make_parser()
+    given, rest = parser.parse_known_args(argv)
+    flags, options = vars(given), {}
+    show_help, resume = flags.pop("help"), flags.pop("resume")
+    if not show_help:
+        options = task_options(rest)
+    is_text = any(word.split("=")[0] == "--model" for word in rest)
+    task = flags.get("task", "examples.text_env" if is_text else Config.task)
+    if show_help:
+        print(parser.format_help() + help_of(task.partition(":")[0]))
+        sys.exit(0)
+    flags["task"] = add_options(task, options)
+    if resume:
+        flags = saved_flags(flags)
+    return Config(**flags), resume
+
+
+def help_of(module: str) -> str:
+    """What the task says of its options: its dictionary OPTIONS, name -> text."""
+    try:
+        options = importlib.import_module(module).OPTIONS
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--task {module}: {error}") from error
+    own = {name: text for name, text in options.items() if name not in vars(Config())}
+    both = ", ".join(name for name in options if name in vars(Config()))
+    lines = [f"  {flag_of(name):<19} X  {text}" for name, text in own.items()]
+    if both:
+        lines.append(f"  also in the form --task {module}:key=value,...: {both}")
+    return "\n".join([f"\nflags of the task {module}:", *lines])
+
+
+def saved_flags(flags: dict) -> dict:
+    """The flags of the run to be resumed, and over them those that are given now.
+
+    The task in a checkpoint is data: its module is named by the command line or it is the default.
+    """
+    saved = load_checkpoint(folder_of(Config(**flags)))["config"]
+    known = {field.name for field in dataclasses.fields(Config)}
+    for name in ("task", "plug"):
+        was, now = (str(values.get(name, "")) for values in (saved, flags))
+        if was.partition(":")[0] != now.partition(":")[0]:
+            value = was.partition(":")[0]
+            fix = f"add {flag_of(name)} {value} if you trust it"
+            raise ConfigError(f"--resume: the run was made with {flag_of(name)} {value}; {fix}")
+        if ":" not in now:
+            flags = {**flags, name: was}
+    return {**{name: value for name, value in saved.items() if name in known}, **flags}
+
+
+# ------------------------------------------------------------------------------------------ folder
+
+
+def folder_of(cfg: Config) -> Path:
+    """Where a run is written."""
+    return Path(cfg.out or f"runs/{cfg.regularizer}-seed{cfg.seed}")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, whenever the process is killed or the disk is full."""
+    part = path.with_suffix(".part")
+    try:
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:  # x: a new file, so never through a symbolic link
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """The folder's checkpoint: model, optimizer, records, config. ConfigError if it is not whole."""
+    path = Path(folder) / CHECKPOINT
+    if not path.is_file():
+        raise ConfigError(f"--resume: {path} does not exist; run the same command without --resume")
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            raise ValueError("its content does not match its checksum")
+        saved = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+        records, config = list(saved["records"]), dict(saved["config"])
+        if not records or not all(isinstance(r, dict) and "step" in r for r in records):
+            raise ValueError("it has no records")
+        if [r["step"] for r in records] != list(range(len(records))):
+            raise ValueError("its records are not those of consecutive steps")
+        return {**{name: saved[name] for name in ("model", "optimizer")},
+                "records": records, "config": config}  # fmt: skip
+    except Exception as error:  # a damaged or hostile file may raise whatever it likes
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        fix = "restore it, or start in another --out"
+        raise ConfigError(f"--resume: {path} is no whole checkpoint: {reason}; {fix}") from error
+
+
+class RunFolder:
+    """The folder of one run, in a `with` block: locked, and ready to be written."""
+
+    def __init__(self, cfg: Config, resume: bool) -> None:
+        self.cfg, self.path, self.resume = cfg, folder_of(cfg), resume
+        self.saved: dict = {}
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            fix = f"can't be written ({error.strerror}); name another folder"
+            raise ConfigError(f"--out {self.path}: {fix}") from error
+        try:
+            self._claim()
+        except BaseException:
+            os.close(self.lock)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.lock)  # this releases the lock
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            fix = "another process is writing this run; wait for it, or name another --out"
+            raise ConfigError(f"--out {self.path}: {fix}") from error
+        if not os.access(self.path, os.W_OK):
+            raise ConfigError(f"--out {self.path}: can't be written; name another folder")
+        metrics = self.path / METRICS
+        has_run = (self.path / CHECKPOINT).exists() or (
+            metrics.is_file() and metrics.stat().st_size
+        )
+        if self.resume:
+            self.saved = load_checkpoint(self.path)
+            self._compare()
+        elif has_run:
+            fix = "add --resume to go on with it, or name another --out"
+            raise ConfigError(f"--out {self.path}: already holds a run; {fix}")
+
+    def _compare(self) -> None:
+        """Is the checkpoint of this run? ConfigError if not; what may change is printed."""
+        config = dataclasses.asdict(self.cfg)
+        for name, value in config.items():
+            was = self.saved["config"].get(name)
+            if was == value or name in ("out", "steps"):
+                continue
+            if name not in MAY_CHANGE:
+                fix = "leave the flag out, or start in another --out"
+                raise ConfigError(f"--resume: {flag_of(name)} was {was}, not {value}; {fix}")
+            say(f"resuming with {flag_of(name)} {value}; it was {was}")
+        if (self.path / METRICS).is_file():
+            lines = (self.path / METRICS).read_bytes().splitlines()
+            for record, line in zip(self.saved["records"], lines):
+                if is_record(line) and line != to_line(record).strip():
+                    fix = f"{CHECKPOINT} and {METRICS} are of two runs; restore the right one"
+                    raise ConfigError(f"--resume: {self.path}: {fix}")
+
+    def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
+        """Fill model and optimizer from the checkpoint, if any; return the records so far."""
+        records = []
+        if self.resume:
+            fill(model, optimizer, self.saved, self.path / CHECKPOINT)
+            records = self.saved["records"]
+            self.saved = {}
+            write_whole(self.path / METRICS, b"".join(map(to_line, records)))
+        return records
+
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, records: list) -> None:
+        """Write the checkpoint."""
+        weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        state = {"model": weights, "optimizer": optimizer.state_dict(), "records": records}
+        state["config"] = dataclasses.asdict(self.cfg)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        write_whole(self.path / CHECKPOINT, hashlib.sha256(data).digest() + data)
+
+    def log(self, records: list[dict]) -> None:
+        """Append the last record to metrics.jsonl, and say so if nothing can be learned."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        with open(os.open(self.path / METRICS, flags, 0o666), "ab") as file:
+            file.write(to_line(records[-1]))
+        steps = records[1:]
+        if len(steps) == 5 and not any(record["reward"] for record in steps):
+            say("every response of the first five steps was wrong, so nothing can be learned yet")
+        if len(steps) == 5 and not any(record["ended_share"] for record in steps):
+            say(f"no response ended within --max-tokens {self.cfg.max_tokens}; raise it")
+
+
+def to_line(record: dict) -> bytes:
+    """A line of metrics.jsonl."""
+    return (json.dumps(record) + "\n").encode()
+
+
+def is_record(line: bytes) -> bool:
+    """Is this a whole line of a metrics.jsonl? The last one of a run that was killed may not be."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def fill(model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
+    """Put saved weights and optimiser state into place; ConfigError unless all of it fits."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = [p.shape for p in trained.values()]
+    try:
+        weights = {name: tensor.shape for name, tensor in saved["model"].items()}
+        if weights != {name: p.shape for name, p in trained.items()}:
+            raise ValueError("its weights are those of another model")
+        state = saved["optimizer"]["state"]
+        for index, shape in enumerate(shapes):
+            if state and state[index]["exp_avg"].shape != shape:
+                raise ValueError("its optimiser state is that of another model")
+        if not state and len(saved["records"]) > 1:
+            raise ValueError("its optimiser state is empty")
+        optimizer.load_state_dict(saved["optimizer"])
+        model.load_state_dict(saved["model"], strict=False)  # what is not trained is as it was
+    except Exception as error:  # a hostile file may hold anything
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ConfigError(f"--resume: {path}: {reason}; restore it") from error
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first that there is of cuda, mps and cpu."""
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name}: {reason}; use --device cpu") from error
+
+
+# ----------------------------------------------------------------------------------------- command
+
+
+def say(text: str) -> None:
+    """A line for people, apart from the output."""
+    print(f"siren.py: {text}", file=sys.stderr)
+
+
+def report(records: list[dict]) -> str:
+    """A table of the run: its first step or evaluation beside the last ones.
+
+    >>> print(report([{"step": 0, "hard/avg@4": 0.25}, {"step": 1, "hard/avg@4": 0.5}]))
+                          before   after
+    hard/avg@4             0.250   0.500
+    """
+    steps, rows = [record for record in records if "reward" in record], []
+    for name in SHOWN if steps else ():
+        last = [record[name] for record in steps[-10:]]
+        rows.append((name, steps[0][name], sum(last) / len(last)))
+    if steps and steps[0]["anchor"]:
+        ends = [record["h_agg"] / record["anchor"] for record in steps]
+        rows.append(("h_agg / anchor", ends[0], sum(ends[-10:]) / len(ends[-10:])))
+    tested = [record for record in records if any("/" in name for name in record)]
+    if tested:
+        first, final = tested[0], tested[-1]
+        rows += [(name, value, final[name]) for name, value in first.items() if "/" in name]
+    note = "   (training: first step, mean of the last ten)" if steps else ""
+    lines = [f"{name:<20}{before:>8.3f}{after:>8.3f}" for name, before, after in rows]
+    return "\n".join([f"{'':20}{'before':>8}{'after':>8}{note}", *lines])
+
+
+def run_command(train: Callable, argv: list[str] | None = None) -> int:
+    """The command: flags, then train, then the table. Whatever goes wrong is one line.
+
+    Exit code 0: done; 1: stopped (diverged, no memory, disk full); 2: bad input; 130: interrupted.
+    """
+    folder = ""
+    try:
+        cfg, resume = read_flags(argv)
+        folder = f" --out {folder_of(cfg)}"
+        for name in filter(None, cfg.plug.split(",")):
+            load_plug(name)
+        print(report(train(cfg, resume=resume)))
+        print(f"every step: {folder_of(cfg) / METRICS}")
+        return 0
+    except ConfigError as error:
+        code, text = 2, f"error: {error}"
+    except FloatingPointError as error:
+        code, text = 1, f"stopped: {error}; lower --lr or --beta"
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        code, text = 1, f"stopped: no memory ({one_line(error)}); {NO_MEMORY}"
+    except OSError as error:
+        code, text = 1, f"stopped: {one_line(error)}; --resume{folder} goes on from its checkpoint"
+    except RuntimeError as error:  # how the CPU's allocator says it
+        if "allocat" not in str(error) and "too large" not in str(error):
+            raise
+        code, text = 1, f"stopped: no memory ({one_line(error)}); {NO_MEMORY}"
+    except KeyboardInterrupt:
+        code, text = 130, f"interrupted; go on with --resume{folder}"
+    say(text)
+    return code
+
+
+def load_plug(name: str) -> None:
+    """Call plug() of a module: it replaces functions of siren, such as siren.sample."""
+    try:
+        importlib.import_module(name).plug()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--plug {name}: {error}; name a module with a plug()") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's first line, shortened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

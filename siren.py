@@ -185,6 +185,7 @@ def sample(
 # -------------------------------------------------------------------------------------- 3. verifier
 MAX_RESPONSE, MAX_ANSWER = 1_000_000, 200  # characters; a longer answer is compared as it stands
 BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
 LAYOUT = re.compile(r"\\(?:left|right|displaystyle)\b|\\\\|\\[()\[\]!$%,;: ]|[$~\u2212]")
 MEANS = {"\\\\": "\\\\", "\\%": "%", "\u2212": "-"}  # of LAYOUT; what is not here means a space
 FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))")
@@ -227,8 +228,10 @@ def normalize(answer):
     """
     if len(answer) > MAX_ANSWER:
         return answer.strip()
-    text = LAYOUT.sub(lambda found: MEANS.get(found[0], " "), answer.replace("{,}", ","))
-    text = " ".join(text.replace(", !", ",").split()).removesuffix(".").rstrip()
+    text = TEXT.sub(r" \1 ", answer.replace("{,}", ",").replace(r",\!", ","))
+    text = LAYOUT.sub(lambda found: MEANS.get(found[0], " "), text)
+    text = re.sub(r"\{\s*([a-zA-Z0-9]|\\[a-zA-Z]+)\s*\}", r" \1 ", text)
+    text = " ".join(text.split()).removesuffix(".").rstrip()
     # a fraction is set apart by spaces, so that it can't join what stands beside it
     number = NUMBER.fullmatch(FRACTION.sub(r" \1\2/\3\4 ", text).strip())
     if number:
@@ -237,9 +240,7 @@ def normalize(answer):
             return value / 100 if number[2] else value
         except (ValueError, ZeroDivisionError):
             pass  # such as "." or "1/0"
-    text = re.sub(r"\\(?:text|textbf|mathrm|mbox) ?\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\{ ?([a-zA-Z0-9]|\\[a-zA-Z]+) ?\}", r"\1", text)
-    return re.sub(r"(?<![0-9]) | (?![0-9])", "", " ".join(text.split()))
+    return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
 
 
 def verify(response, answer, *, answer_form=None, equal=None):
@@ -261,8 +262,8 @@ def verify(response, answer, *, answer_form=None, equal=None):
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - mean of its group's r: is this response better than usual for its prompt?
 
-    rewards [B], a prompt's responses side by side -> A [B]. algorithm "grpo" also divides by the
-    group's standard deviation. ValueError unless groups of at least 2 fill B.
+    rewards [B], a prompt's responses side by side -> A [B]. "grpo" divides by the group's standard
+    deviation as well. ValueError unless groups of at least 2 fill B.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # the mean is 1/4
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
@@ -310,8 +311,8 @@ def nucleus_mask(logits, top_p):
 def nucleus_entropy(logits, top_p):
     """H' = -sum over V_p of q log q, with q = pi / pi(V_p): how open is the choice that is real?
 
-    logits [..., V] -> nats [...]. A nucleus of one token has H' = 0. The gradient is that of the
-    formula with V_p held fixed: a logit outside gets none. With p = 1 it is the full entropy H.
+    logits [..., V] -> nats [...]. One token alone has H' = 0; with p = 1, H' is the full entropy H.
+    The gradient is that of the formula with V_p held fixed: a logit outside gets none.
 
     >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)  # q = 2/3, 1/3
     tensor(0.6365)
@@ -366,7 +367,7 @@ def aggregate_entropy(entropy, peak, mask):
 
 
 def policy_loss(
-    logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None, algorithm="dr_grpo"
+    logp, old_logp, adv, mask, clip_low=0.2, clip_high=0.2, max_tokens=None, algorithm="dr_grpo"
 ):
     """L_DrGRPO = -mean over the responses of (1 / max_tokens) sum_t gain_t, with PPO's clipped gain
 
@@ -389,7 +390,6 @@ def policy_loss(
     budget = max_tokens or max(1, mask.shape[1])
     length = mask.sum(1).clamp(min=1) if algorithm == "grpo" else budget
     loss = -(gain / length).sum() / mask.any(1).sum().clamp(min=1)
-
     stats = {"clip_fraction": (clipped < free) & mask, "approx_kl": ratio - 1 - log_ratio}
     return loss, {name: x.detach().sum() / mask.sum().clamp(min=1) for name, x in stats.items()}
 
@@ -415,7 +415,7 @@ def token_stats(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=
         return logp, entropy_of(log_pi.detach()), entropy_of(log_q), size
 
     mask = mask.bool()
-    outputs, tokens = outputs[mask], tokens[mask]  # [N, V or D], [N]: padding is never looked at
+    outputs, tokens = outputs[mask], tokens[mask]  # [N, V or D], [N]; padding is not looked at
     if not chunk:  # 2 million logits fit a processor's cache, 64 million fill a GPU
         vocab = outputs.shape[-1] if head is None else len(head.weight)
         chunk = max(1, (1 << (21 if outputs.device.type == "cpu" else 26)) // vocab)
@@ -449,12 +449,11 @@ def siren_loss(
     """
     now = token_stats(outputs, tokens, mask, top_p, temperature, head, chunk)
     policy, stats = policy_loss(
-        now["logp"], old_logp, adv, mask,
-        clip_low=clip_low, clip_high=clip_high, max_tokens=max_tokens, algorithm=algorithm,
-    )  # fmt: skip
+        now["logp"], old_logp, adv, mask, clip_low, clip_high, max_tokens, algorithm
+    )
     peak = peak_mask(now["nucleus_entropy"], mask, peak_quantile)  # [B, T]
     h_agg = aggregate_entropy(now["nucleus_entropy"], peak, mask)
-
+    anchor = anchor if mask.any() else 0.0  # without a token H_agg is 0, and so is the loss
     if regularizer == "anchor":
         loss = policy + beta * (h_agg - anchor) ** 2
     elif regularizer == "bonus":
@@ -471,9 +470,9 @@ def siren_loss(
 def micro_batch_anchor(h_micro, h_agg, anchor):
     """The anchor that makes a micro-batch pull as its mini-batch does. (Skip this at first.)
 
-    A mini-batch too large for memory is cut by rows; the losses of these micro-batches, each times
-    its share of the responses, are added up. H_agg is such a sum, (H_agg - H*)^2 is not; but if the
-    gap of each micro-batch is made H_agg - H*, losses and gradients add up exactly.
+    A mini-batch too large for memory is cut by rows, and the losses of these micro-batches, each
+    times its share of the responses, are added up. H_agg is such a sum, (H_agg - H*)^2 is not. But
+    with H_agg - H* as the gap in each micro-batch, losses and gradients add up exactly.
     """
     return h_micro - (h_agg - anchor)
 
@@ -496,10 +495,8 @@ def score(model, rollout, cfg):
     """token_stats of the rollout under the model as it is now, a micro-batch at a time."""
     scored, head = [], model.get_output_embeddings()
     for rows in torch.arange(len(rollout.mask)).split(cfg.micro_batch_size):
-        part = rollout.rows(rows)
-        hidden = forward(model, part)
-        knobs = (cfg.top_p, cfg.temperature, head, cfg.chunk)
-        scored.append(token_stats(hidden, part.tokens, part.mask, *knobs))
+        part, options = rollout.rows(rows), (cfg.top_p, cfg.temperature, head, cfg.chunk)
+        scored.append(token_stats(forward(model, part), part.tokens, part.mask, *options))
     return {name: torch.cat([stats[name] for stats in scored]) for name in scored[0]}
 
 

@@ -21,6 +21,7 @@ KL term, no reference model, no critic, as in the paper. Departures: docs/depart
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import os
@@ -189,7 +190,7 @@ TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
 LAYOUT = re.compile(r"\\(?:left|right|displaystyle)\b|\\\\|\\[()\[\]!$%,;: ]|[$~\u2212]")
 MEANS = {"\\\\": "\\\\", "\\%": "%", "\u2212": "-"}  # of LAYOUT; what is not here means a space
 FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))")
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
+DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
 NUMBER = re.compile(rf"([+-]? ?(?:{DIGITS}|[0-9]+ ?/ ?[0-9]+)) ?(%?)")
 
 
@@ -215,6 +216,7 @@ def extract_answer(response, answer_form=None):
     return answer_form(text) if answer_form else None
 
 
+@functools.lru_cache(maxsize=10_000)
 def normalize(answer):
     r"""What equal answers have in common: an exact number (Fraction), or else a text.
 
@@ -240,6 +242,7 @@ def normalize(answer):
             return value / 100 if number[2] else value
         except (ValueError, ZeroDivisionError):
             pass  # such as "." or "1/0"
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "'", text)  # (1,234) is not (1, 234)
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
 
 
@@ -284,17 +287,17 @@ def nucleus(log_pi, top_p):
     p is inside, so the set is never empty. The choice of the set has no gradient. log_pi [..., V]
     -> log q of the likeliest tokens [..., k], -inf outside the nucleus, and their ids [..., k].
     """
-    vocab = log_pi.shape[-1]
+    known, vocab, pad = log_pi.detach(), log_pi.shape[-1], torch.nn.functional.pad
     if top_p >= 1:  # every token; a sum of rounded probabilities might stop short of 1
         return log_pi, torch.arange(vocab, device=log_pi.device).expand(log_pi.shape)
-    k = min(64, vocab)  # to sort a whole vocabulary takes a hundred times as long
-    while True:
-        top, ids = log_pi.detach().topk(k)  # [..., k]
-        mass = top.exp().cumsum(-1)
-        if k == vocab or bool((mass[..., -1] >= top_p).all()):
-            break
-        k = min(16 * k, vocab)
-    inside = mass - top.exp() < top_p  # the tokens before this one do not reach p
+    k = min(64, 1 + vocab // 65)  # to sort a whole vocabulary takes a hundred times as long
+    top, ids = known.topk(k)  # [..., k]
+    while k < vocab and (short := top.exp().cumsum(-1)[..., -1] < top_p).any():
+        more = min(15 * k, vocab - k)  # for the rows whose k tokens fall short of p
+        top, ids, k = pad(top, (0, more), value=float("-inf")), pad(ids, (0, more)), k + more
+        top[short], ids[short] = known[short].topk(k)
+    pi = top.exp()
+    inside = (pi.cumsum(-1) - pi < top_p) & (pi > 0)  # the tokens before this one do not reach p
     return log_pi.gather(-1, ids).masked_fill(~inside, float("-inf")).log_softmax(-1), ids
 
 
@@ -322,13 +325,13 @@ def nucleus_entropy(logits, top_p):
 
 def entropy_of(log_q):
     """-sum of q log q over the last dimension, where 0 log 0 is 0 and has no gradient."""
-    return -(log_q.exp() * log_q.masked_fill(log_q == float("-inf"), 0.0)).sum(-1)
+    return -torch.linalg.vecdot(log_q.exp(), log_q.clamp(min=-1e30))
 
 
 def log_softmax(logits, temperature=1.0):
     """In float32 at least: in half precision the first decimal of an entropy is wrong."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits / temperature).log_softmax(-1)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 def peak_mask(entropy, mask, quantile):
@@ -415,7 +418,8 @@ def token_stats(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=
         return logp, entropy_of(log_pi.detach()), entropy_of(log_q), size
 
     mask = mask.bool()
-    outputs, tokens = outputs[mask], tokens[mask]  # [N, V or D], [N]; padding is not looked at
+    # [N, V or D], [N]; padding is not looked at, and without any there is nothing to copy
+    outputs, tokens = (x.flatten(0, 1) if mask.all() else x[mask] for x in (outputs, tokens))
     if not chunk:  # 2 million logits fit a processor's cache, 64 million fill a GPU
         vocab = outputs.shape[-1] if head is None else len(head.weight)
         chunk = max(1, (1 << (21 if outputs.device.type == "cpu" else 26)) // vocab)
@@ -665,7 +669,7 @@ def train(cfg, *, resume=False):
         # eval mode: without dropout, the policy that is scored is the one that sampled
         model = task.build_model().to(find_device(cfg.device)).eval()
         weights = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         records = folder.restore(model, optimizer)
         anchor = records[-1].get("anchor", cfg.anchor) if records else cfg.anchor
         for step in (bar := tqdm(range(len(records), cfg.steps + 1), unit="step")):

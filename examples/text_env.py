@@ -427,12 +427,15 @@ class TextTask:
     def build_model(self) -> torch.nn.Module:
         """The model on the CPU, with adapters and recomputed layers if wanted."""
         options = self.options
-        network = read_model(options.model, options.dtype).eval()
-        check_head(network, options.model)
-        if options.lora_rank:
-            add_lora(network, options.lora_rank, self.seed)
-        if options.recompute:
-            recompute_layers(network)
+        try:
+            network = read_model(options.model, options.dtype).eval()
+            check_head(network, options.model)
+            if options.lora_rank:
+                add_lora(network, options.lora_rank, self.seed)
+            if options.recompute:
+                recompute_layers(network)
+        except ValueError as error:
+            raise siren.ConfigError(str(error)) from error
         return network
 
     def decode(self, ids: Sequence[int]) -> str:

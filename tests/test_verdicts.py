@@ -1,0 +1,83 @@
+"""The exact verifier, siren.verify, on the hand-judged pairs of tests/data/verdicts.jsonl.
+
+A pair that is judged "not right" and accepted is a wrong reward: there must be none. One that is
+judged right and rejected costs a reward; docs/verifier.md counts them by kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import siren
+
+PAIRS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "verdicts.jsonl").read_bytes().splitlines()
+]
+# pairs that were accepted once, and must not be again
+WRONG = [
+    *[("5.5", "1 \\frac{1}{2}"), ("5  6", "56"), ("1, 234", "1234"), ("5\\ 6", "56")],
+    *[("5\\;6", "56"), ("5\\text{ }6", "56"), ("3 quarters", "3"), ("5 hundredths", "5")],
+    *[("5 trillion", "5"), ("5 millions", "5")],
+]
+# kinds of answers that need no algebra, in which nothing that is right is rejected
+PLAIN = {"boxed golds", "spaces"}
+
+
+def test_the_file_is_what_it_says():
+    assert len(PAIRS) >= 400
+    assert all(pair.keys() == {"response", "answer", "right", "kind"} for pair in PAIRS)
+    assert len({(pair["response"], pair["answer"]) for pair in PAIRS}) == len(PAIRS)
+    share = sum(pair["right"] for pair in PAIRS) / len(PAIRS)
+    assert 0.45 < share < 0.55
+    kinds = Counter((pair["kind"], pair["right"]) for pair in PAIRS)
+    assert all(
+        kinds[kind, right] >= 2 for kind, _ in kinds for right in (True, False) if kind != "hostile"
+    )
+    wrong = {(pair["response"], pair["answer"]) for pair in PAIRS if not pair["right"]}
+    for given, answer in WRONG:
+        boxed = [response for response, gold in wrong if gold == answer]
+        assert any(f"\\boxed{{{given}}}" in response for response in boxed), (given, answer)
+
+
+def test_nothing_wrong_is_accepted():
+    accepted = [
+        (pair["response"], pair["answer"])
+        for pair in PAIRS
+        if not pair["right"] and siren.verify(pair["response"], pair["answer"])
+    ]
+    assert accepted == []
+
+
+def test_the_order_of_the_two_does_not_matter():
+    for pair in PAIRS:
+        given, answer = siren.extract_answer(pair["response"]), pair["answer"]
+        if (
+            given is None
+            or "\\boxed" in answer
+            or siren.extract_answer(f"\\boxed{{{answer}}}") != answer
+        ):
+            continue
+        turned = siren.verify(f"\\boxed{{{answer}}}", given)
+        assert turned == siren.verify(pair["response"], answer), pair
+
+
+def test_what_needs_no_algebra_is_accepted():
+    rejected = Counter(
+        pair["kind"]
+        for pair in PAIRS
+        if pair["right"] and not siren.verify(pair["response"], pair["answer"])
+    )
+    right = Counter(pair["kind"] for pair in PAIRS if pair["right"])
+    assert sum(rejected.values()) <= 0.45 * sum(right.values())  # it was 43.6 % when written
+    assert not PLAIN & rejected.keys()
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair["kind"] == "boxes"], ids=str)
+def test_boxes_are_decided_without_algebra(pair):
+    if pair["response"] != "\\boxed 5":  # LaTeX without braces is not read
+        assert siren.verify(pair["response"], pair["answer"]) is pair["right"]

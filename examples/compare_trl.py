@@ -10,22 +10,26 @@ So the curves can agree only as far as those of two seeds of one engine do.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import trl_data
-from trl_siren import TOY, SirenGRPOConfig, SirenGRPOTrainer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
+from examples import trl_data
+from examples.trl_siren import TOY, SirenGRPOConfig, SirenGRPOTrainer
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "trl_vs_siren.json"
-SHOWN = ("reward", "H_agg")
+SHOWN = {"reward": "reward", "H_agg": "h_agg"}  # the file's names of the metrics
+SETTINGS = "steps prompts group_size mini_batches max_tokens beta top_p peak_quantile lr"
 
 
 class RecordingTrainer(SirenGRPOTrainer):
@@ -45,15 +49,15 @@ class RecordingTrainer(SirenGRPOTrainer):
 
 def siren_curves(cfg: siren.Config) -> dict[str, list[float]]:
     """The curves of one run of siren.py, by name."""
-    steps = siren.train(cfg, overwrite=True)[1:]
-    return {"reward": [r["reward"] for r in steps], "H_agg": [r["nucleus_entropy"] for r in steps]}
+    steps = siren.train(cfg)[1:]
+    return {name: [record[metric] for record in steps] for name, metric in SHOWN.items()}
 
 
 def trl_curves(cfg: siren.Config) -> dict[str, list[float]]:
     """The curves of one run of TRL with siren.py's settings, prompts and learning rates."""
-    task, size = siren.load_task(cfg.task), cfg.prompts * cfg.group_size // cfg.mini_batches
+    task, size = siren.load_task(cfg), cfg.prompts * cfg.group_size // cfg.mini_batches
     draws = [task.train_problems(cfg.prompts, f"{cfg.seed}/{n + 1}") for n in range(cfg.steps)]
-    parts = trl_data.toy_parts(cfg.task, list(itertools.chain(*draws)))
+    parts = trl_data.toy_parts(cfg, list(itertools.chain(*draws)))
     model = parts["model"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 
@@ -66,7 +70,7 @@ def trl_curves(cfg: siren.Config) -> dict[str, list[float]]:
     options |= {"peak_quantile": cfg.peak_quantile, "regularizer": cfg.regularizer}
     options |= {"temperature": cfg.temperature, "epsilon": cfg.clip_low, "shuffle_dataset": False}
     options |= {"epsilon_high": cfg.clip_high, "max_grad_norm": cfg.grad_clip, "seed": cfg.seed}
-    options |= {"max_steps": cfg.steps * cfg.mini_batches, "output_dir": f"{cfg.folder}-trl"}
+    options |= {"max_steps": cfg.steps * cfg.mini_batches, "output_dir": f"{cfg.out}-trl"}
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
     args = SirenGRPOConfig(**{**TOY, **options})
     trainer = RecordingTrainer(args=args, optimizers=(optimizer, schedule), **parts)
@@ -110,13 +114,14 @@ def main(argv: list[str] | None = None) -> int:
     settings = {"steps": given.steps, "threads": 1, "eval_prompts": 1, "eval_samples": 1}
     curves: dict[str, list[dict[str, list[float]]]] = {"siren": [], "trl": []}
     for seed in range(given.seeds):
-        cfg = siren.Config(seed=seed, out=f"runs/compare-{seed}", **settings)
-        curves["siren"].append(siren_curves(cfg))
-        curves["trl"].append(trl_curves(cfg))
+        with tempfile.TemporaryDirectory() as folder:
+            cfg = siren.Config(seed=seed, out=f"{folder}/run", **settings)
+            curves["siren"].append(siren_curves(cfg))
+            curves["trl"].append(trl_curves(cfg))
     arrays = {name: [np.array([c[name] for c in curves[e]]) for e in curves] for name in SHOWN}
     summary = {name: compare(*pair) for name, pair in arrays.items()}
     packages = {name: version(name) for name in ("torch", "transformers", "trl")}
-    shown = cfg.pick("steps prompts group_size mini_batches max_tokens beta top_p peak_quantile lr")
+    shown = {name: dataclasses.asdict(cfg)[name] for name in SETTINGS.split()}
     record = {"versions": packages, "settings": shown, "summary": summary, "curves": curves}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=1) + "\n")

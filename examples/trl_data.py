@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import text_env
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
+from examples import text_env
 
 
 def toy_tokenizer(task: Any, vocab: int) -> PreTrainedTokenizerFast:
@@ -24,16 +24,15 @@ def toy_tokenizer(task: Any, vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, eos_token=eos)
 
 
-def toy_parts(spec: str, problems: list[Any] | None = None) -> dict[str, Any]:
-    """Keywords of GRPOTrainer for a task, such as toy_env; by default 4096 of its problems."""
-    task = siren.load_task(spec)
+def toy_parts(cfg: siren.Config, problems: list[Any] | None = None) -> dict[str, Any]:
+    """Keywords of GRPOTrainer for cfg's task, such as toy_env; by default 4096 of its problems."""
+    task = siren.load_task(cfg)
     model, problems = task.build_model(), problems or task.train_problems(4096, "trl")
     rows = [{"prompt": task.decode(p.prompt), "answer": p.answer} for p in problems]
 
     def right(completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
         # from the ids: TRL's text leaves out <eos>, which tells an answer from a cut-off response
-        pairs, form = zip(map(task.decode, completion_ids), answer), task.answer_form
-        return [float(siren.verify(text, a, answer_form=form)) for text, a in pairs]
+        return [float(siren.is_right(task, ids, a)) for ids, a in zip(completion_ids, answer)]
 
     tokenizer = toy_tokenizer(task, model.config.vocab_size)
     parts = {"model": model, "processing_class": tokenizer, "reward_funcs": right}

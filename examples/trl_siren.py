@@ -5,10 +5,11 @@
     python examples/trl_siren.py --model MODEL --data FILE.jsonl --output_dir runs/mine
     python examples/trl_siren.py --help                        # TRL's options and SIREN's
 
-TRL brings L_DrGRPO, the sampling, the processes and its metrics; siren.py every mask and entropy.
-beta (H_agg - H*)^2 is no mean over micro-batches. So before each optimiser step a pass without
-gradient finds H_agg of the whole mini-batch, on all processes; its gradient is linear in theirs.
-The overridden methods are private to TRL and move from version to version: see TESTED_WITH.
+TRL has L_DrGRPO, the sampling, the processes and its metrics; the masks and entropies are those of
+siren.py. A mini-batch is spread over micro-batches and processes, and beta (H_agg - H*)^2 is not a
+sum over them. So a pass without gradient first finds H_agg of all of it; then each micro-batch gets
+the anchor of siren.micro_batch_anchor, and losses and gradients add up exactly. The overridden
+methods are private to TRL and change from version to version: see TESTED_WITH.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import text_env
 import torch
-import trl_data  # first, as it also puts siren.py, in the folder above, within reach
 from transformers import HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
+from examples import engine, text_env, trl_data
 from siren import ConfigError
 
-TESTED_WITH = "1.16."  # the trl versions that examples/test_trl_siren.py has run with
+TESTED_WITH = "1.16."  # the trl versions that tests/examples/test_trl_siren.py has run with
 STATE = "siren_state.json"  # a checkpoint holds it beside TRL's files
 MEASURE = ("siren_top_p", "peak_quantile", "temperature")  # H* belongs to these
 
@@ -53,11 +54,12 @@ class SirenGRPOConfig(GRPOConfig):
     peak_quantile: float = knob(0.8, "tau of the peak-entropy mask, in [0, 1]; 0 = no peak mask")
     regularizer: str = knob("anchor", "see siren.py", choices=["anchor", "bonus", "none"])
     anchor: float | None = knob(None, "H* in nats; default: that of the first global rollout")
-    entropy_chunk: int = knob(256, "tokens per slice of the [N, V] logits; 0 = by memory")
+    entropy_chunk: int = knob(256, "tokens whose logits are in memory at once; 0 = by size")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         nucleus = "changes what is sampled and not what is scored; SIREN's nucleus is --siren_top_p"
+        own = "TRL's own entropy regularisation would add to SIREN's; leave it out"
         finite = self.anchor is None or 0 <= self.anchor < float("inf")
         micro = f"must divide --steps_per_generation {self.steps_per_generation}; change one"
         ga, kinds = self.gradient_accumulation_steps, ("anchor", "bonus", "none")
@@ -66,7 +68,7 @@ class SirenGRPOConfig(GRPOConfig):
             ("anchor", finite, "must be >= 0 nats; left out, it is measured"),
             ("siren_top_p", 0 < self.siren_top_p <= 1, "must be in (0, 1]; the paper's is 0.8"),
             ("peak_quantile", 0 <= self.peak_quantile <= 1, "must be in [0, 1]; paper: 0.8"),
-            ("entropy_chunk", self.entropy_chunk >= 0, "must be >= 0; 0 = by memory"),
+            ("entropy_chunk", self.entropy_chunk >= 0, "must be >= 0; 0 = by size"),
             ("regularizer", self.regularizer in kinds, "must be anchor, bonus or none"),
             ("beta", self.beta == 0, "SIREN has no KL term; its own weight is --siren_beta"),
             ("top_p", self.top_p == 1, nucleus),
@@ -74,6 +76,9 @@ class SirenGRPOConfig(GRPOConfig):
             ("min_p", not self.min_p, nucleus),
             ("repetition_penalty", self.repetition_penalty == 1, nucleus),
             ("generation_kwargs", not self.generation_kwargs, nucleus),
+            ("entropy_coef", self.entropy_coef == 0, own),
+            ("use_adaptive_entropy", not self.use_adaptive_entropy, own),
+            ("top_entropy_quantile", self.top_entropy_quantile == 1, own),
             ("gradient_accumulation_steps", self.steps_per_generation % ga == 0, micro),
             ("use_liger_kernel", not self.use_liger_kernel, "not supported; leave it out"),
         ):
@@ -115,6 +120,20 @@ def check_supported(trainer: GRPOTrainer) -> None:
                 raise ConfigError(f"{where}: must be 0, the policy that was sampled; set {fix}")
 
 
+class Head:
+    """A model's head as token_stats calls it: in its own precision, and whole if FSDP splits it."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module, self.weight, self.whole = module, module.weight, {}
+        for name, parameter in module.named_parameters():
+            if hasattr(parameter, "full_tensor"):  # gathered once, not for every chunk
+                self.whole[name] = parameter.full_tensor()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.to(self.weight.dtype)
+        return torch.func.functional_call(self.module, self.whole, hidden)
+
+
 def add_head(model: torch.nn.Module, **options: Any) -> None:
     """Let model(..., response=(tokens, mask)) return siren.token_stats of its last T positions.
 
@@ -127,12 +146,11 @@ def add_head(model: torch.nn.Module, **options: Any) -> None:
         if response is None:
             return original(*args, **kwargs)
         tokens, mask = response
-        x = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        x = x[:, -tokens.shape[1] - 1 : -1]  # position t - 1 predicts token t
-        head = {"weight": self.get_output_embeddings().weight}
-        head["bias"] = self.get_output_embeddings().bias
-        head = {k: p.full_tensor() if hasattr(p, "full_tensor") else p for k, p in head.items()}
-        return siren.token_stats(x, tokens, mask=mask, **head, **options)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        hidden = hidden[:, -tokens.shape[1] - 1 : -1]  # position t - 1 predicts token t
+        head = Head(self.get_output_embeddings())
+        with torch.autocast(hidden.device.type, enabled=False):  # rounded logits shift entropies
+            return siren.token_stats(hidden, tokens, mask, head=head, **options)
 
     model.forward = types.MethodType(forward, model)
 
@@ -140,7 +158,8 @@ def add_head(model: torch.nn.Module, **options: Any) -> None:
 class SirenGRPOTrainer(GRPOTrainer):
     """GRPOTrainer plus SIREN's regulariser; `args` is a SirenGRPOConfig.
 
-    Adds the metrics siren/H_agg, siren/anchor, siren/loss and siren/peak_fraction to TRL's.
+    Adds the metrics siren/h_agg, siren/anchor, siren/regularizer_loss and siren/peak_fraction to
+    TRL's, under the names of siren.py.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -174,9 +193,7 @@ class SirenGRPOTrainer(GRPOTrainer):
     def _peaks(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """H', peaks and response mask [B, T] of the micro-batch that the last forward pass saw."""
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)  # not what a tool wrote
-        tau = self.args.peak_quantile
-        peak = siren.peak_mask(self._h, mask, tau) if tau else mask.bool()  # 0 = no peak mask
-        return self._h, peak, mask
+        return self._h, siren.peak_mask(self._h, mask, self.args.peak_quantile), mask.bool()
 
     @torch.no_grad()
     def _totals(self, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
@@ -191,12 +208,18 @@ class SirenGRPOTrainer(GRPOTrainer):
                 keep = batch["completion_ids"].shape[1]
                 self._get_per_token_logps_and_entropies(self.model, ids, seen, keep)
                 h, peak, mask = self._peaks(batch)
-                n = siren.minibatch_totals(h, mask, self.args.peak_quantile)
-                h_sum, responses = n["h_agg"] * n["responses"], n["responses"]
-                sums.append(torch.stack([h_sum, responses, peak.sum(), n["tokens"]]))
+                responses = mask.any(1).sum()
+                h_sum = siren.aggregate_entropy(h, peak, mask) * responses
+                sums.append(torch.stack([h_sum, responses, peak.sum(), mask.sum()]))
         everywhere = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
         h_sum, responses, peaks, tokens = everywhere
         return h_sum / responses.clamp(min=1), peaks / tokens.clamp(min=1), responses.clamp(min=1)
+
+    def _regularizer(self, h_agg: torch.Tensor, anchor: torch.Tensor | float) -> torch.Tensor:
+        """The last term of siren.siren_loss."""
+        if self.args.regularizer == "anchor":
+            return self.args.siren_beta * (h_agg - anchor) ** 2
+        return -self.args.siren_beta * h_agg if self.args.regularizer == "bonus" else 0.0 * h_agg
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """The next micro-batch; before the first of a mini-batch, what all of them must know."""
@@ -207,12 +230,10 @@ class SirenGRPOTrainer(GRPOTrainer):
         if self.anchor is None:  # the whole first rollout, before any update
             self.anchor = float(self._totals(self._buffered_inputs)[0])
         batches = self._buffered_inputs[place : place + args.gradient_accumulation_steps]
-        h_agg, peak_fraction, self._responses = self._totals(batches)
-        gap, beta = h_agg - self.anchor, args.siren_beta
-        values = {"anchor": (beta * gap**2, 2 * beta * gap), "bonus": (-beta * h_agg, -beta)}
-        self._value, self._slope = values.get(args.regularizer, (0.0, 0.0))  # and d value / d H_agg
-        values = {"H_agg": h_agg, "anchor": self.anchor, "peak_fraction": peak_fraction}
-        for name, value in {**values, "loss": self._value}.items():
+        self._h_agg, peak_fraction, self._responses = self._totals(batches)
+        values = {"h_agg": self._h_agg, "anchor": self.anchor, "peak_fraction": peak_fraction}
+        values["regularizer_loss"] = self._regularizer(self._h_agg, self.anchor)
+        for name, value in values.items():
             self._metrics["train"][f"siren/{name}"].append(float(value))
         return inputs
 
@@ -222,10 +243,11 @@ class SirenGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             return loss
         h, peak, mask = self._peaks(inputs)
-        share = siren.aggregate_entropy(h, peak, mask) * mask.any(1).sum() / self._responses
+        h_micro = siren.aggregate_entropy(h, peak, mask)
+        target = siren.micro_batch_anchor(h_micro.detach(), self._h_agg, self.anchor)
+        share = mask.any(1).sum() / self._responses
         share = share * self.accelerator.num_processes  # as gradients are averaged over them
-        value = self._value / self.args.gradient_accumulation_steps
-        return loss + self._slope * (share - share.detach()) + value
+        return loss + share * self._regularizer(h_micro, target)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -263,38 +285,44 @@ class Script:
     lora_rank: int = knob(0, "train LoRA adapters of this rank; 0 = all weights")
 
 
-class Parser(siren.Parser, HfArgumentParser):
+class Parser(engine.Parser, HfArgumentParser):
     """HfArgumentParser whose errors are one line."""
 
 
 # without --model: what siren.py does on the toy
 TOY = {"max_completion_length": 16, "per_device_train_batch_size": 64, "steps_per_generation": 4}
-TOY |= {"siren_beta": 0.1, "learning_rate": 3e-4, "max_steps": 40, "logging_steps": 4}
+TOY |= {"siren_beta": 0.2, "learning_rate": 3e-4, "max_steps": 40, "logging_steps": 4}
 TOY |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
 TOY |= {"output_dir": "runs/trl-toy", "save_strategy": "no"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 0: done, 2: bad input."""
-    argv = sys.argv[1:] if argv is None else argv
+def make_trainer(argv: list[str]) -> SirenGRPOTrainer:
+    """The trainer that a command line asks for. ConfigError for bad input."""
     parser = Parser((Script, SirenGRPOConfig), description=__doc__, allow_abbrev=False)
     if not any(word.split("=")[0] == "--model" for word in argv):
         parser.set_defaults(**TOY)
     try:
-        with siren.blame("options"):
-            script, args = parser.parse_args_into_dataclasses(argv)
-        with siren.blame("--model" if script.model else "--task"):
-            if script.model:
-                parts = trl_data.text_parts(script.model, script.data, script.prompt)
-            else:
-                parts = trl_data.toy_parts(script.task)
-            if script.lora_rank:
-                from peft import LoraConfig
+        script, args = parser.parse_args_into_dataclasses(argv)
+        if script.model:
+            parts = trl_data.text_parts(script.model, script.data, script.prompt)
+        else:
+            cfg = siren.Config(task=script.task, max_tokens=args.max_completion_length)
+            parts = trl_data.toy_parts(cfg)
+        if script.lora_rank:
+            from peft import LoraConfig
 
-                lora = {"r": script.lora_rank, "lora_alpha": 2 * script.lora_rank}
-                parts["peft_config"] = LoraConfig(target_modules="all-linear", **lora)
-            trainer = SirenGRPOTrainer(args=args, **parts)
-        if (last := args.resume_from_checkpoint) and not Path(last).is_dir():
+            lora = {"r": script.lora_rank, "lora_alpha": 2 * script.lora_rank}
+            parts["peft_config"] = LoraConfig(target_modules="all-linear", **lora)
+        return SirenGRPOTrainer(args=args, **parts)
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code 0: done, 2: bad input."""
+    try:
+        trainer = make_trainer(sys.argv[1:] if argv is None else argv)
+        if (last := trainer.args.resume_from_checkpoint) and not Path(last).is_dir():
             raise ConfigError(f"--resume_from_checkpoint {last}: no such folder; name a checkpoint")
         trainer.train(resume_from_checkpoint=last)
         trainer.save_model()

@@ -1,12 +1,12 @@
-"""Tests of the examples on TRL and on a loop of one's own.
+"""Tests of examples/trl_siren.py, SIREN on TRL's GRPOTrainer.
 
-    python -m pytest examples/test_trl_siren.py
+    pip install -r requirements-examples.txt && python -m pytest -q tests/examples
 
 The main one trains with TRL, real sampling included, and records what was sampled. An oracle then
 repeats the run from the definitions: float64, one response at a time without any padding, the whole
 mini-batch under one plain autograd, SGD. Weights and logged values must agree.
 
-    python examples/test_trl_siren.py FOLDER CASE...     # the part that torchrun starts twice
+    python tests/examples/test_trl_siren.py FOLDER CASE...     # the part that torchrun starts twice
 """
 
 import json
@@ -19,23 +19,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import trl_data
-import trl_siren
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from compare_trl import RESULT, compare
-from copy_loss import train as train_own_loop
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
-from trl_siren import SirenGRPOConfig, SirenGRPOTrainer
 
 import siren
+from examples import trl_data, trl_siren
+from examples.compare_trl import RESULT, compare
+from examples.trl_siren import SirenGRPOConfig, SirenGRPOTrainer
 from toy_env import ToyWorld
 
 torch.set_num_threads(1)
-EXAMPLES = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 STEPS, ROWS, BUDGET, LR, BETA = 4, 16, 12, 0.03, 2.0  # ROWS responses a step, 2 steps a rollout
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_alpha=16)
 # micro: responses in a backward pass of one process. In float64 an exact method is off by rounding
@@ -121,7 +120,7 @@ def parts(lora=False, **model):
     world, rng = ToyWorld(), np.random.default_rng(0)
     lengths = [6, 7, 5, 6, 4] * 8
     problems = [world.problem(rng.integers(1, 9, length).tolist()) for length in lengths]
-    toy = trl_data.toy_parts("toy_env", problems)
+    toy = trl_data.toy_parts(siren.Config(), problems)
     toy |= {"model": base_model(**model), "reward_funcs": share_even}
     return toy | ({"peft_config": LORA} if lora else {})
 
@@ -148,7 +147,7 @@ def run(folder, micro, processes=1, fsdp=False, **options):
     after = trainables(trainer.model)
     sharded = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
     assert sharded == fsdp, "the case did not test what it says"
-    log = [line for line in trainer.state.log_history if "siren/H_agg" in line]
+    log = [line for line in trainer.state.log_history if "siren/h_agg" in line]
     return trainer, {"before": before, "after": after, "seen": trainer.seen, "log": log}
 
 
@@ -231,7 +230,12 @@ def oracle(runs, accumulation, *, lora=False, untied=False, temperature=1.0, **p
             for p, g in zip(weights, gradients):
                 p -= LR * g
         peaks = sum(response[2] for response in now) / sum(response[3] for response in now)
-        values = {"H_agg": h_agg, "loss": penalty, "anchor": anchor, "peak_fraction": peaks}
+        values = {
+            "h_agg": h_agg,
+            "regularizer_loss": penalty,
+            "anchor": anchor,
+            "peak_fraction": peaks,
+        }
         values = {f"siren/{name}": value for name, value in values.items()}
         values = {**values, "loss": policy + penalty}.items()
         log.append({name: float(torch.as_tensor(value).detach()) for name, value in values})
@@ -276,7 +280,8 @@ def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, __file__, str(folder), *TOGETHER]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    where = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     load = torch.load
     return {n: [load(folder / f"{n}-{rank}.pt") for rank in range(2)] for n in TOGETHER}
@@ -299,8 +304,8 @@ def test_without_the_regulariser_it_is_trl(tmp_path):
     logs = zip(ours.state.log_history, theirs.state.log_history, strict=True)
     for here, there in logs:
         names = {name for name in there if not name.endswith(("time", "runtime", "per_second"))}
-        new = {f"siren/{name}" for name in ("H_agg", "anchor", "loss", "peak_fraction")}
-        assert set(here) - set(there) == (new if "siren/H_agg" in here else set())
+        new = {f"siren/{name}" for name in ("h_agg", "anchor", "regularizer_loss", "peak_fraction")}
+        assert set(here) - set(there) == (new if "siren/h_agg" in here else set())
         for name in names:
             assert here[name] == pytest.approx(there[name], abs=1e-5), name
 
@@ -309,7 +314,7 @@ def test_evaluation_has_no_regulariser(tmp_path):
     still = {"max_steps": 1, "learning_rate": 0.0, "anchor": 0.7, "siren_beta": 1e6}
     trainer = Recorder(args=config(tmp_path, 16, **still), **parts())
     trainer.train()
-    assert trainer.state.log_history[0]["siren/loss"] > 1e3
+    assert trainer.state.log_history[0]["siren/regularizer_loss"] > 1e3
     trainer.args.per_device_eval_batch_size = 16
     values = trainer.evaluate(parts()["train_dataset"].select(range(4)))
     assert abs(values["eval_loss"]) < 1 and not trainer._metrics["train"]
@@ -331,7 +336,7 @@ def test_autocast_rounds_no_entropy(tmp_path):
         for z, mask in zip(logits[:, -width - 1 : -1], batch["completion_mask"].bool()):
             h = torch.stack([oracle_entropy(row) for row in z[mask]])
             sums.append(h[h >= h.quantile(0.8) - 1e-9].mean().item())
-    assert recorded["log"][0]["siren/H_agg"] == pytest.approx(np.mean(sums), abs=1e-5)
+    assert recorded["log"][0]["siren/h_agg"] == pytest.approx(np.mean(sums), abs=1e-5)
     assert trainer._h.dtype == torch.float32
 
 
@@ -342,7 +347,7 @@ def test_what_a_tool_wrote_is_no_choice(tmp_path):
     batch["tool_mask"] = torch.tensor([[1, 0, 1, 1]])
     _, peak, mask = trainer._peaks(batch)
     assert peak.tolist() == [[False, False, True, False]]
-    assert mask.tolist() == [[1, 0, 1, 0]]
+    assert mask.tolist() == [[True, False, True, False]]
 
 
 # === checkpoints ===
@@ -359,7 +364,7 @@ def test_resume_restores_the_anchor(tmp_path):
     again.train(resume_from_checkpoint=str(checkpoint))
     assert again.anchor == whole.anchor
     assert largest_difference(trainables(again.model), recorded["after"]) < 1e-6
-    lines = [line for line in again.state.log_history if "siren/H_agg" in line]
+    lines = [line for line in again.state.log_history if "siren/h_agg" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert len({line["siren/anchor"] for line in lines}) == 1
 
@@ -389,7 +394,7 @@ def test_version_guard(monkeypatch):
     monkeypatch.setattr(trl_siren, "version", lambda name: {"trl": "1.9.0"}[name])
     with pytest.raises(siren.ConfigError, match=r"trl 1\.9\.0"):
         SirenGRPOTrainer()
-    pinned = (EXAMPLES.parent / "requirements-examples.txt").read_text()
+    pinned = (ROOT / "requirements-examples.txt").read_text()
     assert f"trl=={trl_siren.TESTED_WITH}" in pinned
 
 
@@ -410,6 +415,9 @@ def test_version_guard(monkeypatch):
         {"anchor": -1.0},
         {"siren_beta": float("inf")},
         {"use_liger_kernel": True},
+        {"entropy_coef": 0.01},
+        {"use_adaptive_entropy": True},
+        {"top_entropy_quantile": 0.2},
         {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
     ],
 )
@@ -487,7 +495,7 @@ def test_experts_without_auxiliary_loss_are_fine(tmp_path):
     args = config(tmp_path, 16, router_aux_loss_coef=0.0, max_steps=2)
     trainer = Recorder(args=args, **parts() | {"model": moe})
     trainer.train()
-    assert trainer.state.log_history[0]["siren/H_agg"] > 0
+    assert trainer.state.log_history[0]["siren/h_agg"] > 0
 
 
 def test_vision_inputs_are_refused(tmp_path):
@@ -504,7 +512,7 @@ def test_script_on_the_toy(tmp_path, capsys):
     few = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
     assert trl_siren.main([*few, "--output_dir", str(tmp_path), "--lora_rank", "2"]) == 0
     assert (tmp_path / "adapter_model.safetensors").exists()
-    assert "siren/H_agg" in capsys.readouterr().out
+    assert "siren/h_agg" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }} ="])
@@ -562,58 +570,13 @@ def test_launch_files(name, processes):
     assert (rollout, mini_batch) == (128 * 8, 8 * 8)  # the paper's recipe
 
 
-# === examples/README.md ===
+# === the comparison with siren.py ===
 
 
-def python_blocks():
-    return (EXAMPLES / "README.md").read_text().split("```python\n")[1:]
-
-
-def test_verl_recipe_on_stand_ins(monkeypatch):
-    """The penalty's gradient is that of siren.siren_loss, in the parts that verl would add up."""
-
-    class Data(dict):
-        def select(self, name):
-            return SimpleNamespace(to_padded_tensor=lambda: {name: self[name]})
-
-    calls = []
-    plain = SimpleNamespace(ppo_loss=lambda config, model_output, data, group: (0.0, {}))
-    functional = SimpleNamespace(entropy_from_logits=None)
-    padding = SimpleNamespace(no_padding_2_padding=lambda h, data: h)
-    modules = {"verl.utils": SimpleNamespace(torch_functional=functional)}
-    modules |= {"verl.workers": SimpleNamespace(engine_workers=plain), "verl": SimpleNamespace()}
-    modules |= {"verl.workers.utils.padding": padding}
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: calls.append(group))
-    (code,) = [text for text in python_blocks() if text.startswith("# siren_verl.py")]
-    namespace = {}
-    exec(code.split("```")[0], namespace)
-    namespace["known"]["anchor"] = 0.3
-
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 6, 9, generator=g, dtype=torch.float64, requires_grad=True)
-    mask = torch.arange(6) < torch.tensor([[6], [3], [5], [1]])
-    data = Data(response_mask=mask, global_batch_size=4, dp_size=1)
-    entropy = functional.entropy_from_logits(logits)
-    loss, metrics = plain.ppo_loss(None, {"entropy": entropy}, data, dp_group="all")
-    (found,) = torch.autograd.grad(loss, logits)
-    nothing = {"old_logp": torch.zeros(4, 6), "adv": torch.zeros(4), "mask": mask}
-    tokens = torch.zeros(4, 6, dtype=torch.long)
-    loss, stats = siren.siren_loss(logits, tokens, **nothing, anchor=0.3, beta=0.005)
-    (expected,) = torch.autograd.grad(loss, logits)
-    assert calls == ["all"] and expected.abs().max() > 1e-6
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
-    assert metrics["siren/H_agg"] == pytest.approx(float(stats["nucleus_entropy"]))
-    data["dp_size"], data["global_batch_size"] = 2, 8  # half of the mini-batch, on one of two
-    loss, _ = plain.ppo_loss(None, {"entropy": functional.entropy_from_logits(logits)}, data)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], found)
-
-
-def test_readme_shows_what_the_comparison_found():
-    text = (EXAMPLES / "README.md").read_text()
-    for block in python_blocks():
-        compile(block.split("```")[0], "README.md", "exec")
+def test_the_page_shows_what_the_comparison_found():
+    text = (ROOT / "docs" / "trl.md").read_text()
+    for block in text.split("```python\n")[1:]:
+        compile(block.split("```")[0], "trl.md", "exec")
     summary = json.loads(RESULT.read_text())["summary"]
     assert set(summary) == {"reward", "H_agg"} and all(s["within"] for s in summary.values())
     for name, found in summary.items():
@@ -628,33 +591,6 @@ def test_comparison_knows_two_engines_from_one():
     assert compare(runs[:3], runs[3:])["within"]
     apart = compare(runs[:3], runs[3:] + 5)
     assert not apart["within"] and apart["wider_splits"] == "0 of 9"
-
-
-# === a loop of one's own ===
-
-
-def test_own_loop_keeps_its_entropy():
-    kept, lost = train_own_loop("anchor"), train_own_loop("none")
-    assert kept[0]["reward"] < 0.1 < 0.9 < min(kept[-1]["reward"], lost[-1]["reward"])
-    assert kept[-1]["h_agg"] > 0.8 and lost[-1]["h_agg"] < 0.1
-
-
-def test_own_loop_with_the_block_pasted(tmp_path):
-    """The block in the place of the import, far from siren.py: the same figures to the last bit."""
-    block = (EXAMPLES.parent / "siren.py").read_text()
-    block = block[block.index("# === begin: copy") : block.index("# === end: copy")]
-    lines = (EXAMPLES / "copy_loss.py").read_text().splitlines()
-    (place,) = [i for i, line in enumerate(lines) if line.startswith("from siren import")]
-    text = "\n".join([*lines[:place], block, *lines[place + 1 :]])
-    (tmp_path / "pasted.py").write_text(text)
-    code = "import json, sys, torch, pasted; torch.set_num_threads(1)\n"
-    code += "assert 'siren' not in sys.modules; print(json.dumps(pasted.train(steps=5)))"
-    bare = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=bare, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == train_own_loop(steps=5)
 
 
 if __name__ == "__main__":

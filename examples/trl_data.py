@@ -42,11 +42,12 @@ def toy_parts(cfg: siren.Config, problems: list[Any] | None = None) -> dict[str,
 def text_parts(model: str, data: str, prompt: str = text_env.PROMPT) -> dict[str, Any]:
     """The same for a language model (folder or hub id) and a .jsonl file of question and answer.
 
-    OSError, ValueError: no such model or file, or a line without question or answer.
+    OSError, ValueError: no such model or file, a line without question or answer, or answers that
+    no response could match.
     """
     if "{question}" not in prompt:
         raise ValueError(f"--prompt {prompt!r}: needs {{question}} where the question goes")
-    rows = text_env.read_rows(data)
+    rows = text_env.matchable(text_env.read_rows(data), data)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
 
     def to_prompt(row: text_env.Row) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""Tests of examples/README.md: the drop-in that it shows works, and those that it names exist."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import siren
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "examples" / "README.md").read_text()
+SMALL = "--regularizer none --prompts 8 --group-size 8 --mini-batches 1 --grad-clip 1000 --steps 1"
+SMALL += " --eval-prompts 1 --eval-samples 1"
+
+
+def run(folder, *words):
+    """The records of a short run in `folder`."""
+    where = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    command = [sys.executable, str(ROOT / "siren.py"), *SMALL.split(), *words]
+    done = subprocess.run(
+        command, cwd=folder, env=where, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob("runs/*/metrics.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_drop_in_of_the_readme(tmp_path, monkeypatch):
+    """Leave-one-out advantages are the plain ones times n / (n - 1), and so is the gradient."""
+    (code,) = (block.split("```")[0] for block in TEXT.split("```python\n")[1:])
+    for name in ("plain", "plugged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "plugged" / "rloo.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path / "plugged")
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    module = importlib.import_module("rloo")
+    expected = siren.group_advantages(rewards, 3) * 3 / 2
+    torch.testing.assert_close(module.leave_one_out(rewards, 3), expected)
+
+    plain, plugged = run(tmp_path / "plain")[1], run(tmp_path / "plugged", "--plug", "rloo")[1]
+    assert plain["reward"] == plugged["reward"] > 0 and plain["grad_norm"] > 0.01
+    assert plugged["grad_norm"] == pytest.approx(plain["grad_norm"] * 8 / 7, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", re.findall(r"--plug (examples\.\w+)", TEXT))
+def test_the_drop_ins_that_it_names(name, monkeypatch):
+    before = dict(vars(siren))
+    module = importlib.import_module(name)
+    try:
+        module.plug()
+        changed = [key for key, value in vars(siren).items() if before.get(key) is not value]
+        assert changed and all(key in before for key in changed)
+    finally:
+        vars(siren).update(before)
+
+
+def test_the_files_that_it_names():
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert (ROOT / "examples" / link).exists(), link

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
+import re
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-# the columns of main.csv and quick.csv
 DEFAULT_VOCAB = 256  # of toy_env.ToyWorld
+# the columns of main.csv and quick.csv
 COLUMNS = ("method", "seed", "split", "temperature", "steps", "reward", "avg@16", "maj@16")
-COLUMNS += ("pass@16", "distinct@16", "entropy", "entropy_start", "nucleus_entropy", "anchor")
+COLUMNS += ("pass@16", "distinct@16", "entropy", "entropy_start", "h_agg", "anchor")
 COLUMNS += ("useless_share", "beta")
 HELD, COLLAPSED = 0.65, 0.60  # H_agg / anchor: held above, collapsed below
 BOOTSTRAP, CONFIDENCE = 10_000, 0.95
@@ -29,35 +30,55 @@ BOOTSTRAP, CONFIDENCE = 10_000, 0.95
 # ----------------------------------------------------------------------------------------- 1. runs
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A raw file. evals: (grade, temperature) -> metrics; before, after: the probes."""
+    """A row of the study, as study.run_job makes it, under a method's name."""
 
     method: str
-    head: dict[str, Any]
-    steps: list[dict[str, Any]]
-    evals: dict[tuple[str, float], dict[str, float]]
-    before: dict[str, Any]
-    after: dict[str, Any]
+    row: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The fields of siren.Config."""
+        return self.row["config"]
 
     @property
     def seed(self) -> int:
         """Of the world and of the training."""
-        return self.head["config"]["seed"]
+        return self.config["seed"]
 
     @property
     def beta(self) -> float:
         """The regulariser's coefficient."""
-        return self.head["config"]["beta"]
+        return self.config["beta"]
 
     @property
     def vocab(self) -> int:
         """The world's vocabulary."""
-        _, _, size = self.head["config"]["task"].partition("vocab=")
-        return int(size or DEFAULT_VOCAB)
+        found = re.search("vocab=([0-9]+)", self.config["task"])
+        return int(found[1]) if found else DEFAULT_VOCAB
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """The probe of the base model."""
+        return self.row["before"]
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """The probe of the trained policy."""
+        return self.row["after"]
+
+    @cached_property
+    def evals(self) -> dict[tuple[str, float], dict[str, float]]:
+        """(grade, temperature) -> scores of the final evaluation."""
+        return {(e["split"], e["temperature"]): e for e in self.row["evals"]}
+
+    def hard(self, score: str) -> float:
+        """A score on hard prompts at T = 0.6."""
+        return self.evals["hard", 0.6][score]
 
     @property
     def held(self) -> float:
         """H_agg / H*, both of the probe: the final policy's over the base model's."""
-        return self.after["nucleus_entropy"] / self.before["nucleus_entropy"]
+        return self.after["h_agg"] / self.before["h_agg"]
 
     @property
     def exploded(self) -> bool:
@@ -70,58 +91,26 @@ class Run:
         """held, collapsed, exploded, or between: neither of them by its definition."""
         if self.exploded:
             return "exploded"
-        useful = (
-            self.after["useless_share"] <= 0.3 and self.after["reward"] >= self.before["reward"]
-        )
-        if self.held >= HELD and useful:
+        learned = self.after["reward"] >= self.before["reward"]
+        if self.held >= HELD and learned and self.after["useless_share"] <= 0.3:
             return "held"
         return "collapsed" if self.held < COLLAPSED else "between"
 
 
-def read_run(path: Path, method: str) -> Run:
-    """A raw file as a run of this method's name."""
-    by_kind: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        by_kind.setdefault(record.pop("kind"), []).append(record)
-    evals = {(e["split"], e["temperature"]): e for e in by_kind["eval"]}
-    before, after = by_kind["probe"]
-    return Run(method, by_kind["job"][0], by_kind["step"], evals, before, after)
-
-
-def csv_rows(run: Run) -> list[dict[str, Any]]:
-    """A row of COLUMNS for each grade and temperature.
-
-    avg@16 is estimated with all samples. reward, entropies and useless_share are the probe's, so
-    the same for each row of a run; anchor is the base model's H_agg by the probe.
-    """
-    shared = {
-        "method": run.method,
-        "seed": run.seed,
-        "steps": run.head["steps"],
-        "reward": run.after["reward"],
-        "entropy": run.after["entropy"],
-        "entropy_start": run.before["entropy"],
-        "nucleus_entropy": run.after["nucleus_entropy"],
-        "anchor": run.before["nucleus_entropy"],
-        "useless_share": run.after["useless_share"],
-        "beta": run.beta,
-    }
-    rows = []
-    for (split, temperature), values in run.evals.items():
-        tested = {key: values[key] for key in ("maj@16", "pass@16", "distinct@16")}
-        tested["avg@16"] = values[f"avg@{run.head['final']['samples']}"]
-        row = {"split": split, "temperature": temperature, **shared, **tested}
-        rows.append({key: row[key] for key in COLUMNS})
-    return rows
-
-
 def write_csv(runs: list[Run], path: Path) -> None:
-    """main.csv or quick.csv: one row per method, seed, grade and temperature."""
+    """main.csv or quick.csv: a row of COLUMNS for each run, grade and temperature.
+
+    reward, entropies and useless_share are the probe's, so the same for each row of a run; anchor
+    is the base model's H_agg by the probe.
+    """
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for run in runs for row in csv_rows(run))
+        for run in runs:
+            shared = {"method": run.method, "seed": run.seed, "beta": run.beta, **run.after}
+            shared |= {"steps": run.row["steps"], "anchor": run.before["h_agg"]}
+            shared |= {"entropy_start": run.before["entropy"]}
+            writer.writerows({**scores, **shared} for scores in run.row["evals"])
 
 
 # ------------------------------------------------------------------------------------ 2. intervals
@@ -175,7 +164,6 @@ NAMES = {
     "wo_anchor": "w/o anchor",
     "anchor_only": "anchor only",
 }
-Point = Callable[[dict[str, Any]], "float | None"]
 
 
 def new_figure(columns: int, rows: int = 1, height: float = 3.4) -> tuple[Figure, np.ndarray]:
@@ -197,7 +185,7 @@ def curve(axes: Axes, runs: list[Run], point: Callable[[Run, dict], float | None
     for method, own in grouped(runs, lambda run: run.method).items():
         by_step: dict[int, list[float]] = {}
         for run in own:
-            for record in run.steps:
+            for record in run.row["log"]:
                 if (value := point(run, record)) is not None:
                     by_step.setdefault(record["step"], []).append(value)
         by_step = {step: v for step, v in sorted(by_step.items()) if len(v) == len(own)}
@@ -219,11 +207,9 @@ def of(key: str) -> Callable[[Run, dict], float | None]:
 
 def ruled_ratio(run: Run, record: dict[str, Any]) -> float | None:
     """H_agg / H* of a record, for runs that train with p = tau = 0.8: others measure another H'."""
-    config = run.head["config"]
-    if (config["top_p"], config["peak_quantile"]) != (0.8, 0.8):
+    if (run.config["top_p"], run.config["peak_quantile"]) != (0.8, 0.8) or "h_agg" not in record:
         return None
-    value = record.get("nucleus_entropy")
-    return None if value is None else value / run.head["anchor"]
+    return record["h_agg"] / run.row["anchor"]
 
 
 def steps_figure(runs: list[Run], path: Path) -> None:
@@ -256,7 +242,7 @@ def bars(axes: Axes, runs: list[Run], split: str, temperature: float) -> None:
     width = 0.8 / len(by_method)
     for i, (method, own) in enumerate(by_method.items()):
         for j, key in enumerate(keys):
-            mean, low, high = bootstrap(measured(run, split, temperature, key) for run in own)
+            mean, low, high = bootstrap(run.evals[split, temperature][key] for run in own)
             where = j + (i - (len(by_method) - 1) / 2) * width
             look = {"color": STYLES[method]["color"], "hatch": HATCHES[i], "edgecolor": "white"}
             label = NAMES[method] if j == 0 else None
@@ -264,12 +250,6 @@ def bars(axes: Axes, runs: list[Run], split: str, temperature: float) -> None:
             axes.errorbar(where, mean, [[mean - low], [high - mean]], color="0.4", capsize=2)
     axes.set_xticks(range(len(keys)), keys, fontsize=8)
     axes.set(title=f"{split} held-out prompts, T = {temperature:g}", ylim=(0, 1.02))
-
-
-def measured(run: Run, split: str, temperature: float, key: str) -> float:
-    """A metric of the final evaluation; avg@16 is estimated with all samples."""
-    samples = run.head["final"]["samples"]
-    return run.evals[split, temperature][f"avg@{samples}" if key == "avg@16" else key]
 
 
 def diversity_figure(runs: list[Run], path: Path) -> None:
@@ -349,7 +329,7 @@ OVER_BETA: tuple[Measure, ...] = (
     ("H_agg / base model's", lambda run: run.held, (HELD, 1.0)),
     ("useless tokens (share)", lambda run: run.after["useless_share"], (0.3,)),
     ("reward", lambda run: run.after["reward"], ()),
-    ("maj@16, hard, T = 0.6", lambda run: measured(run, "hard", 0.6, "maj@16"), ()),
+    ("maj@16, hard, T = 0.6", lambda run: run.hard("maj@16"), ()),
 )
 
 
@@ -400,9 +380,7 @@ def around(runs: list[Run], knob: str, beta: float) -> list[Run]:
     """The SIREN runs that differ from p = tau = 0.8 and this beta in this knob alone."""
     centre = {"top_p": 0.8, "peak_quantile": 0.8, "beta": beta}
     same = {name: value for name, value in centre.items() if name != knob}
-    return [
-        run for run in runs if run.method == "siren" and same.items() <= run.head["config"].items()
-    ]
+    return [run for run in runs if run.method == "siren" and same.items() <= run.config.items()]
 
 
 def sensitivity_figure(runs: list[Run], path: Path, beta: float) -> None:
@@ -411,7 +389,7 @@ def sensitivity_figure(runs: list[Run], path: Path, beta: float) -> None:
     figure, axes = new_figure(3, 2)
     zero = [run for run in runs if run.method == "dr_grpo"]
     for column, (knob, name) in zip(axes.T, KNOBS.items()):
-        own, x = around(runs, knob, beta), lambda run, knob=knob: run.head["config"][knob]
+        own, x = around(runs, knob, beta), lambda run, knob=knob: run.config[knob]
         against(column[0], own, x, lambda run: run.held, color="#0059b3", marker="o")
         column[0].axhline(np.mean([run.held for run in zero]), color="black", linestyle="--")
         column[0].axhline(HELD, color="0.8", linewidth=0.8)
@@ -419,7 +397,7 @@ def sensitivity_figure(runs: list[Run], path: Path, beta: float) -> None:
         for (key, line), marker in zip(keys.items(), "sovD"):
 
             def value(run: Run, key: str = key) -> float:
-                return measured(run, "hard", 0.6, key)
+                return run.hard(key)
 
             look = {"linestyle": line, "marker": marker, "markersize": 4}
             against(column[1], own, x, value, color="black", label=key, **look)
@@ -432,25 +410,24 @@ def sensitivity_figure(runs: list[Run], path: Path, beta: float) -> None:
     save(figure, path)
 
 
+# the methods of each of the main table's figures
 FEW = ("dr_grpo", "naive_best", "naive_exploding", "siren", "wo_anchor")
+FOUR = ("base", "dr_grpo", "naive_best", "siren")
 
 
 def draw_all(results: dict[str, list[Run]], out: Path, beta: float) -> None:
     """Every figure of the groups that are there. beta: that of the sensitivity to p and tau."""
+
+    def of_methods(methods: tuple[str, ...]) -> list[Run]:
+        return [run for run in results["table"] if run.method in methods]
+
     if runs := results.get("quick"):
         steps_figure(runs, out / "quick.png")
-    if runs := results.get("table"):
-        few = [run for run in runs if run.method in FEW]
-        steps_figure(few, out / "entropy.png")
-        diversity_figure(few, out / "diversity.png")
-        k_figure(
-            [r for r in runs if r.method in ("base", "dr_grpo", "naive_best", "siren")],
-            out / "pass_at_k.png",
-        )
-        positions_figure(
-            [r for r in runs if r.method in ("dr_grpo", "naive_best", "siren")],
-            out / "positions.png",
-        )
+    if results.get("table"):
+        steps_figure(of_methods(FEW), out / "entropy.png")
+        diversity_figure(of_methods(FEW), out / "diversity.png")
+        k_figure(of_methods(FOUR), out / "pass_at_k.png")
+        positions_figure(of_methods(FOUR[1:]), out / "positions.png")
     if runs := results.get("band"):
         band_figure(runs, out / "band.png")
     if runs := results.get("vocabularies"):
@@ -460,6 +437,9 @@ def draw_all(results: dict[str, list[Run]], out: Path, beta: float) -> None:
 
 
 # --------------------------------------------------------------------------------------- 4. tables
+SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
+
+
 def interval(values: Iterable[float]) -> str:
     """Mean and interval as text.
 
@@ -469,39 +449,30 @@ def interval(values: Iterable[float]) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(values))
 
 
-def markdown(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+def markdown(head: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """The lines of a table."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
 
 
-SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
-
-
 def score_tables(runs: list[Run]) -> list[str]:
-    """The main table: a part a grade and temperature, then each method's difference to Dr.GRPO."""
+    """For each grade and temperature: every method's scores, and their difference to Dr.GRPO's."""
     lines, by_method = [], grouped(runs, lambda run: run.method)
-    for split, temperature in sorted(runs[0].evals, key=lambda cell: (cell[1], cell[0])):
+    for cell in sorted(runs[0].evals, key=lambda cell: (cell[1], cell[0])):
 
-        def score(run: Run, key: str, cell: tuple[str, float] = (split, temperature)) -> float:
-            return measured(run, *cell, key)
+        def score(key: str, cell: tuple[str, float] = cell) -> Callable[[Run], float]:
+            return lambda run: run.evals[cell][key]
 
-        lines += [f"### {split} prompts, T = {temperature:g}", "", "Mean and 95 % interval:", ""]
-        lines += markdown(
-            ["method", *SCORES],
-            [
-                [NAMES.get(m, m), *(interval(score(run, key) for run in own) for key in SCORES)]
-                for m, own in by_method.items()
-            ],
-        )
-        lines += ["Minus Dr.GRPO, paired by seed:", ""]
-        rows = []
-        for method in (m for m in by_method if m != "dr_grpo"):
-            gains = (
-                paired(runs, method, "dr_grpo", lambda r, k=key: score(r, k)) for key in SCORES
-            )
-            rows.append([NAMES[method], *map(interval, gains)])
-        lines += markdown(["method", *SCORES], rows)
+        means, gains = [], []
+        for method, own in by_method.items():
+            name = NAMES.get(method, method)
+            means.append([name, *(interval(map(score(key), own)) for key in SCORES)])
+            if method != "dr_grpo":
+                pairs = (paired(runs, method, "dr_grpo", score(key)) for key in SCORES)
+                gains.append([name, *map(interval, pairs)])
+        lines += [f"### {cell[0]} prompts, T = {cell[1]:g}", "", "Mean and 95 % interval:", ""]
+        lines += markdown(["method", *SCORES], means)
+        lines += ["Minus Dr.GRPO, paired by seed:", "", *markdown(["method", *SCORES], gains)]
     return lines
 
 
@@ -516,35 +487,32 @@ def policy_table(runs: list[Run]) -> list[str]:
     }
     rows = []
     for method, own in grouped(runs, lambda run: run.method).items():
-        steps = "/".join(sorted({str(run.head["steps"]) for run in own}))
+        steps = "/".join(sorted({str(run.row["steps"]) for run in own}))
         betas = "/".join(sorted({f"{run.beta:g}" for run in own}))
         cells = [interval(map(value, own)) for value in columns.values()]
-        rows.append([NAMES[method], betas, str(len(own)), steps, *cells])
+        rows.append([NAMES[method], betas, len(own), steps, *cells])
     return markdown(["method", "beta", "seeds", "steps", *columns], rows)
 
 
-def sweep_table(runs: list[Run], name: Callable[[Run], list[str]], head: list[str]) -> list[str]:
-    """One row a setting: the mean over its seeds, and each seed's state."""
+def sweep_table(runs: list[Run], columns: dict[str, Callable[[Run], str]]) -> list[str]:
+    """One row for each setting: the mean over its seeds, and each seed's state."""
     rows = []
-    for key, own in grouped(runs, lambda run: tuple(name(run))).items():
-        means = [np.mean([measured(run, "hard", 0.6, k) for run in own]) for k in SCORES]
+    for setting, own in grouped(runs, lambda r: tuple(f(r) for f in columns.values())).items():
+        means = [np.mean([run.hard(key) for run in own]) for key in SCORES]
         means += [np.mean([run.held for run in own])]
         means += [np.mean([run.after["useless_share"] for run in own])]
         states = ", ".join(run.state for run in own)
-        rows.append([*key, *(f"{mean:.3f}" for mean in means), states])
+        rows.append([*setting, *(f"{mean:.3f}" for mean in means), states])
     hard = [f"{key} hard" for key in SCORES]
-    return markdown([*head, *hard, "H_agg / base's", "useless", "state of each seed"], rows)
+    return markdown([*columns, *hard, "H_agg / base's", "useless", "state of each seed"], rows)
 
 
 def held_range(runs: list[Run], method: str) -> tuple[float, float] | None:
     """The widest run of neighbouring coefficients, held on every seed: smallest and largest."""
-    betas = grouped(sorted(runs, key=lambda r: r.beta), lambda r: (r.method, r.beta))
-    best: tuple[float, float] | None = None
-    low = None
-    for (name, beta), own in betas.items():
-        if name != method:
-            continue
-        if not all(run.state == "held" for run in own):
+    own = sorted((run for run in runs if run.method == method), key=lambda run: run.beta)
+    best, low = None, None
+    for beta, some in grouped(own, lambda run: run.beta).items():
+        if not all(run.state == "held" for run in some):
             low = None
             continue
         low = low or beta
@@ -559,51 +527,40 @@ Claim = tuple[str, bool, str]  # what is claimed, does it hold, the numbers
 def table_claims(runs: list[Run]) -> list[Claim]:
     """The claims that the main table can bear out or not."""
     own = {m: {r.seed: r for r in some} for m, some in grouped(runs, lambda r: r.method).items()}
-    ratio = [run.after["entropy"] / run.before["entropy"] for run in own["dr_grpo"].values()]
-    left = [
-        measured(run, "hard", 0.6, "distinct@16")
-        / measured(own["base"][seed], "hard", 0.6, "distinct@16")
-        for seed, run in own["dr_grpo"].items()
-    ]
-    blown = [run.exploded for run in own["naive_exploding"].values()]
-    held, lost = ([run.held for run in own[m].values()] for m in ("siren", "dr_grpo"))
-    every = {  # claim: holds, measured
-        "collapse: Dr.GRPO's entropy is at most a third of the base's": (
-            max(ratio) <= 1 / 3,
-            f"at most {max(ratio):.3f}",
-        ),
-        "collapse: Dr.GRPO's distinct@16 falls by at least 40 % (hard, T = 0.6)": (
-            max(left) <= 0.6,
-            f"by at least {1 - max(left):.1%}",
-        ),
-        "explosion: reward under a tenth of the base's, useless tokens above 30 %": (
-            all(blown),
-            f"{sum(blown)} of {len(blown)} seeds",
-        ),
-        f"held: SIREN's H_agg is at least {HELD:.0%} of the base's": (
-            min(held) >= HELD,
-            f"at least {min(held):.1%}",
-        ),
-        f"held: Dr.GRPO's is under {COLLAPSED:.0%}": (
-            max(lost) < COLLAPSED,
-            f"at most {max(lost):.1%}",
-        ),
+    collapsed, blown = own["dr_grpo"], [r.exploded for r in own["naive_exploding"].values()]
+    ratio = max(run.after["entropy"] / run.before["entropy"] for run in collapsed.values())
+    distinct = "distinct@16"
+    left = max(r.hard(distinct) / own["base"][s].hard(distinct) for s, r in collapsed.items())
+    held, lost = min(r.held for r in own["siren"].values()), max(r.held for r in collapsed.values())
+    text = {
+        "ratio": "collapse: Dr.GRPO's entropy is at most a third of the base's",
+        "left": "collapse: Dr.GRPO's distinct@16 falls by at least 40 % (hard, T = 0.6)",
+        "blown": "explosion: reward under a tenth of the base's, useless tokens above 30 %",
+        "held": f"held: SIREN's H_agg is at least {HELD:.0%} of the base's",
+        "lost": f"held: Dr.GRPO's is under {COLLAPSED:.0%}",
     }
-    claims = [(f"{claim}, every seed", *result) for claim, result in every.items()]
-    return claims + [effect_claim(runs, *gain) for gain in GAINS.items()]
+    claims = [
+        (text["ratio"], ratio <= 1 / 3, f"at most {ratio:.3f}"),
+        (text["left"], left <= 0.6, f"by at least {1 - left:.1%}"),
+        (text["blown"], all(blown), f"{sum(blown)} of {len(blown)} seeds"),
+        (text["held"], held >= HELD, f"at least {held:.1%}"),
+        (text["lost"], lost < COLLAPSED, f"at most {lost:.1%}"),
+    ]
+    return [(f"{claim}, every seed", *rest) for claim, *rest in claims] + effect_claims(runs)
 
 
-GAINS = {"maj@16": 0.08, "pass@16": 0.10, "avg@16": 0.0}
-
-
-def effect_claim(runs: list[Run], key: str, least: float) -> Claim:
+def effect_claims(runs: list[Run]) -> list[Claim]:
     """SIREN against Dr.GRPO on hard prompts: a gain of this much, with an interval above 0; where
     no gain is asked for, that the interval is not below 0."""
-    gains = paired(runs, "siren", "dr_grpo", lambda run: measured(run, "hard", 0.6, key))
-    mean, low, high = bootstrap(gains)
-    holds = mean >= least and low > 0 if least else high >= 0
-    what = f"at least +{least:.2f}, interval above 0" if least else "not behind"
-    return f"effect: SIREN minus Dr.GRPO, {key}, hard, T = 0.6: {what}", holds, interval(gains)
+    claims = []
+    for key, least in {"maj@16": 0.08, "pass@16": 0.10, "avg@16": 0.0}.items():
+        gains = paired(runs, "siren", "dr_grpo", lambda run, key=key: run.hard(key))
+        mean, low, high = bootstrap(gains)
+        holds = mean >= least and low > 0 if least else high >= 0
+        what = f"at least +{least:.2f}, interval above 0" if least else "not behind"
+        text = f"effect: SIREN minus Dr.GRPO, {key}, hard, T = 0.6: {what}"
+        claims.append((text, holds, interval(gains)))
+    return claims
 
 
 def band_claims(runs: list[Run]) -> list[Claim]:
@@ -612,63 +569,39 @@ def band_claims(runs: list[Run]) -> list[Claim]:
     blown = [beta for beta, some in naive.items() if all(run.exploded for run in some)]
     lost = [beta for beta, some in naive.items() if all(run.held < COLLAPSED for run in some)]
     tenfold = [f"{b:g} and {low:g}" for b in blown for low in lost if 9.9 < b / low < 10.1]
-    ranges = {method: held_range(runs, method) for method in ("siren", "naive_bonus")}
-    width = {method: found[1] / found[0] if found else 0.0 for method, found in ranges.items()}
-    text = {
-        method: f"{found[0]:g} to {found[1]:g} (x{width[method]:.3g})" if found else "none"
-        for method, found in ranges.items()
-    }
+    width, text = {}, {}
+    for method in ("siren", "naive_bonus"):
+        low, high = held_range(runs, method) or (1.0, 0.0)
+        width[method] = high / low
+        text[method] = f"{low:g} to {high:g} (x{high / low:.3g})" if high else "none"
+    low, high = held_range(runs, "siren") or (1.0, 0.0)
+    zero = {run.seed: run.hard("distinct@16") for run in runs if run.method == "dr_grpo"}
+    held = [run for run in runs if run.method == "siren" and low <= run.beta <= high]
+    least = min((run.hard("distinct@16") / zero[run.seed] for run in held), default=0.0)
+    explodes = "explosion: a coefficient explodes, one 10 times smaller collapses"
+    tenfold_held = "held: SIREN, over coefficients 10 times apart"
+    wider = "held: SIREN over a wider range than the naive bonus"
+    distinct = "held: there SIREN's distinct@16 is at least 1.8 times Dr.GRPO's, every seed"
     both = f"SIREN {text['siren']}, naive bonus {text['naive_bonus']}"
-    wide, wider = width["siren"] > 9.9, width["siren"] > width["naive_bonus"]  # 9.9: rounding
     return [
-        (
-            "explosion: a coefficient explodes, one 10 times smaller collapses",
-            bool(tenfold),
-            "; ".join(tenfold) or "none",
-        ),
-        ("held: SIREN, over coefficients 10 times apart", wide, text["siren"]),
-        ("held: SIREN over a wider range than the naive bonus", wider, both),
-        distinct_claim(runs),
+        (explodes, bool(tenfold), "; ".join(tenfold) or "none"),
+        (tenfold_held, width["siren"] > 9.9, text["siren"]),  # 9.9: rounding
+        (wider, width["siren"] > width["naive_bonus"], both),
+        (distinct, least >= 1.8, f"at least {least:.2f} times (hard, T = 0.6)"),
     ]
 
 
-def distinct_claim(runs: list[Run]) -> Claim:
-    """distinct@16 of SIREN against Dr.GRPO's, for the coefficients with which it is held."""
-
-    def distinct(run: Run) -> float:
-        return measured(run, "hard", 0.6, "distinct@16")
-
-    low, high = held_range(runs, "siren") or (1.0, 0.0)  # an empty range
-    zero = {run.seed: distinct(run) for run in runs if run.method == "dr_grpo"}
-    held = [run for run in runs if run.method == "siren" and low <= run.beta <= high]
-    smallest = min((distinct(run) / zero[run.seed] for run in held), default=0.0)
-    claim = "held: there SIREN's distinct@16 is at least 1.8 times Dr.GRPO's, every seed"
-    return claim, smallest >= 1.8, f"at least {smallest:.2f} times (hard, T = 0.6)"
-
-
-def claim_table(claims: list[Claim]) -> list[str]:
-    """Claims, whether they hold, and the numbers."""
-    return markdown(
-        ["claim", "holds", "measured"],
-        [[text, "yes" if ok else "NO", numbers] for text, ok, numbers in claims],
-    )
-
-
 def cost_table(results: dict[str, list[Run]]) -> list[str]:
-    """Jobs, hours on one thread, commits and versions of each group, from the raw files."""
+    """Jobs, hours on one thread, commits and versions of each group."""
     rows = []
     for group, runs in results.items():
         if runs:
-            train, evaluate = (
-                sum(run.head["seconds"][key] for run in runs) for key in ("train", "evaluate")
-            )
-            commits = ", ".join(sorted({str(run.head["commit"]) for run in runs}))
-            versions = runs[0].head["versions"]
-            about = ", ".join(f"{name} {value}" for name, value in versions.items())
-            costs = [f"{seconds / 3600:.2f}" for seconds in (train, evaluate)]
-            rows.append([group, str(len(runs)), *costs, commits, about])
-    head = ["group", "jobs", "training (h)", "evaluation (h)", "commit", "versions"]
-    return markdown(head, rows)
+            spent = [run.row["seconds"] for run in runs]
+            hours = [f"{sum(s[key] for s in spent) / 3600:.2f}" for key in ("train", "evaluate")]
+            commits = ", ".join(sorted({str(run.row["commit"]) for run in runs}))
+            versions = ", ".join(f"{k} {v}" for k, v in runs[0].row["versions"].items())
+            rows.append([group, len(runs), *hours, commits, versions])
+    return markdown(["group", "jobs", "training (h)", "evaluation (h)", "commit", "versions"], rows)
 
 
 TABLES_HEAD = """# Tables of the study
@@ -677,48 +610,51 @@ Written by `python examples/study.py --report` from results/raw; README.md besid
 Intervals: percentile bootstrap over seeds, 10000 resamples, 95 %. H_agg is measured with
 p = tau = 0.8 whatever the method trains with.
 """
+COLUMN: dict[str, Callable[[Run], str]] = {
+    "method": lambda run: NAMES.get(run.method, run.method),
+    "vocabulary": lambda run: str(run.vocab),
+    "p": lambda run: f"{run.config['top_p']:g}",
+    "tau": lambda run: f"{run.config['peak_quantile']:g}",
+    "beta": lambda run: f"{run.beta:g}",
+    "variant": lambda run: run.method,
+}
+SWEEPS = {  # group: title, columns that name a setting
+    "tune": ("Choice of coefficients (validation seeds and prompts)", "method beta"),
+    "band": ("Coefficient sweep", "method beta"),
+    "vocabularies": ("Sizes of the vocabulary", "vocabulary method beta"),
+    "sensitivity": ("Sensitivity", "method p tau beta"),
+    "official": ("The definition and the official code", "variant"),
+}
 
 
-def write_tables(results: dict[str, list[Run]], path: Path) -> None:
+def tables(results: dict[str, list[Run]]) -> str:
     """tables.md: what the complete groups say, in markdown."""
     lines = [TABLES_HEAD]
-    titles = {"quick": "Quick", "table": "Main table", "fresh": "Fresh seeds"}
-    for group, title in titles.items():
+    for group, title in {"quick": "Quick", "table": "Main table", "fresh": "Fresh seeds"}.items():
         if runs := results.get(group):
             lines += [f"## {title}", "", *policy_table(runs), *score_tables(runs)]
-    if runs := results.get("table"):
-        lines += ["## Claims of the main table", "", *claim_table(table_claims(runs))]
-    if runs := results.get("fresh"):
-        for title, some in {"fresh": runs, "all": runs + results.get("table", [])}.items():
-            claims = [effect_claim(some, *gain) for gain in GAINS.items()]
-            lines += [f"## The effect on {title} seeds", "", *claim_table(claims)]
+    claims: dict[str, list[Claim]] = {}
+    if table := results.get("table", []):
+        claims["Claims of the main table"] = table_claims(table)
+    if fresh := results.get("fresh"):
+        claims["The effect on fresh seeds"] = effect_claims(fresh)
+        claims["The effect on all seeds"] = effect_claims(fresh + table)
     if runs := results.get("band"):
-        lines += ["## Claims of the coefficient sweep", "", *claim_table(band_claims(runs))]
-
-    def config(run: Run, *keys: str) -> list[str]:
-        return [NAMES.get(run.method, run.method), *(f"{run.head['config'][k]:g}" for k in keys)]
-
-    sweeps: dict[str, tuple[str, Callable[[Run], list[str]], list[str]]] = {
-        "tune": (
-            "Choice of coefficients (validation seeds and prompts)",
-            lambda run: config(run, "beta"),
-            ["method", "beta"],
-        ),
-        "band": ("Coefficient sweep", lambda run: config(run, "beta"), ["method", "beta"]),
-        "vocabularies": (
-            "Sizes of the vocabulary",
-            lambda run: [str(run.vocab), *config(run, "beta")],
-            ["vocabulary", "method", "beta"],
-        ),
-        "sensitivity": (
-            "Sensitivity",
-            lambda run: config(run, "top_p", "peak_quantile", "beta"),
-            ["method", "p", "tau", "beta"],
-        ),
-        "official": ("The definition and the official code", config, ["variant"]),
-    }
-    for group, (title, name, head) in sweeps.items():
+        claims["Claims of the coefficient sweep"] = band_claims(runs)
+    for title, some in claims.items():
+        rows = [[text, "yes" if ok else "NO", numbers] for text, ok, numbers in some]
+        lines += [f"## {title}", "", *markdown(["claim", "holds", "measured"], rows)]
+    for group, (title, columns) in SWEEPS.items():
         if runs := results.get(group):
-            lines += [f"## {title}", "", *sweep_table(runs, name, head)]
-    lines += ["## Cost and origin", "", *cost_table(results)]
-    path.write_text("\n".join(lines))
+            settings = {name: COLUMN[name] for name in columns.split()}
+            lines += [f"## {title}", "", *sweep_table(runs, settings)]
+    return "\n".join([*lines, "## Cost and origin", "", *cost_table(results)])
+
+
+def write_report(results: dict[str, list[Run]], out: Path, beta: float) -> None:
+    """The CSV files, figures and tables of the groups that are there."""
+    for group, name in (("quick", "quick"), ("table", "main")):
+        if runs := results.get(group):
+            write_csv([run for run in runs if run.method != "base"], out / f"{name}.csv")
+    draw_all(results, out, beta)
+    (out / "tables.md").write_text(tables(results))

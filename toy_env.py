@@ -1,4 +1,4 @@
-"""A toy world where keeping several ways open pays: adding up numbers with gaps in one's knowledge.
+"""A toy world where keeping several ways open pays: sums, by a model with gaps in its knowledge.
 
 One token is one number. The prompt lists terms; the response starts with any of them, then writes
 "next term, running sum" until all are used. It is right if its last number is the right total:
@@ -6,58 +6,50 @@ One token is one number. The prompt lists terms; the response starts with any of
     prompt      8 3 1 5 2 6 =                        token ids  11 6 4 8 5 9 2
     response    8 5 13 1 14 3 17 6 23 2 25 <eos>     token ids  11 8 16 4 17 6 20 9 26 5 28 1
 
-(0 is <pad>, 1 is <eos>, 2 is `=`, the number n is n + 3.) It reads: 8, + 5 = 13, + 1 = 14, ...
-Which term comes next is a real choice with many right ways; the sums are facts. Numbers that no
-terms add up to are the useless part of a large vocabulary, where an unguided entropy bonus leads.
+The response reads: 8, + 5 = 13, + 1 = 14, and so on. (0 is <pad>, 1 is <eos>, 2 is `=`, and the
+number n is n + 3.) Which term comes next is a real choice with many right ways; the sums are facts.
+Most tokens are numbers that no terms add up to. They are the useless part of a large vocabulary,
+and a naive entropy bonus leads there.
 
-The base model learns from a sloppy teacher. He slips now and then, and he has *gaps*: for some
-fixed pairs (running sum, next term) he always writes the same wrong sum, such as 14 for 8 + 5. The
-model hardly ever samples the right sum there, so reinforcement learning can't teach it; the policy
-can only go round the gap by adding in another order. That is why diversity is worth something: a
-policy that has collapsed onto one order per prompt meets that order's gap in every sample, while
-one that kept its forks open meets different gaps, whose wrong totals disagree where the right ones
-agree.
+The base model learns from a teacher who makes two kinds of mistakes. A *slip* is a wrong sum that
+happens by chance, now and then. A *gap* is a fixed pair (running sum, next term) for which the
+teacher always writes the same wrong sum, such as 14 for 8 + 5. The model hardly ever samples the
+right sum there, so reinforcement learning can't teach it. The policy can only go round the gap: it
+can add in another order. That is why diversity is worth something. A policy that has collapsed onto
+one order per prompt meets the gap of that order in every sample. A policy that has kept several
+orders meets different gaps, and in a vote their wrong totals differ while right totals agree.
 
     python toy_env.py                            a problem, a demonstration and the world's sizes
     python toy_env.py --gap-share 0.3 --seed 3   the same for another world
     python toy_env.py --rebuild-base             teach the base model again (1-2 minutes), store it
-    python toy_env.py --check-base               teach a fresh one: as good as the stored one?
+    python toy_env.py --check-base               is a newly taught one as good as the stored one?
 """
 
-from __future__ import annotations
-
-import argparse
-import hashlib
-import json
 import math
-import os
 import random
 import sys
-import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, combinations_with_replacement, cycle, product
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save
 from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from examples.toy_tools import Stored, one_thread
+from siren import Config, ConfigError, knob
 
 PAD, EOS, EQUALS, ZERO = 0, 1, 2, 3  # token ids; the number n is token n + ZERO
 NAMES = {PAD: "<pad>", EOS: "<eos>", EQUALS: "="}
 GAP_ERRORS = (-2, -1, 1, 2, 10)  # how far a gap's sum is off
 SLIP_ERRORS = (-10, -2, -1, 1, 2, 10)
 SPLITS = ("train",) * 5 + ("validation",) * 2 + ("test",) * 3  # tenths of the multisets of terms
-FORMAT = 1  # raise it when the world or the teaching changes: stored base models are then refused
-HERE = Path(__file__).resolve().parent
+POSITIONS = 256  # of the model: a prompt and its response must fit
 
 
 class Problem(NamedTuple):
@@ -68,7 +60,7 @@ class Problem(NamedTuple):
 
 
 def split_of(terms: Iterable[int]) -> str:
-    """The part of the world a prompt belongs to, whatever its order: the terms may be added in any.
+    """The part of the world that a prompt belongs to, whatever the order of its terms.
 
     >>> split_of([8, 3, 1, 5, 2, 6]), split_of([1, 2, 3, 5, 6, 8])
     ('test', 'test')
@@ -87,86 +79,47 @@ def count_orders(terms: Sequence[int]) -> int:
     return math.factorial(len(terms)) // math.prod(repeats)
 
 
-def knob(default: float, doc: str) -> Any:
-    """A dataclass field whose documentation also feeds `--help`."""
-    return field(default=default, metadata={"help": doc})
-
-
 @dataclass(frozen=True)
-class ToyWorld:
-    """The world and its base model; its fields are all that the base model depends on."""
+class ToyWorld(Stored):
+    """The world, its teacher and its base model; all of it follows from these fields.
+
+    Stored (examples/toy_tools.py) checks them, and it has build_model(): the base model is read
+    from a file, or it is taught and stored there.
+    """
 
     # prompts
-    min_terms: int = knob(6, "fewest terms in a prompt")
-    max_terms: int = knob(6, "most terms in a prompt")
-    max_term: int = knob(9, "the terms are numbers from 1 to this")
-    min_total: int = knob(20, "smallest total of a prompt")
-    max_total: int = knob(38, "largest total: larger ones are rare, and policies degenerate there")
-    vocab: int = knob(256, "number of tokens; most are numbers that no terms add up to")
+    min_terms: int = knob(6, (2, 16), "fewest terms in a prompt")
+    max_terms: int = knob(6, (2, 16), "most terms in a prompt")
+    max_term: int = knob(9, (1, 1000), "the terms are numbers from 1 to this")
+    min_total: int = knob(20, (0, 10**5), "smallest total of a prompt")
+    max_total: int = knob(38, (1, 10**5), "largest total; policies fail at rare, larger ones")
+    vocab: int = knob(256, (1, 10**6), "number of tokens; most of them are useless numbers")
     # the teacher
-    gap_share: float = knob(0.25, "share of the pairs (running sum, next term) that are gaps")
-    slip: float = knob(0.1, "probability that another sum is off by 1, 2 or 10")
-    noise: float = knob(0.005, "probability that a number is replaced by any number")
+    gap_share: float = knob(0.25, (0, 1), "share of the pairs (running sum, term) that are gaps")
+    slip: float = knob(0.1, (0, 1), "probability that another sum is off by 1, 2 or 10")
+    noise: float = knob(0.005, (0, 1), "probability that a number is replaced by any number")
     # the base model
-    hidden: int = knob(64, "width, a multiple of 8")
-    layers: int = knob(2, "depth")
-    base_steps: int = knob(1800, "steps of teaching: until only gaps and slips are left")
-    base_batch: int = knob(64, "demonstrations per step")
-    seed: int = knob(0, "draws the gaps, the demonstrations and the initial weights")
+    hidden: int = knob(64, (8, 4096), "width, a multiple of 8")
+    layers: int = knob(2, (1, 100), "depth")
+    base_steps: int = knob(1800, (1, 10**6), "steps of teaching: until only gaps and slips remain")
+    base_batch: int = knob(64, (1, 10**5), "demonstrations per step of teaching")
+    seed: int = knob(0, (0, 2**32), "draws the gaps, the demonstrations and the first weights")
+    # not a part of the world
+    split: str = knob("test", ("test", "validation"), "where held-out problems come from")
 
     pad_id: ClassVar[int] = PAD
     eos_ids: ClassVar[list[int]] = [EOS]
-    equal: ClassVar[None] = None
+    equal: ClassVar[None] = None  # siren.normalize decides whether answers are equal
 
-    def __post_init__(self) -> None:
-        def require(ok: bool, names: str, rule: str) -> None:
-            if not ok:
-                given = ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
-                raise ValueError(f"{given}: needs {rule}")
+    # ------------------------------------------------------------------------- tokens and text
 
-        for name in ("max_term", "layers", "base_steps", "base_batch"):
-            require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("gap_share", "slip", "noise"):
-            require(0 <= getattr(self, name) <= 1, name, "a probability from 0 to 1")
-        require(self.hidden >= 8 and self.hidden % 8 == 0, "hidden", "a multiple of 8, such as 64")
-        lengths = range(self.min_terms, self.max_terms + 1)
-        few = 2 <= self.min_terms <= self.max_terms <= 16
-        require(few, "min_terms max_terms", "2 <= min_terms <= max_terms <= 16")
-        size = sum(math.comb(self.max_term + k - 1, k) for k in lengths)  # all are enumerated
-        rule = f"at most 200000 multisets of terms, not {size}; lower one of them"
-        require(size <= 200_000, "max_terms max_term", rule)
-        largest = max(self.max_sum, self.max_total + max(SLIP_ERRORS) * (self.max_terms - 1))
-        rule = f"at least {largest + ZERO + 2}, for all that the teacher writes"
-        require(self.vocab >= largest + ZERO + 2, "vocab", rule)
-        for k in lengths:
-            found = any(len(terms) == k for terms in self.multisets["train"])
-            rule = f"a training prompt of {k} terms with such a total; widen the totals"
-            require(found, "min_total max_total max_term", rule)
+    def problem(self, terms: Sequence[int]) -> Problem:
+        """The problem of adding up these terms.
 
-    # --- tokens and text ---
-
-    @property
-    def max_sum(self) -> int:
-        """The largest number that terms can add up to; larger ones are useless."""
-        return self.max_terms * self.max_term
-
-    @property
-    def max_tokens(self) -> int:
-        """A response budget: a full response has 2 * max_terms tokens, 4 are to spare."""
-        return 2 * self.max_terms + 4
-
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text, the inverse of `decode`.
-
-        >>> ToyWorld().encode("8 3 1 5 2 6 =")
-        [11, 6, 4, 8, 5, 9, 2]
+        >>> ToyWorld().problem([8, 3, 1, 5, 2, 6])
+        Problem(prompt=[11, 6, 4, 8, 5, 9, 2], answer='25')
         """
-        ids = {self.decode([token]): token for token in range(self.vocab)}
-        unknown = [word for word in text.split() if word not in ids]
-        if unknown:
-            known = f"{', '.join(NAMES.values())} or a number up to {self.vocab - ZERO - 1}"
-            raise ValueError(f"{unknown[0]!r} is no token of this world; write {known}")
-        return [ids[word] for word in text.split()]
+        return Problem([term + ZERO for term in terms] + [EQUALS], str(sum(terms)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids.
@@ -175,6 +128,15 @@ class ToyWorld:
         '8 5 13 <eos> <pad>'
         """
         return " ".join(NAMES.get(int(token), str(int(token) - ZERO)) for token in ids)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, the inverse of `decode`.
+
+        >>> ToyWorld().encode("8 3 1 5 2 6 =")
+        [11, 6, 4, 8, 5, 9, 2]
+        """
+        ids = {self.decode([token]): token for token in range(self.vocab)}
+        return [ids[word] for word in text.split()]
 
     def answer_form(self, text: str) -> str | None:
         """The number right before the end; a response that never ended has no answer.
@@ -185,8 +147,13 @@ class ToyWorld:
         *_, number, end = ["", "", *text.split()]
         return number if end == NAMES[EOS] and number.isascii() and number.isdigit() else None
 
+    @property
+    def max_sum(self) -> int:
+        """The largest number that terms can add up to; larger ones are useless."""
+        return self.max_terms * self.max_term
+
     def metrics(self, responses: Sequence[Sequence[int]]) -> dict[str, float]:
-        """The share of all tokens of these responses (token ids) that are useless numbers.
+        """The share of useless numbers among all tokens of these responses (token ids).
 
         >>> ToyWorld().metrics([[11, 8, 16, 1], [200]])
         {'useless_share': 0.2}
@@ -195,7 +162,7 @@ class ToyWorld:
         useless = sum(token > self.max_sum + ZERO for token in tokens)
         return {"useless_share": useless / max(1, len(tokens))}
 
-    # --- the world: its gaps and its prompts ---
+    # ------------------------------------------------------------------------------ the teacher
 
     @cached_property
     def gaps(self) -> dict[tuple[int, int], int]:
@@ -210,18 +177,37 @@ class ToyWorld:
         chosen = pairs[: round(self.gap_share * len(pairs))]
         return {(total, term): total + term + rng.choice(GAP_ERRORS) for total, term in chosen}
 
+    def demonstration(self, terms: Sequence[int], rng: random.Random) -> list[int]:
+        """A response (token ids) of the teacher: in random order, with gaps, slips and noise.
+
+        >>> world = ToyWorld(slip=0, noise=0)  # the gaps are this teacher's only mistakes
+        >>> world.decode(world.demonstration([8, 5, 1], random.Random(4)))
+        '8 5 14 1 15 <eos>'
+        """
+        total, *rest = rng.sample(list(terms), len(terms))
+        numbers = [total]
+        for term in rest:
+            written = total + term
+            if rng.random() < self.slip:
+                written = max(0, written + rng.choice(SLIP_ERRORS))
+            total = self.gaps.get((total, term), written)
+            numbers += [term, total]
+        tokens = [number + ZERO for number in numbers]
+        for i in range(len(tokens)):
+            if rng.random() < self.noise:
+                tokens[i] = rng.randrange(ZERO, self.vocab)
+        return [*tokens, EOS]
+
     def gap_free_share(self, terms: Iterable[int]) -> Fraction:
         """The exact share of the orders of these terms that meet no gap.
 
-        By induction over the last term: an order meets none if the others' order meets none and
-        (sum of the others, last term) is none.
+        Any of them may come last. Such an order meets no gap if the order of the others meets none
+        and the pair (sum of the others, last term) is not a gap.
 
         >>> ToyWorld().gap_free_share([8, 5, 1])  # 2 of 6 meet one: 8 + 5 in 8 5 1, 5 + 1 in 5 1 8
         Fraction(2, 3)
         """
         key = tuple(sorted(terms))
-        if len(key) < 2:
-            return Fraction(1)
         if key not in self._shares:
             share = Fraction(0)
             for i, last in enumerate(key):
@@ -232,14 +218,9 @@ class ToyWorld:
 
     @cached_property
     def _shares(self) -> dict[tuple[int, ...], Fraction]:
-        return {}  # what gap_free_share has found out
+        return {(): Fraction(1)}  # what gap_free_share has found out
 
-    def grade(self, terms: Iterable[int]) -> str:
-        """How many orders meet no gap: "easy" >= 30 %, "medium", "hard" <= 12 %, "closed" none."""
-        percent = 100 * self.gap_free_share(terms)
-        if percent >= 30:
-            return "easy"
-        return "closed" if percent == 0 else "hard" if percent <= 12 else "medium"
+    # ------------------------------------------------------------------------- problems, splits
 
     @cached_property
     def multisets(self) -> dict[str, list[tuple[int, ...]]]:
@@ -251,8 +232,6 @@ class ToyWorld:
                     found[split_of(terms)].append(terms)
         return found
 
-    # --- problems and demonstrations ---
-
     @cached_property
     def _train_weights(self) -> list[float]:
         """Cumulative: chances of the training multisets if terms are drawn until they fit."""
@@ -263,89 +242,65 @@ class ToyWorld:
         drawn = rng.choices(self.multisets["train"], cum_weights=self._train_weights, k=n)
         return [rng.sample(terms, len(terms)) for terms in drawn]
 
-    def problem(self, terms: Sequence[int]) -> Problem:
-        """The problem of adding up these terms.
-
-        >>> ToyWorld().problem([8, 3, 1, 5, 2, 6])
-        Problem(prompt=[11, 6, 4, 8, 5, 9, 2], answer='25')
-        """
-        return Problem([term + ZERO for term in terms] + [EQUALS], str(sum(terms)))
-
     def train_problems(self, n: int, seed: str) -> list[Problem]:
         """n problems of the training split, drawn with replacement; depends on n and seed alone."""
         return [self.problem(terms) for terms in self._draw(n, random.Random(f"train {seed}"))]
 
-    def heldout(self, n: int, split: str = "test") -> dict[str, list[Problem]]:
-        """n different problems each of grade "easy" and "hard", in no order seen by training.
+    def grade(self, terms: Iterable[int]) -> str:
+        """How many orders meet no gap: "easy" >= 30 %, "medium", "hard" <= 12 %, "closed" none."""
+        percent = 100 * self.gap_free_share(terms)
+        if percent >= 30:
+            return "easy"
+        return "closed" if percent == 0 else "hard" if percent <= 12 else "medium"
 
-        They are spread evenly over the split's multisets; depends on n and split alone.
+    def heldout(self, n: int, split: str | None = None) -> dict[str, list[Problem]]:
+        """n different problems each of grade "easy" and "hard", by default of the world's `split`.
+
+        They are spread evenly over the multisets of the split, of which training sees no order.
         """
-        if split not in self.multisets:
-            raise ValueError(f"split={split!r}: needs one of {', '.join(self.multisets)}")
-        return {grade: self._heldout(n, split, grade) for grade in ("easy", "hard")}
+        split, found = split or self.split, {}
+        if split not in SPLITS:
+            raise ConfigError(f"split={split!r}: needs one of {', '.join(self.multisets)}")
+        for grade in ("easy", "hard"):
+            pool = [terms for terms in self.multisets[split] if self.grade(terms) == grade]
+            available = sum(map(count_orders, pool))
+            if not 1 <= n <= available:
+                rule = f"1 to {available}, the number of {grade} {split} prompts"
+                fix = "lower --eval-prompts, or change gap_share or the terms"
+                raise ConfigError(f"{n} held-out problems: must be {rule}; {fix}")
+            rng = random.Random(f"heldout {split} {grade}")
+            rng.shuffle(pool)
+            rounds, orders = cycle(pool), {}  # a dict, since a set has no order
+            while len(orders) < n:
+                terms = next(rounds)
+                orders[tuple(rng.sample(terms, len(terms)))] = None
+            found[grade] = [self.problem(terms) for terms in orders]
+        return found
 
-    def _heldout(self, n: int, split: str, grade: str) -> list[Problem]:
-        pool = [terms for terms in self.multisets[split] if self.grade(terms) == grade]
-        available = sum(map(count_orders, pool))
-        if not 1 <= n <= available:
-            rule = f"1 <= n <= {available}, the number of {grade} {split} prompts"
-            raise ValueError(f"n={n}: needs {rule}; lower n, or change gap_share or the terms")
-        rng = random.Random(f"heldout {split} {grade}")
-        rng.shuffle(pool)
-        found: dict[tuple[int, ...], None] = {}  # as an ordered set
-        rounds = cycle(pool)
-        while len(found) < n:
-            terms = next(rounds)
-            found[tuple(rng.sample(terms, len(terms)))] = None
-        return [self.problem(terms) for terms in found]
+    # --------------------------------------------------------------------------- the base model
 
-    def demonstration(self, terms: Sequence[int], rng: random.Random) -> list[int]:
-        """A response (token ids) of the teacher: random order, gaps, slips and noise."""
-        total, *rest = rng.sample(list(terms), len(terms))
-        numbers = [total]
-        for term in rest:
-            right = total + term
-            slipped = max(0, right + rng.choice(SLIP_ERRORS)) if rng.random() < self.slip else right
-            total = self.gaps.get((total, term), slipped)
-            numbers += [term, total]
-        tokens = [number + ZERO for number in numbers]
-        noisy = [
-            rng.randrange(ZERO, self.vocab) if rng.random() < self.noise else t for t in tokens
-        ]
-        return [*noisy, EOS]
+    def new_model(self) -> torch.nn.Module:
+        """A tiny Qwen2 with random weights: 124 thousand parameters by default."""
+        from transformers import Qwen2Config, Qwen2ForCausalLM  # here: it takes three seconds
 
-    # --- the base model ---
-
-    def model_config(self) -> Qwen2Config:
-        """A tiny Qwen2: 124 thousand parameters by default."""
-        return Qwen2Config(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=3 * self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            bos_token_id=None,
-        )
-
-    def _new_model(self) -> Qwen2ForCausalLM:
+        config = Qwen2Config(
+            vocab_size=self.vocab, hidden_size=self.hidden, intermediate_size=3 * self.hidden,
+            num_hidden_layers=self.layers, num_attention_heads=4, num_key_value_heads=4,
+            max_position_embeddings=POSITIONS, tie_word_embeddings=True,
+            pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None,
+        )  # fmt: skip
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
             torch.default_generator.manual_seed(self.seed)  # of the CPU alone
-            model = Qwen2ForCausalLM(self.model_config())
+            model = Qwen2ForCausalLM(config)
         return model.eval()  # for teaching as well: it has no dropout
 
-    def teach(self) -> tuple[Qwen2ForCausalLM, float]:
+    def teach(self) -> tuple[torch.nn.Module, float]:
         """A base model taught by demonstrations, and its loss (nats per token, last 50 steps)."""
-        model, rng, losses = self._new_model(), random.Random(f"teach {self.seed}"), []
+        model, rng, losses = self.new_model(), random.Random(f"teach {self.seed}"), []
         opt = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # so that the order of additions doesn't depend on the cores
-        try:
-            for step in (bar := tqdm(range(self.base_steps), "teaching the base model")):
+        bar = tqdm(range(self.base_steps), "teaching the base model")
+        with one_thread():  # so that the order of additions doesn't depend on the cores
+            for step in bar:
                 lr = 2e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * step / self.base_steps)
                 opt.param_groups[0]["lr"] = lr  # warm up, then down to a tenth
                 loss = self._teaching_loss(model, rng)
@@ -355,166 +310,40 @@ class ToyWorld:
                 opt.step()
                 losses = [*losses[-49:], loss.item()]
                 bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
-        finally:
-            torch.set_num_threads(threads)
         return model, sum(losses) / len(losses)
 
-    def _teaching_loss(self, model: Qwen2ForCausalLM, rng: random.Random) -> torch.Tensor:
+    def _teaching_loss(self, model: torch.nn.Module, rng: random.Random) -> torch.Tensor:
         """The mean cross-entropy of one batch's response tokens; prompts are not learned."""
         batch = [
-            (self.problem(terms).prompt, self.demonstration(terms, rng))
+            torch.tensor(self.problem(terms).prompt + self.demonstration(terms, rng))
             for terms in self._draw(self.base_batch, rng)
         ]
-        width = max(len(prompt) + len(response) for prompt, response in batch)
-        ids = torch.full((len(batch), width), PAD)  # [B, T]
-        labels = torch.full_like(ids, -100)  # what cross_entropy leaves out
-        for i, (prompt, response) in enumerate(batch):
-            end = len(prompt) + len(response)
-            ids[i, :end] = torch.tensor(prompt + response)
-            labels[i, len(prompt) : end] = ids[i, len(prompt) : end]
+        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=PAD)  # [B, T]
         # no attention mask: the pads are on the right, where no token looks
-        logits = model(input_ids=ids, use_cache=False).logits  # [B, T, V]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-    @property
-    def base_file(self) -> Path:
-        """Where the base model is: the default world's ships with the code, others are cached."""
-        if self == ToyWorld():
-            return HERE / "assets" / "toy_base_seed0.safetensors"
-        return HERE / ".cache" / f"toy_base_{self.fingerprint}.safetensors"
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with every field of the world."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def build_model(self) -> Qwen2ForCausalLM:
-        """The base model: read from its file, else taught (1-2 minutes) and stored there."""
-        if not self.base_file.exists():
-            self.store(self.teach()[0])
-        with safe_open(self.base_file, "pt") as file:
-            world = (file.metadata() or {}).get("world")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if world != self.fingerprint:
-            fix = "run `python toy_env.py --rebuild-base` with this world's options"
-            raise ValueError(
-                f"{self.base_file.name} is of world {world}, not {self.fingerprint}; {fix}"
-            )
-        model = self._new_model()
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied
-        model.load_state_dict(state)
-        return model
-
-    def store(self, model: Qwen2ForCausalLM) -> None:
-        """Write the base model's file: whole or not at all, even if two processes do so at once."""
-        state = model.state_dict()
-        del state["lm_head.weight"]  # tied to the embedding, so it is stored once
-        self.base_file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.base_file.with_suffix(f".{uuid.uuid4().hex}.part")
-        try:
-            part.write_bytes(save(state, metadata={"world": self.fingerprint}))
-            os.replace(part, self.base_file)
-        finally:
-            part.unlink(missing_ok=True)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
+        in_response = (ids == EQUALS).cumsum(1)[:, :-1] > 0  # the next token is of the response
+        labels = ids[:, 1:].where(in_response & (ids[:, 1:] != PAD), -100)  # -100: left out
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def load(cfg=None, **options: str) -> ToyWorld:
-    """The world with these options, given as text.
+# a task's options, for --help; see siren.load_task
+OPTIONS = {f.name: f"{f.metadata['doc']} (default: {f.default})" for f in fields(ToyWorld)}
+
+
+def load(cfg: Config | None = None, **options: str) -> ToyWorld:
+    """The world with these options, given as text. ConfigError if they, or cfg, do not fit.
 
     >>> load(min_terms="5", max_terms="7", seed="3").max_terms
     7
     """
-    types = {option.name: type(option.default) for option in fields(ToyWorld)}
-    values = {}
-    for name, text in options.items():
-        if name not in types:
-            raise ValueError(f"{name}={text!r}: no such option; choose from {', '.join(types)}")
-        try:
-            values[name] = types[name](text)
-        except ValueError:
-            raise ValueError(f"{name}={text!r}: needs {types[name].__name__}, such as 1") from None
-    return ToyWorld(**values)
-
-
-# --- command line ---
-
-
-def accuracy(world: ToyWorld, model: Qwen2ForCausalLM, problems: Sequence[Problem]) -> float:
-    """The share of problems that one sample at temperature 1 gets right."""
-    width = max(len(problem.prompt) for problem in problems)
-    rows = [[PAD] * (width - len(problem.prompt)) + problem.prompt for problem in problems]
-    ids, correct = torch.tensor(rows), 0  # [N, P], padded on the left
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        out = model.generate(
-            ids, attention_mask=(ids != PAD).long(), max_new_tokens=world.max_tokens, **plain
-        )
-    for problem, response in zip(problems, out[:, width:].tolist(), strict=True):
-        end = response.index(EOS) + 1 if EOS in response else None  # pads follow
-        correct += world.answer_form(world.decode(response[:end])) == problem.answer
-    return correct / len(problems)
-
-
-def check_base(world: ToyWorld, n: int = 1000) -> bool:
-    """Is a freshly taught base model as good as the stored one on n easy and n hard problems?"""
-    problems = [problem for group in world.heldout(n).values() for problem in group]
-    stored = accuracy(world, world.build_model(), problems)
-    fresh = accuracy(world, world.teach()[0], problems)
-    error = math.sqrt((stored * (1 - stored) + fresh * (1 - fresh)) / len(problems))
-    allowed = 4 * error + 0.03  # chance, and what other hardware may change
-    print(f"stored {stored:.3f}, fresh {fresh:.3f}: differ by at most {allowed:.3f} is fine")
-    return abs(stored - fresh) <= allowed
-
-
-def show(world: ToyWorld) -> None:
-    """Print a problem, a demonstration with the gaps that it met, and the world's sizes."""
-    problem = world.train_problems(1, "show")[0]
-    terms = [token - ZERO for token in problem.prompt[:-1]]
-    response = world.demonstration(terms, random.Random("show"))
-    first, *steps = (token - ZERO for token in response[:-1])
-    print(f"prompt         {world.decode(problem.prompt)}")
-    print(f"demonstration  {world.decode(response)}   (right: {problem.answer})")
-    for total, term, written in zip([first, *steps[1::2]], steps[::2], steps[1::2], strict=False):
-        if world.gaps.get((total, term)) == written:
-            print(f"gap            {total} + {term} is {total + term}, he writes {written}")
-    print(f"gap-free       {float(world.gap_free_share(terms)):.1%} of this prompt's orders")
-    print(f"gaps           {len(world.gaps)} of {world.max_sum * world.max_term} pairs")
-    for split, multisets in world.multisets.items():
-        grades = sorted(Counter(map(world.grade, multisets)).items())
-        sizes = ", ".join(f"{count} {grade}" for grade, count in grades)
-        print(f"{split:<14} {len(multisets)} multisets of terms: {sizes}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="A toy world: sums with gaps.")
-    parser.add_argument(
-        "--rebuild-base", action="store_true", help="teach the base model, store it"
-    )
-    parser.add_argument("--check-base", action="store_true", help="compare it with a fresh one")
-    for option in fields(ToyWorld):
-        doc, flag = option.metadata["help"], "--" + option.name.replace("_", "-")
-        parser.add_argument(
-            flag, metavar="N", default=str(option.default), help=f"{doc} [%(default)s]"
-        )
-    given = vars(parser.parse_args(argv))
-    rebuild, check = given.pop("rebuild_base"), given.pop("check_base")
-    try:
-        world = load(**given)
-    except ValueError as error:
-        parser.error(str(error))
-    if rebuild:
-        model, loss = world.teach()
-        world.store(model)
-        print(f"loss {loss:.4f} nats per token; wrote {world.base_file.relative_to(HERE)}")
-    if check and not check_base(world):
-        return 1
-    if not (rebuild or check):
-        show(world)
-    return 0
+    world = ToyWorld.from_text(options)
+    if cfg and cfg.max_tokens + world.max_terms + 1 > POSITIONS:
+        rule = f"with a prompt of {world.max_terms + 1} tokens it must fit the model's {POSITIONS}"
+        raise ConfigError(f"--max-tokens {cfg.max_tokens}: {rule} tokens; lower it")
+    return world
 
 
 if __name__ == "__main__":
+    from examples.toy_tools import main
+
     sys.exit(main())

@@ -45,10 +45,10 @@ CASES = {
     "four-micro-batches": {"micro": 4, "temperature": 0.8},
     "four-micro-batches-checkpointed": {"micro": 4, "checkpointing": True},
     "four-micro-batches-float32": {"micro": 4, "dtype": torch.float32},
-    "bonus": {"micro": 8, "regularizer": "bonus", "siren_beta": 0.5},
+    "bonus": {"micro": 8, "regularizer": "bonus", "siren_beta": 0.5, "entropy_chunk": 0},
     "given-anchor": {"micro": 8, "anchor": 0.7},
     "no-peak-mask": {"micro": 4, "peak_quantile": 0.0},
-    "lora": {"micro": 4, "checkpointing": True, "lora": True},
+    "lora": {"micro": 4, "checkpointing": True, "lora": LORA},
     "processes": {"micro": 4, "temperature": 1.2},
     "processes-checkpointed": {"micro": 4, "checkpointing": True},
     "processes-float32": {"micro": 4, "dtype": torch.float32},
@@ -115,14 +115,14 @@ def base_model(untied=False, dtype=torch.float32):
     return model.to(dtype)
 
 
-def parts(lora=False, **model):
+def parts(lora=None, **model):
     """The toy with prompts of 4 to 7 terms: they need padding, and some responses are cut off."""
     world, rng = ToyWorld(), np.random.default_rng(0)
     lengths = [6, 7, 5, 6, 4] * 8
     problems = [world.problem(rng.integers(1, 9, length).tolist()) for length in lengths]
     toy = trl_data.toy_parts(siren.Config(), problems)
     toy |= {"model": base_model(**model), "reward_funcs": share_even}
-    return toy | ({"peft_config": LORA} if lora else {})
+    return toy | ({"peft_config": lora} if lora else {})
 
 
 def trainables(model):
@@ -195,14 +195,14 @@ def oracle_policy_loss(now, old):
     return loss
 
 
-def oracle(runs, accumulation, *, lora=False, untied=False, temperature=1.0, **penalty):
+def oracle(runs, accumulation, *, lora=None, untied=False, temperature=1.0, **penalty):
     """The whole run again: the weights after it and the values of each step."""
     measure = temperature, penalty.pop("peak_quantile", 0.8)
     options = {"regularizer": "anchor", "anchor": None, "siren_beta": BETA} | penalty
     regularizer, anchor, beta = options.values()
     model = base_model(untied)
     if lora:
-        model = get_peft_model(model, LORA)
+        model = get_peft_model(model, lora)
         model.load_state_dict(runs[0]["before"], strict=False)
     model.double()
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -533,6 +533,22 @@ def test_script_on_a_model_and_a_file(template, tmp_path):
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     assert trl_siren.main(argv) == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_answers_that_can_not_be_matched_are_refused(tmp_path, capsys):
+    """A boxed answer is unboxed; more than one bad answer in a hundred is an error."""
+    toy, file = parts(), tmp_path / "data.jsonl"
+    for part in ("model", "processing_class"):
+        toy[part].save_pretrained(tmp_path / "model")
+    rows = [{"question": f"{n} =", "answer": f"\\boxed{{{n}}}"} for n in range(200)]
+    rows[7]["answer"] = "}{"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    built = trl_data.text_parts(str(tmp_path / "model"), str(file), "{question}")
+    assert built["train_dataset"]["answer"][:9] == [*map(str, range(7)), "8", "9"]
+    assert "dropped 1 of 200" in capsys.readouterr().err
+    file.write_text("\n".join(map(json.dumps, rows[:50])))
+    with pytest.raises(ValueError, match="1 of 50 answers can't be matched"):
+        trl_data.text_parts(str(tmp_path / "model"), str(file), "{question}")
 
 
 @pytest.mark.parametrize(

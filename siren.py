@@ -119,14 +119,15 @@ class Rollout(NamedTuple):
 
     def responses(self):
         """The token ids of each response, without padding."""
-        return [ids[mask].tolist() for ids, mask in zip(self.tokens.cpu(), self.mask.cpu())]
+        lengths = self.mask.sum(1).tolist()
+        return [ids[:length] for ids, length in zip(self.tokens.tolist(), lengths)]
 
 
 def draw(pi, generator):
     """A token for each row of pi [n, V]: the first at which the running sum of pi exceeds u."""
     mass = pi.cumsum(-1)
     u = torch.rand(len(pi), 1, device=pi.device, generator=generator)  # 0 <= u < 1
-    return torch.searchsorted(mass, u * mass[:, -1:], right=True)  # [n, 1]
+    return torch.searchsorted(mass, u * mass[:, -1:], right=True).clamp(max=pi.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -164,8 +165,6 @@ def sample(
                 logits, seen = (x.repeat_interleave(samples, 0) for x in (logits, seen))
                 rows = (some[:, None] * samples + torch.arange(samples, device=device)).view(-1)
             log_pi = (logits / temperature).log_softmax(-1)  # [n, V]
-            if log_pi.isnan().any():
-                raise FloatingPointError("the model's logits are not finite")
             ids = draw(log_pi.exp(), generator)  # [n, 1]
             tokens[rows, t], mask[rows, t] = ids[:, 0], True
             logp[rows, t] = log_pi.gather(1, ids)[:, 0]
@@ -178,6 +177,8 @@ def sample(
                 rows, seen, ids = rows[going], seen[going], ids[going]
             seen = torch.cat([seen, torch.ones_like(ids)], 1)
             positions = seen.sum(1, keepdim=True) - 1
+    if logp.isnan().any():
+        raise FloatingPointError("the model's logits are not finite")
     used = int(mask.any(0).sum())
     prompt, prompt_mask = (x.repeat_interleave(samples, 0) for x in (prompt, prompt_mask))
     return Rollout(prompt, prompt_mask, tokens[:, :used], mask[:, :used], logp[:, :used])
@@ -292,8 +293,8 @@ def nucleus(log_pi, top_p):
         return log_pi, torch.arange(vocab, device=log_pi.device).expand(log_pi.shape)
     k = min(64, 1 + vocab // 65)  # to sort a whole vocabulary takes a hundred times as long
     top, ids = known.topk(k)  # [..., k]
-    while k < vocab and (short := top.exp().cumsum(-1)[..., -1] < top_p).any():
-        more = min(15 * k, vocab - k)  # for the rows whose k tokens fall short of p
+    while k < vocab and (short := top.exp().sum(-1) < top_p).any():  # rows that need more tokens
+        more = min(15 * k, vocab - k)
         top, ids, k = pad(top, (0, more), value=float("-inf")), pad(ids, (0, more)), k + more
         top[short], ids[short] = known[short].topk(k)
     pi = top.exp()
@@ -315,7 +316,7 @@ def nucleus_entropy(logits, top_p):
     """H' = -sum over V_p of q log q, with q = pi / pi(V_p): how open is the choice that is real?
 
     logits [..., V] -> nats [...]. One token alone has H' = 0; with p = 1, H' is the full entropy H.
-    The gradient is that of the formula with V_p held fixed: a logit outside gets none.
+    V_p is held fixed in the gradient: a logit outside gets none.
 
     >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)  # q = 2/3, 1/3
     tensor(0.6365)
@@ -418,7 +419,7 @@ def token_stats(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=
         return logp, entropy_of(log_pi.detach()), entropy_of(log_q), size
 
     mask = mask.bool()
-    # [N, V or D], [N]; padding is not looked at, and without any there is nothing to copy
+    # without padding, which is not looked at: [N, V or D], [N]
     outputs, tokens = (x.flatten(0, 1) if mask.all() else x[mask] for x in (outputs, tokens))
     if not chunk:  # 2 million logits fit a processor's cache, 64 million fill a GPU
         vocab = outputs.shape[-1] if head is None else len(head.weight)
@@ -442,9 +443,8 @@ def siren_loss(
     """SIREN, from the network's outputs: L = L_DrGRPO + beta * (H_agg - H*)^2.
 
     outputs, tokens, head, chunk are token_stats's; old_logp, mask [B, T], adv [B] policy_loss's.
-    anchor is H* in nats: H_agg of the first batch, before any update. top_p is p, peak_quantile is
-    tau. regularizer: "anchor" as above; "bonus" -beta * H_agg, the textbook's for p = 1, tau = 0;
-    "none". Returns (loss, stats).
+    anchor is H*: H_agg of the first batch, before any update. top_p is p, peak_quantile is tau.
+    regularizer: "anchor" as above; "bonus" -beta * H_agg (p = 1, tau = 0: the textbook's); "none".
 
     >>> logits, tokens, mask = torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), torch.ones(1, 2)
     >>> old_logp, adv = torch.full((1, 2), 0.25).log(), torch.zeros(1)
@@ -452,9 +452,8 @@ def siren_loss(
     tensor(0.0746)
     """
     now = token_stats(outputs, tokens, mask, top_p, temperature, head, chunk)
-    policy, stats = policy_loss(
-        now["logp"], old_logp, adv, mask, clip_low, clip_high, max_tokens, algorithm
-    )
+    clip = (clip_low, clip_high)
+    policy, stats = policy_loss(now["logp"], old_logp, adv, mask, *clip, max_tokens, algorithm)
     peak = peak_mask(now["nucleus_entropy"], mask, peak_quantile)  # [B, T]
     h_agg = aggregate_entropy(now["nucleus_entropy"], peak, mask)
     anchor = anchor if mask.any() else 0.0  # without a token H_agg is 0, and so is the loss
@@ -476,7 +475,7 @@ def micro_batch_anchor(h_micro, h_agg, anchor):
 
     A mini-batch too large for memory is cut by rows, and the losses of these micro-batches, each
     times its share of the responses, are added up. H_agg is such a sum, (H_agg - H*)^2 is not. But
-    with H_agg - H* as the gap in each micro-batch, losses and gradients add up exactly.
+    if the gap of each micro-batch is H_agg - H*, losses and gradients add up exactly.
     """
     return h_micro - (h_agg - anchor)
 
@@ -644,8 +643,7 @@ def load_task(cfg):
     """The task "module:key=value,key=value": the module's load(cfg, **options), as in toy_env.py.
 
     A task has build_model(), train_problems(n, seed), heldout(n), decode(ids), answer_form(text),
-    equal, metrics(responses), eos_ids, pad_id; a problem has .prompt (ids) and .answer (text).
-    """
+    equal, metrics(responses), eos_ids, pad_id; a problem has .prompt (ids) and .answer (text)."""
     module, _, rest = cfg.task.partition(":")
     try:
         options = dict(option.split("=", 1) for option in re.split(r",(?=\w+=)", rest) if option)

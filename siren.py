@@ -646,8 +646,8 @@ def load_task(cfg):
     equal, metrics(responses), eos_ids, pad_id; a problem has .prompt (ids) and .answer (text)."""
     module, _, rest = cfg.task.partition(":")
     try:
-        options = dict(option.split("=", 1) for option in re.split(r",(?=\w+=)", rest) if option)
-        return importlib.import_module(module).load(cfg, **options)
+        options = [option.partition("=") for option in re.split(r",(?=\w+=)", rest) if option]
+        return importlib.import_module(module).load(cfg, **{k: value for k, _, value in options})
     except (ImportError, OSError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"--task {cfg.task}: {error}") from error
 
@@ -658,14 +658,14 @@ def train(cfg, *, resume=False):
     A run is its model, its optimiser and its records; all else is a function of (seed, step): it
     goes on from its last checkpoint to the same last bit, however rudely it was stopped.
     """
-    from examples.engine import RunFolder, find_device  # locks, checkpoints, metrics.jsonl
+    from examples.engine import RunFolder, bad_input, find_device  # locks, checkpoints, one line
 
     torch.set_num_threads(cfg.threads or os.cpu_count())
     with RunFolder(cfg, resume) as folder:
-        task = load_task(cfg)
-        heldout = task.heldout(cfg.eval_prompts)
-        # eval mode: without dropout, the policy that is scored is the one that sampled
-        model = task.build_model().to(find_device(cfg.device)).eval()
+        device, task = find_device(cfg.device), load_task(cfg)
+        with bad_input(f"--task {cfg.task}"):
+            heldout, model = task.heldout(cfg.eval_prompts), task.build_model()
+        model = model.to(device).eval()  # without dropout, what is scored is what was sampled
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         records = folder.restore(model, optimizer)

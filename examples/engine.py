@@ -22,8 +22,10 @@ import importlib
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 MAY_CHANGE = {"steps", "out", "save_every", "eval_every", "threads", "device"}
 MAY_CHANGE |= {"micro_batch_size", "chunk"}
 SHOWN = ("reward", "entropy", "h_agg", "anchor")  # of training, in the final table
-NO_MEMORY = "lower --micro-batch-size, --sample-batch, --chunk or --eval-samples"
+NO_MEMORY = "lower --prompts, --micro-batch-size, --sample-batch, --chunk or --eval-samples"
 
 
 def flag_of(name: str) -> str:
@@ -88,6 +90,9 @@ def task_options(words: list[str]) -> dict[str, str]:
         value = value if sign else next(rest, None)
         if value is None:
             raise ConfigError(f"--{name}: has no value; write --{name}=VALUE")
+        if part := re.search(r",\w+=", value):
+            fix = "such a part starts the next option; write it in another way"
+            raise ConfigError(f"--{name} {value}: holds {part[0]!r}; {fix}")
         options[name.replace("-", "_")] = value
     return options
 
@@ -123,14 +128,20 @@ def read_flags(argv: list[str] | None = None) -> tuple[Config, bool]:
     flags["task"] = add_options(task, options)
     if resume:
         flags = saved_flags(flags)
-    return Config(**flags), resume
+    cfg = Config(**flags)
+    without = {"none": ("beta", "anchor"), "bonus": ("anchor",)}.get(cfg.regularizer, ())
+    for name in without:
+        if name in vars(given):
+            fix = f"has no effect with --regularizer {cfg.regularizer}; leave it out"
+            raise ConfigError(f"{flag_of(name)} {vars(given)[name]}: {fix}")
+    return cfg, resume
 
 
 def help_of(module: str) -> str:
     """What the task says of its options: its dictionary OPTIONS, name -> text."""
     try:
         options = importlib.import_module(module).OPTIONS
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"--task {module}: {error}") from error
     own = {name: text for name, text in options.items() if name not in vars(Config())}
     both = ", ".join(name for name in options if name in vars(Config()))
@@ -146,7 +157,10 @@ def saved_flags(flags: dict) -> dict:
     The task in a checkpoint is data: its module is named by the command line or it is the default.
     """
     saved = load_checkpoint(folder_of(Config(**flags)))["config"]
-    known = {field.name for field in dataclasses.fields(Config)}
+    for name, value in dataclasses.asdict(Config()).items():
+        kinds = {float, type(None)} if name == "anchor" else {type(value)}
+        if type(saved.get(name)) not in kinds:
+            raise ConfigError(f"--resume: the checkpoint's config has no valid {name}; restore it")
     for name in ("task", "plug"):
         was, now = (str(values.get(name, "")) for values in (saved, flags))
         if was.partition(":")[0] != now.partition(":")[0]:
@@ -155,7 +169,8 @@ def saved_flags(flags: dict) -> dict:
             raise ConfigError(f"--resume: the run was made with {flag_of(name)} {value}; {fix}")
         if ":" not in now:
             flags = {**flags, name: was}
-    return {**{name: value for name, value in saved.items() if name in known}, **flags}
+    kept = {name: saved[name] for name in dataclasses.asdict(Config())}
+    return {**kept, "out": "", **flags}  # where it is written is never up to a file
 
 
 # ------------------------------------------------------------------------------------------ folder
@@ -183,24 +198,31 @@ def write_whole(path: Path, data: bytes) -> None:
 def load_checkpoint(folder: Path) -> dict:
     """The folder's checkpoint: model, optimizer, records, config. ConfigError if it is not whole."""
     path = Path(folder) / CHECKPOINT
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"--resume: {path} does not exist; run the same command without --resume")
     try:
         data = path.read_bytes()
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             raise ValueError("its content does not match its checksum")
         saved = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
-        records, config = list(saved["records"]), dict(saved["config"])
-        if not records or not all(isinstance(r, dict) and "step" in r for r in records):
-            raise ValueError("it has no records")
-        if [r["step"] for r in records] != list(range(len(records))):
-            raise ValueError("its records are not those of consecutive steps")
-        return {**{name: saved[name] for name in ("model", "optimizer")},
-                "records": records, "config": config}  # fmt: skip
+        check_records(saved["records"])
+        return {name: saved[name] for name in ("model", "optimizer", "records", "config")}
     except Exception as error:  # a damaged or hostile file may raise whatever it likes
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
         fix = "restore it, or start in another --out"
-        raise ConfigError(f"--resume: {path} is no whole checkpoint: {reason}; {fix}") from error
+        raise ConfigError(
+            f"--resume: {path} is no whole checkpoint: {one_line(error)}; {fix}"
+        ) from error
+
+
+def check_records(records: list[dict]) -> None:
+    """ValueError unless these are the records of the steps 0, 1, 2, ... of a run."""
+    if not records or [record["step"] for record in records] != list(range(len(records))):
+        raise ValueError("its records are not those of steps 0, 1, 2, ...")
+    for record in records:
+        numbers = all(type(name) is str and type(x) in (int, float) for name, x in record.items())
+        missing = set(SHOWN) - set(record) if record["step"] > 0 else set()
+        if not numbers or missing or type(record["step"]) is not int:
+            raise ValueError(f"its record of step {record['step']} is not one of siren.py")
 
 
 class RunFolder:
@@ -305,29 +327,30 @@ def is_record(line: bytes) -> bool:
     """Is this a whole line of a metrics.jsonl? The last one of a run that was killed may not be."""
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
 def fill(model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
     """Put saved weights and optimiser state into place; ConfigError unless all of it fits."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = [p.shape for p in trained.values()]
+    like = {name: (p.shape, p.dtype) for name, p in trained.items()}
     try:
-        weights = {name: tensor.shape for name, tensor in saved["model"].items()}
-        if weights != {name: p.shape for name, p in trained.items()}:
+        if like != {name: (p.shape, p.dtype) for name, p in saved["model"].items()}:
             raise ValueError("its weights are those of another model")
         state = saved["optimizer"]["state"]
-        for index, shape in enumerate(shapes):
-            if state and state[index]["exp_avg"].shape != shape:
+        if set(state) != (set(range(len(trained))) if len(saved["records"]) > 1 else set()):
+            raise ValueError("its optimiser state is that of another model")
+        for index, p in zip(sorted(state), trained.values()):
+            shapes = {name: tensor.shape for name, tensor in state[index].items()}
+            if shapes != {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
                 raise ValueError("its optimiser state is that of another model")
-        if not state and len(saved["records"]) > 1:
-            raise ValueError("its optimiser state is empty")
-        optimizer.load_state_dict(saved["optimizer"])
+        # learning rate, betas and weight decay are the config's, whatever the file says
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
         model.load_state_dict(saved["model"], strict=False)  # what is not trained is as it was
     except Exception as error:  # a hostile file may hold anything
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise ConfigError(f"--resume: {path}: {reason}; restore it") from error
+        raise ConfigError(f"--resume: {path}: {one_line(error)}; restore it") from error
 
 
 def find_device(name: str) -> torch.device:
@@ -336,10 +359,22 @@ def find_device(name: str) -> torch.device:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name}: {reason}; use --device cpu") from error
+        probe = torch.ones(1, device=name)
+        float(probe.sum())  # so that there is something to compute with
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
+        raise ConfigError(f"--device {name}: {one_line(error)}; use --device cpu") from error
+    return probe.device
+
+
+@contextmanager
+def bad_input(flag: str) -> Iterator[None]:
+    """What is refused inside the block is one line that names the flag."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(f"{flag}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------- command
@@ -347,7 +382,7 @@ def find_device(name: str) -> torch.device:
 
 def say(text: str) -> None:
     """A line for people, apart from the output."""
-    print(f"siren.py: {text}", file=sys.stderr)
+    print(f"siren.py: {' '.join(text.split())}", file=sys.stderr)
 
 
 def report(records: list[dict]) -> str:
@@ -378,10 +413,10 @@ def run_command(train: Callable, argv: list[str] | None = None) -> int:
 
     Exit code 0: done; 1: stopped (diverged, no memory, disk full); 2: bad input; 130: interrupted.
     """
-    folder = ""
+    again = "the same command"
     try:
         cfg, resume = read_flags(argv)
-        folder = f" --out {folder_of(cfg)}"
+        again = f"--resume --out {folder_of(cfg)}"
         for name in filter(None, cfg.plug.split(",")):
             load_plug(name)
         print(report(train(cfg, resume=resume)))
@@ -394,13 +429,13 @@ def run_command(train: Callable, argv: list[str] | None = None) -> int:
     except (MemoryError, torch.OutOfMemoryError) as error:
         code, text = 1, f"stopped: no memory ({one_line(error)}); {NO_MEMORY}"
     except OSError as error:
-        code, text = 1, f"stopped: {one_line(error)}; --resume{folder} goes on from its checkpoint"
+        code, text = 1, f"stopped: {one_line(error)}; if there is a checkpoint, {again} goes on"
     except RuntimeError as error:  # how the CPU's allocator says it
         if "allocat" not in str(error) and "too large" not in str(error):
             raise
         code, text = 1, f"stopped: no memory ({one_line(error)}); {NO_MEMORY}"
     except KeyboardInterrupt:
-        code, text = 130, f"interrupted; go on with --resume{folder}"
+        code, text = 130, f"interrupted; if there is a checkpoint, {again} goes on"
     say(text)
     return code
 
@@ -409,10 +444,10 @@ def load_plug(name: str) -> None:
     """Call plug() of a module: it replaces functions of siren, such as siren.sample."""
     try:
         importlib.import_module(name).plug()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"--plug {name}: {error}; name a module with a plug()") from error
 
 
 def one_line(error: BaseException) -> str:
     """An error's first line, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]

@@ -85,7 +85,7 @@ class Grader:
         )
         if not self._process.stdout.readline():
             self.close()
-            raise ImportError("math-verify can't be imported; pip install math-verify")
+            raise ImportError("math-verify does not work; pip install math-verify")
 
 
 def is_too_big(text: str) -> bool:
@@ -125,12 +125,16 @@ def serve(seconds: float) -> None:
 
     with contextlib.suppress(ValueError, OSError):  # a system that has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    signal.alarm(0)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no reply
-    print("ready", file=replies, flush=True)
     # LaTeX only: the library's other form of reading goes through Python's eval
     how = {"extraction_config": [LatexExtractionConfig()], "parsing_timeout": None}
+    # the first question takes a second, and tells whether the library works
+    example = (parse(f"\\boxed{{{text}}}", **how) for text in ("\\sqrt{8}", "2\\sqrt{2}"))
+    if not verify(*example, timeout_seconds=None):
+        return
+    signal.alarm(0)
+    print("ready", file=replies, flush=True)
     for line in sys.stdin:
         given, answer = (f"\\boxed{{{text}}}" for text in json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, seconds)

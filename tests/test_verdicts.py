@@ -73,7 +73,7 @@ def test_what_needs_no_algebra_is_accepted():
         if pair["right"] and not siren.verify(pair["response"], pair["answer"])
     )
     right = Counter(pair["kind"] for pair in PAIRS if pair["right"])
-    assert sum(rejected.values()) <= 0.45 * sum(right.values())  # it was 43.6 % when written
+    assert sum(rejected.values()) <= 0.45 * sum(right.values())  # 138 of 312
     assert not PLAIN & rejected.keys()
 
 

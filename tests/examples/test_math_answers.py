@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -103,36 +104,39 @@ HOSTILE = {
 }
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Iterator[tuple[Grader, Path]]:
+    """A grader with a second per question, and the empty folder that its process works in."""
+    folder, grader = tmp_path_factory.mktemp("traps"), Grader(seconds=1)
+    yield grader, folder
+    grader.close()
+
+
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_text_is_wrong_in_bounded_time(text, tmp_path, monkeypatch):
-    """Within the time of one question and one start, on either side, and with no trace left."""
-    monkeypatch.chdir(tmp_path)
-    grader = Grader(seconds=1)
-    grader.equal("x+1", "1+x")
+def test_hostile_text_is_wrong_in_bounded_time(text, short, monkeypatch):
+    """Within the time of one question and one start, on either side; nothing of it is run."""
+    grader, folder = short
+    monkeypatch.chdir(folder)
     for given, answer in ((text, "\\sqrt{8}"), ("\\sqrt{8}", text)):
         start = time.monotonic()
+        assert siren.verify(f"\\boxed{{{given}}}", answer, equal=grader.equal) is False
         assert grader.equal(given, answer) is False
         assert time.monotonic() - start < 1 + START
-        assert siren.verify(f"\\boxed{{{given}}}", answer, equal=grader.equal) is False
-    assert grader.equal("1+x+y", "x+y+1")  # it works as before
-    grader.close()
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
-def test_a_late_answer_is_wrong_and_is_counted():
+def test_a_late_answer_is_wrong_and_is_counted(monkeypatch):
     """Without the guard in front: the process ends by its own alarm and is started again."""
+    monkeypatch.setattr(math_answers, "is_too_big", lambda text: False)
     grader = Grader(seconds=1)
     assert grader.equal("x+1", "1+x")
     first = grader._process
     for count in (1, 2):  # the second time it is remembered, and still counted
         start = time.monotonic()
-        assert grader._remembered("9^{9^{9}}", "9^{9^{9}}-1") is None
+        assert grader.equal("9^{9^{9}}", "\\sqrt{8}") is False
         assert time.monotonic() - start < 1 + START
-        assert count == 2 or first.returncode == -14  # SIGALRM
-    slow = "\\sum_{n=1}^{99999999} \\frac{1}{n^{3}+n!}"
-    before = grader.timeouts
-    assert grader.equal(slow, "x+2") is False and grader.equal(slow, "x+2") is False
-    assert grader.timeouts - before in (0, 2)  # 0: this machine was fast enough to say no
+        assert grader.timeouts == count and grader._process is None
+    assert first.returncode == -signal.SIGALRM
     assert grader.equal("x+2", "2+x")
     grader.close()
 
@@ -163,7 +167,7 @@ def test_a_process_that_ended_is_started_again(ending):
 def test_no_process_outlives_the_run(tmp_path):
     """Killed in the middle of a question that never ends, the run leaves nothing behind."""
     code = "from examples.math_answers import Grader; g = Grader(2); g.equal('x+1', '1+x');"
-    code += "print(g._process.pid, flush=True); g._ask('9^{9^{9}}', '9^{9^{9}}-1'); input()"
+    code += "print(g._process.pid, flush=True); g._ask('9^{9^{9}}', '2')"
     run = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

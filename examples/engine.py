@@ -196,7 +196,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict:
-    """The folder's checkpoint: model, optimizer, records, config. ConfigError if it is not whole."""
+    """The checkpoint: model, optimizer, records, config. ConfigError if it is not whole."""
     path = Path(folder) / CHECKPOINT
     if not os.path.isfile(path):
         raise ConfigError(f"--resume: {path} does not exist; run the same command without --resume")

@@ -1,655 +1,435 @@
-"""Does it fit? The memory of a run of siren.py, before any weight is loaded.
+"""Does it fit, and how long does it take? A run of siren.py as a table of formulas.
 
-    python siren.py --dry-run --gpu-gb 24 --model Qwen/Qwen2.5-Math-1.5B --lora-rank 64
-    python examples/memory_plan.py ...      # the same flags, without --dry-run
+    python examples/memory_plan.py --gpu-gb 24 --model Qwen/Qwen2.5-Math-7B --data train.jsonl \\
+        --dtype bfloat16 --lora-rank 64 --recompute true ...        # siren.py's flags
 
-How: the model is built on PyTorch's meta device, where tensors have shapes but no storage, and a
-sampling step, a scoring pass and an update are *rehearsed* on it: the modules' own code runs, and
-a counter adds up the tensors that are alive after each operation. So it holds for whatever
-transformers loads, and the norms' float32 copies or an adapter's input are not forgotten. By hand
-are only what depends on values (the head's chunk, below) and the attention kernel, which is fused.
+Nothing is loaded, and no GPU is needed: the model's config.json is enough, and for the models of
+examples/configs not even a network. The formulas are for models of Llama's shape (Llama, Qwen2,
+Mistral, ...), with every prompt --max-prompt and every response --max-tokens long: the worst case.
 
-Every prompt is taken to have --max-prompt tokens and every response --max-tokens: the worst case.
-Sizes are in decimal GB, 10^9 bytes. examples/test_memory_plan.py compares with measured peaks.
+Memory: weights, gradients and optimiser state are exact; the rest is printed as a range of ERROR
+on both sides. Measured peaks of small models on a CPU are within 15 % (tests/test_memory_plan.py);
+no GPU was measured. Time: SPEED is assumed, not measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
+import re
 import sys
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
-from examples import text_env
+from examples import engine, text_env
 
 CONFIGS = Path(__file__).resolve().parent / "configs"  # of known models, to plan without a network
-Tensor = torch.Tensor
+ERROR = 0.25  # of all that is neither weights, gradients nor optimiser state
+RESERVE = (1.0, 0.05)  # GB of CUDA's context and libraries; share of memory lost between tensors
+F32 = 4  # bytes
 
-# What n tokens' chunk holds in siren._TokenStats, in [n, V] float32 tensors: at two moments of the
-# forward pass (while the buckets are numbered; while they are summed up, and then `buckets` tensors
-# [n, 2048] too, which matter for small V), while log pi, pi and g are made in the backward pass,
-# and while the head's gradient is. From the second chunk on, some of the previous one's are there.
-CHUNK = {"forward": 5.0, "sums": 4.0, "buckets": 3.25, "backward": 4.25, "product": 3.0}
-PREVIOUS = {"forward": 0.25, "backward": 1.75}
-MULTINOMIAL = 1  # tensors [rows, V] that torch.multinomial makes inside
-PHASES = ("sampling", "scoring", "update")
-RESERVE = (1.0, 0.05)  # GB of CUDA's context and libraries; share lost to fragmentation
+# Per device: seconds per layer of a decode step (Python and kernel launches), bytes/s of memory,
+# FLOP/s with float32 weights and with bfloat16 weights. Assumed: an A100 or so, and two CPU cores.
+SPEED = {"cuda": (1.2e-3, 1e12, 1.5e13, 1e14), "cpu": (5e-4, 1e10, 5e10, 2e10)}
+MEAN_LENGTH = 1 / 3  # of --max-tokens: how long the average response is taken to be, for the time
 
 
-# -------------------------------------------------------------------------------------- 1. counting
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made while it is on and still alive, after each operation.
-
-    peaks: section -> [bytes after each operation], in order; `section` names the current one. The
-    tensors in `known` were there before and don't count. Works on any device; on meta, a question
-    about values is answered with 0 (so "is all of the mask True?" with no: there is padding).
-    """
-
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live, self.section, self.sections = 0, "forward", defaultdict(list)
-        self._kept = [t.untyped_storage() for t in known]
-        self._sizes = {storage._cdata: 0 for storage in self._kept}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it made."""
-        if op is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 0
-        out = op(*args, **(kwargs or {}))
-        for made in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(made, Tensor):
-                self._add(made.untyped_storage())
-        self.sections[self.section].append(self.live)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:  # else a view, or made in place
-            self._sizes[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._gone, key)
-
-    def _gone(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Attention that never holds the [T, T] scores of each head, as on GPUs and on the CPU.
-
-    The meta device has no such kernel of its own accord. A boolean mask becomes one of q's type.
-    """
-    mask, causal = options.get("attn_mask"), options.get("is_causal", False)
-    mask = None if mask is None else torch.empty_like(mask, dtype=q.dtype)
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(q, k, v, 0.0, causal, attn_mask=mask)[0]
-
-
-class _Head(torch.autograd.Function):
-    """token_stats as far as memory goes, without its chunks, which are added where they are."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, count: LiveBytes
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.count, count.section = count, "head forward"
-        return x.new_empty(4, len(x), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        ctx.count.section = "head backward"
-        grad_x, grad_w = torch.zeros_like(x), None
-        if ctx.needs_input_grad[1]:
-            grad_w = torch.zeros_like(weight, dtype=torch.float32)
-            ctx.count.section = "head product"
-            torch.empty_like(grad_w)  # a chunk's share, before it is added
-            grad_w = grad_w.to(weight.dtype)
-        ctx.count.section = "backward"
-        return grad_x, grad_w, None, None
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """Bytes as a function of the number of rows: the largest of some straight lines."""
-
-    lines: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
-
-    def __call__(self, rows: int) -> float:
-        """Bytes for this many rows."""
-        return max(fixed + slope * rows for fixed, slope in self.lines)
-
-
-def by_rows(rehearse: Callable[[int], LiveBytes]) -> dict[str, Line]:
-    """Section -> its peak for any number of rows, from rehearsals with 2 and 3.
-
-    Both do the same operations, and each tensor's size is linear in the rows. (1 would be special:
-    a tensor with a dimension of 1 is contiguous where others are not, and isn't copied.)
-    """
-    two, three = rehearse(2).sections, rehearse(3).sections
-    found = {}
-    for section in two:
-        pairs = {(3 * a - 2 * b, b - a) for a, b in zip(two[section], three[section], strict=True)}
-        found[section] = Line(tuple(pairs))
-    return found
-
-
-# ------------------------------------------------------------------------------------ 2. rehearsals
-@contextmanager
-def counting(model: torch.nn.Module) -> Iterator[LiveBytes]:
-    """A counter that leaves out the model and its gradients, with fused attention."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    swapped = mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
-    with swapped, LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as count:
-        yield count
-
-
-@functools.lru_cache(maxsize=8)
-def build(config: str, dtype: str, lora_rank: int, recompute: bool) -> torch.nn.Module:
-    """The model of a config (JSON) on the meta device, set up as examples/text_env.py does it."""
-    options = json.loads(config)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**options), dtype=getattr(torch, dtype)
-        )
-        if lora_rank:
-            text_env.add_lora(network, lora_rank, seed=0)
-    if recompute:
-        text_env.recompute_layers(network)
-    return network.eval()
-
-
-def blank(rows: int, prompt: int, response: int) -> siren.Rollout:
-    """A rollout of these shapes on the meta device."""
-    with torch.device("meta"):
-        ids, masks = (
-            [torch.zeros(rows, n, dtype=dtype) for n in (prompt, response)]
-            for dtype in (torch.long, torch.bool)
-        )
-        return siren.Rollout(ids[0], masks[0], ids[1], masks[1], torch.zeros(rows, response))
-
-
-def run_head(model: torch.nn.Module, rollout: siren.Rollout, count: LiveBytes) -> Tensor:
-    """siren.forward and the stand-in for token_stats."""
-    made = siren.forward(model, rollout)
-    x = made["x"].reshape(-1, made["x"].shape[-1])  # a copy, as it leaves the prompt out
-    return _Head.apply(x, made["weight"], made["bias"], count)
-
-
-@functools.lru_cache(maxsize=32)
-def rehearse_update(
-    model: torch.nn.Module, prompt: int, response: int, accumulate: bool
-) -> dict[str, Line]:
-    """A micro-batch's forward and backward pass: forward, head forward, kept, head backward,
-    backward. Without `accumulate` the gradients are among what it makes."""
-
-    def rehearse(rows: int) -> LiveBytes:
-        rollout = blank(rows, prompt, response)
-        for p in model.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad and accumulate else None
-        with counting(model) as count:
-            stats = run_head(model, rollout, count)
-            count.section = "kept"
-            total = stats.sum()
-            count.section = "backward"
-            total.backward()
-        for p in model.parameters():
-            p.grad = None
-        return count
-
-    return by_rows(rehearse)
-
-
-@functools.lru_cache(maxsize=32)
-@torch.no_grad()
-def rehearse_score(model: torch.nn.Module, prompt: int, response: int) -> dict[str, Line]:
-    """A pass without gradient: forward, head forward."""
-
-    def rehearse(rows: int) -> LiveBytes:
-        rollout = blank(rows, prompt, response)
-        with counting(model) as count:
-            run_head(model, rollout, count)
-        return count
-
-    return by_rows(rehearse)
-
-
-@functools.lru_cache(maxsize=32)
-@torch.no_grad()
-def rehearse_prefill(model: torch.nn.Module, prompt: int) -> dict[str, Line]:
-    """siren.sample's first pass, with the prompts as rows: forward."""
-
-    def rehearse(rows: int) -> LiveBytes:
-        with counting(model) as count:
-            cache = DynamicCache(config=model.config)
-            run_model(model, cache, blank(rows, prompt, 1).prompt, prompt)
-        return count
-
-    return by_rows(rehearse)
-
-
-@functools.lru_cache(maxsize=32)
-@torch.no_grad()
-def rehearse_decode(model: torch.nn.Module, length: int, top_p: float) -> dict[str, Line]:
-    """siren.sample's last step, with all rows alive and this many tokens each: cache, forward,
-    logits."""
-
-    def rehearse(rows: int) -> LiveBytes:
-        with counting(model) as count:
-            cache = DynamicCache(config=model.config)
-            run_model(model, cache, blank(rows, max(1, length - 2), 1).prompt, length - 2)
-            token = blank(rows, 1, 1).prompt
-            for step in range(2):  # in the second, the first's logits are still there
-                count.sections.clear() if step else None
-                count.section = "forward"
-                logits = run_model(model, cache, token, length - 1 + step)[:, -1].float() / 1.0
-                count.section = "logits"
-                if top_p < 1:
-                    logits = logits.masked_fill(~siren.nucleus_mask(logits, top_p), -math.inf)
-                log_pi = logits.log_softmax(-1)
-                log_pi.isnan().any()
-                probs = log_pi.exp()
-                torch.empty(MULTINOMIAL, *probs.shape, device="meta")
-                token = torch.multinomial(probs, 1)
-                del probs
-            held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-            count.sections["cache"] = [bytes_of(held)]
-        return count
-
-    return by_rows(rehearse)
-
-
-def run_model(model: torch.nn.Module, cache: DynamicCache, ids: Tensor, length: int) -> Tensor:
-    """Logits of the last position, as siren.sample asks for them; length: of the attention mask."""
-    mask = torch.zeros(len(ids), length, dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.zeros_like(ids)}
-    return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-
-
-@functools.lru_cache(maxsize=8)
-def rehearse_optimizer(model: torch.nn.Module, name: str, foreach: bool) -> tuple[int, int]:
-    """Bytes of the optimiser's state, and what a step needs on top of it."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    make = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[name]
-    optimizer = make(trained, lr=1e-3, foreach=foreach)
-    for p in trained:
-        p.grad = torch.empty_like(p)
-    with counting(model) as count:
-        optimizer.step()
-        state = count.live
-        count.sections.clear()
-        optimizer.step()
-    for p in trained:
-        p.grad = None
-    return state, max(count.sections["forward"]) - state
-
-
-# ------------------------------------------------------------------------------------- 3. the plan
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Bytes. What each phase holds on top of `static`; it is never all there at one time."""
-
-    parameters: int  # not bytes: their number, adapters included
-    trained: int  # likewise
-    weights: int
-    adapters: int
-    gradients: int
-    optimizer: int
-    # sampling
-    kv_cache: float
-    prefill: float
-    decode: float
-    logits: float
-    # scoring
-    score: float
-    # an update
-    kept: float  # by the forward pass for the backward pass
-    head: float  # at its peak, on top of kept
-    layers: float  # the backward pass of the layers at its peak, on top of kept
-    step: float  # of the optimiser; by then nothing else is kept
-    prepass: float  # scoring a mini-batch of several micro-batches before them
-
-    @property
-    def static(self) -> int:
-        """What is there all the time. Gradients too: siren.update frees them as it begins."""
-        return self.weights + self.adapters + self.gradients + self.optimizer
-
-    @property
-    def sampling(self) -> float:
-        """The peak of siren.sample."""
-        return self.static + max(self.prefill, self.kv_cache + max(self.decode, self.logits))
-
-    @property
-    def scoring(self) -> float:
-        """The peak of siren.score."""
-        return self.static + self.score
-
-    @property
-    def update(self) -> float:
-        """The peak of siren.update."""
-        return self.static + max(self.kept + max(self.head, self.layers), self.step, self.prepass)
-
-    @property
-    def total(self) -> float:
-        """The largest of the three."""
-        return max(getattr(self, name) for name in PHASES)
-
-    @property
-    def needed_gb(self) -> float:
-        """GB of a card on which it fits."""
-        return RESERVE[0] + (1 + RESERVE[1]) * self.total / 1e9
-
-
-def read_config(model: str, task: str = "toy_env") -> str:
-    """The config of cfg.model as JSON; of cfg.task's model if it is empty.
-
-    A folder, a known name (with or without its owner; see examples/configs), else a hub id.
-    ValueError if there is no such model or its head is more than a matrix.
-    """
-    if not model:
-        return json.dumps(siren.load_task(task).build_model().config.to_dict())
-    known = CONFIGS / f"{model.split('/')[-1].lower().removesuffix('-instruct')}.json"
-    if known.exists() and not Path(model).expanduser().exists():
-        return known.read_text()
-    config = text_env.open_model(AutoConfig, model).get_text_config()
-    more = [name for name in text_env.HEAD_FIELDS if getattr(config, name, None) not in (None, 1)]
-    if more:
-        reason = f"has {more[0]}, so its logits are more than hidden states times a matrix"
-        raise ValueError(f"{model}: {reason}; take another, such as Llama or Qwen")
-    return json.dumps(config.to_dict(), default=str)
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each counted once (tied weights are one)."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
+# ---------------------------------------------------------------------------------- what is planned
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the arithmetic needs of a run: its flags, its model on meta, and tokens at most."""
+    """A run: siren.py's flags, what config.json says of the model, and the task's options."""
 
     cfg: siren.Config
-    device: str  # cpu, or anything else for a GPU
-    model: torch.nn.Module
-    prompt: int
-    response: int
+    model: dict[str, Any]
+    prompt: int  # tokens
+    dtype: str = "float32"
+    lora_rank: int = 0
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+        missing = [name for name in names.split() if not self.model.get(name)]
+        experts = [name for name in self.model if "experts" in name and self.model[name]]
+        if missing or experts:
+            what = f"no {missing[0]}" if missing else f"{experts[0]}, a mixture"
+            raise siren.ConfigError(f"--model: its config has {what}; the plan knows Llama's shape")
+        context = self.model.get("max_position_embeddings") or math.inf
+        if self.prompt < 1 or self.prompt + self.tokens > context:
+            rule = f"must leave room for a prompt in the model's context of {context}; lower it"
+            raise siren.ConfigError(f"--max-tokens {self.tokens}: {rule}")
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.cfg.max_tokens
+
+    @property
+    def e(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return 2 if self.dtype == "bfloat16" else F32
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """V, D, F (width of the MLP), L (layers), Q and K (widths of all queries and all keys)."""
+        get, heads = self.model.get, self.model["num_attention_heads"]
+        d = get("head_dim") or get("hidden_size") // heads
+        keys = d * (get("num_key_value_heads") or heads)
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        return (*(get(name) for name in names), d * heads, keys)
+
+    @property
+    def base(self) -> int:
+        """Parameters of the model, without adapters."""
+        V, D, F, L, Q, K = self.sizes
+        bias = Q + 2 * K if self.model.get("model_type") == "qwen2" else 0
+        layer = 2 * D * Q + 2 * D * K + bias + 3 * D * F + 2 * D  # attention, MLP, norms
+        return V * D * (1 if self.model.get("tie_word_embeddings") else 2) + L * layer + D
+
+    @property
+    def trained(self) -> int:
+        """Parameters that have a gradient: all, or those of the adapters: r (in + out) each."""
+        _, D, F, L, Q, K = self.sizes
+        adapters = 2 * (D + Q) + 2 * (D + K) + 3 * (D + F)
+        return self.lora_rank * L * adapters if self.lora_rank else self.base
 
     @property
     def mini(self) -> int:
         """Responses of the largest mini-batch."""
         return math.ceil(self.cfg.prompts / self.cfg.mini_batches) * self.cfg.group_size
 
-    @property
-    def micro(self) -> int:
-        """Responses of a micro-batch."""
-        return min(self.cfg.micro_batch_size, self.mini)
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """The parameters that have a gradient."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def sampled(self, prompts: int, samples: int) -> tuple[int, int]:
-        """Responses and prompts that siren.sample has at once; it never splits a prompt's."""
-        at_once = min(prompts, max(1, self.cfg.sample_batch // samples))
-        return at_once * samples, at_once
-
-    @property
-    def rollouts(self) -> tuple[tuple[int, int], ...]:
-        """`sampled` of training and of evaluation."""
-        cfg = self.cfg
-        return (
-            self.sampled(cfg.prompts, cfg.group_size),
-            self.sampled(cfg.eval_prompts, cfg.eval_samples),
-        )
-
-    def head(self, section: str, lines: dict[str, Line], rows: int) -> float:
-        """The peak of a section of the head, with its chunk."""
-        if f"head {section}" not in lines:
-            return 0.0  # a frozen head has no gradient
-        vocab, tokens = len(self.model.get_output_embeddings().weight), rows * self.response
-        entries = 1 << (21 if self.device == "cpu" else 26)  # siren.token_stats's rule
-        n = min(tokens, self.cfg.chunk or max(1, entries // vocab))
-        units = CHUNK[section] + PREVIOUS.get(section, 0.0) * (tokens > n)
-        if section == "forward":
-            sums = CHUNK["sums"] + CHUNK["buckets"] * min(2048, vocab) / vocab
-            units = max(units, sums + PREVIOUS["forward"] * (tokens > n))
-        return lines[f"head {section}"](rows) + units * n * vocab * 4
+    def at_once(self, refill: bool) -> list[tuple[int, int]]:
+        """(prompts, responses) that are sampled at once, in training and in evaluation."""
+        cfg, found = self.cfg, []
+        for n, samples in (cfg.prompts, cfg.group_size), (cfg.eval_prompts, cfg.eval_samples):
+            if refill:
+                found.append((1, min(cfg.sample_batch, n * samples)))
+            else:  # the responses to a prompt stay together
+                some = min(n, max(1, cfg.sample_batch // samples))
+                found.append((some, some * samples))
+        return found
 
 
-def prepare(cfg: siren.Config, device: str) -> Run:
-    """ValueError: unknown model, or a response longer than its context."""
-    config = read_config(cfg.model, cfg.task)
-    model = build(config, cfg.dtype, cfg.lora_rank, cfg.recompute)
-    context = getattr(model.config, "max_position_embeddings", None) or 2**31
-    if cfg.max_tokens >= context:
-        raise ValueError(f"--max-tokens {cfg.max_tokens}: must be under the context of {context}")
-    prompt = min(cfg.max_prompt, context - cfg.max_tokens)
-    return Run(cfg, device, model, prompt, cfg.max_tokens)
+# ---------------------------------------------------------------------------------------- 1. memory
+ROWS = ("weights", "gradients", "optimiser state", "KV cache", "activations kept")
+WORK = ("a layer at work", "logits at once")  # never at the same time: the larger one counts
+PHASES = ("prompts", "sampling", "scoring", "update")
 
 
-def measure_sampling(run: Run) -> dict[str, float]:
-    """The fields of Plan for siren.sample, the larger of training's and evaluation's."""
-    (rows, prompts), (tested, questions) = run.rollouts
-    length = run.prompt + run.response
-    decode = rehearse_decode(run.model, length, 1.0)
-    evaluate = rehearse_decode(run.model, length, run.cfg.eval_top_p)
-    cache, most = decode["cache"], max(rows, tested)
-    logits = [part["logits"](n) - cache(n) for part, n in ((decode, rows), (evaluate, tested))]
-    prefill = rehearse_prefill(run.model, run.prompt)["forward"](max(prompts, questions))
-    layers = decode["forward"](most) - cache(most)
-    return {"kv_cache": cache(most), "prefill": prefill, "decode": layers, "logits": max(logits)}
+def layer_at_work(run: Run, rows: int, length: int) -> float:
+    """Bytes that a layer's MLP and its mask need in a pass without gradient."""
+    _, D, F, *_ = run.sizes
+    width = (3 * F + 4 * D) * run.e  # act(gate), up, their product; embeddings, residuals, norm
+    if run.lora_rank:  # an adapter's share is added in float32: it, its multiple, the sum
+        width = (2 * F + 2 * D) * run.e + (2 * F + D) * F32
+    return rows * length * (width + length * (1 + run.e))
 
 
-def measure_training(run: Run) -> dict[str, float]:
-    """The fields of Plan for siren.score and siren.update."""
-    cfg, several = run.cfg, run.mini > run.micro
-    score = rehearse_score(run.model, run.prompt, run.response)
-    update = rehearse_update(run.model, run.prompt, run.response, several)
+def layer_kept(run: Run, length: int) -> float:
+    """Bytes per token that a layer keeps for the backward pass."""
+    _, D, F, _, Q, _ = run.sizes
+    attention = (4 * Q + length) * run.e  # queries, keys, values, result; a row of the mask
+    mlp = 3 * F * run.e  # gate, act(gate), up
+    if not run.lora_rank:  # and two residuals (float32), two norms and their results, the product
+        return attention + mlp + 2 * D * F32 + (4 * D + F) * run.e
+    copies = 0 if run.e == F32 else 3 * D + Q  # of the adapters' inputs in float32
+    return attention + mlp + (2 * D + 2 * D + copies + F + 7 * run.lora_rank) * F32
 
-    def scoring(rows: int) -> float:
-        rows = min(rows, cfg.micro_batch_size)
-        return max(score["forward"](rows), run.head("forward", score, rows))
 
-    kept = update["kept"](run.micro)
-    # the only micro-batch begins without gradients: they are in the rehearsal, not in `static`
-    already = 0 if several else bytes_of(run.trained)
-    heads = [run.head(name, update, run.micro) for name in ("forward", "backward", "product")]
-    return {
-        "score": scoring(cfg.prompts * cfg.group_size),
-        "prepass": scoring(run.mini) if several and cfg.regularizer == "anchor" else 0.0,
-        "kept": kept,
-        "head": max(heads) - kept - already,
-        "layers": update["backward"](run.micro) - kept - already,
+def layer_backward(run: Run) -> float:
+    """Bytes per token at the peak of a layer's backward pass: gradients of the MLP's tensors."""
+    _, D, F, *_ = run.sizes
+    return (3 * F + 2 * D) * (F32 if run.lora_rank else run.e)
+
+
+def logits_at_once(run: Run, rows: int, update: bool = False) -> float:
+    """Bytes of a chunk of token_stats, for these responses: five tensors [chunk, V] in float32 (up
+    to nine where the policy is so flat that all of the vocabulary is sorted)."""
+    V, D, *_ = run.sizes
+    chunk = run.cfg.chunk or max(1, (1 << (21 if device_of(run.cfg) == "cpu" else 26)) // V)
+    tensor, tokens = F32 * V * min(chunk, rows * run.tokens), rows * run.tokens
+    if not update or run.lora_rank:
+        return 5 * tensor
+    head = V * D * run.e  # the gradient of a head that is trained: of a chunk, so far, their sum
+    if tokens <= chunk:
+        return max(5 * tensor, 2 * tensor + head)
+    return max(5 * tensor + head, tensor + 3 * head)
+
+
+def plan(run: Run) -> dict[str, dict[str, float]]:
+    """Phase -> part -> bytes at the phase's peak."""
+    V, D, _, L, _, K = run.sizes
+    cfg, length, e = run.cfg, run.prompt + run.tokens, run.e
+    adapters = run.trained * F32 if run.lora_rank else 0
+    size = adapters or run.base * e  # of what is trained
+    static = {"weights": run.base * e + adapters, "gradients": size, "optimiser state": 2 * size}
+    at_once = run.at_once("refill" in cfg.plug)
+    prompts, rows = (max(both) for both in zip(*at_once))
+    token = 2 * L * K * e  # keys and values
+    logits = rows * V * F32
+    cache = rows * length * token
+
+    micro = min(cfg.micro_batch_size, run.mini)
+    scored = min(cfg.micro_batch_size, cfg.prompts * cfg.group_size)
+    hidden = 2 * run.tokens * D * e  # the last hidden states, and those of the response alone
+    one, several = layer_kept(run, length), run.mini > micro
+    kept, again = (L * D * e, one) if run.recompute else (L * one, 0)
+    phases = {
+        "prompts": {
+            "KV cache": prompts * run.prompt * token,
+            "a layer at work": layer_at_work(run, prompts, run.prompt),
+        },
+        # a layer's keys are copied when a token is added; logits: of the model, log pi, pi, sums
+        "sampling": {
+            "KV cache": cache,
+            "a layer at work": cache / (2 * L) + 2 * logits,
+            "logits at once": 4 * logits,
+        },
+        "scoring": {
+            "activations kept": scored * hidden,
+            "a layer at work": layer_at_work(run, scored, length),
+            "logits at once": logits_at_once(run, scored),
+        },
+        "update": {
+            "gradients": size if several else 0,  # there are none before the only backward pass
+            "activations kept": micro * (length * kept + hidden),
+            "a layer at work": micro * length * (again + layer_backward(run)),
+            "logits at once": logits_at_once(run, micro, update=True),
+        },
     }
+    return {name: {**static, **parts} for name, parts in phases.items()}
 
 
-def measure(cfg: siren.Config, device: str = "cuda") -> Plan:
-    """The plan of a run on this kind of device, in numbers. ValueError: unknown model, too long."""
-    run = prepare(cfg, device)
-    adapters = bytes_of(run.trained) if cfg.lora_rank else 0
-    foreach = cfg.optimizer == "adamw" and device != "cpu"  # PyTorch's defaults
-    state, step = rehearse_optimizer(run.model, cfg.optimizer, foreach)
-    return Plan(
-        parameters=sum(p.numel() for p in run.model.parameters()),
-        trained=sum(p.numel() for p in run.trained),
-        weights=bytes_of([*run.model.parameters(), *run.model.buffers()]) - adapters,
-        adapters=adapters,
-        gradients=bytes_of(run.trained),
-        optimizer=state,
-        step=step,
-        **measure_sampling(run),
-        **measure_training(run),
-    )
+def total(parts: dict[str, float]) -> float:
+    """Bytes of a phase."""
+    return sum(parts.get(name, 0) for name in ROWS) + max(parts.get(name, 0) for name in WORK)
 
 
-# ------------------------------------------------------------------------------- 4. what to change
-def fits(cfg: siren.Config, plan: Plan) -> bool:
-    """On a card of cfg.gpu_gb?"""
-    return plan.needed_gb <= cfg.gpu_gb
+def needs(run: Run) -> tuple[float, float]:
+    """GB that the run needs, at least and at most, by ERROR."""
+    reserve, lost = (0.0, 0.0) if device_of(run.cfg) == "cpu" else RESERVE
+    found = []
+    for error in (-ERROR, ERROR):
+        most = 0.0
+        for parts in plan(run).values():
+            exact = sum(parts[name] for name in ROWS[:3])
+            most = max(most, exact + (1 + error) * (total(parts) - exact))
+        found.append(reserve + (1 + lost) * most / 1e9)
+    return found[0], found[1]
 
 
-def advise(cfg: siren.Config) -> tuple[dict[str, Any], Plan]:
-    """The mildest change of flags that makes it fit, and the plan with it; or the last resort's.
+def fits(run: Run, gb: float) -> str:
+    """fits, tight (within the error) or does not fit."""
+    low, high = needs(run)
+    return "fits" if high <= gb else "tight" if low <= gb else "does not fit"
 
-    First smaller batches, which cost speed alone; then recomputation; then an optimiser with less
-    state; then adapters on a bfloat16 base; then shorter responses. ValueError as of measure.
+
+# ------------------------------------------------------------------------------------------ 2. time
+def decode_steps(run: Run) -> tuple[float, float]:
+    """Passes over one token per response, in a training step: without refill, and with it."""
+    cfg = run.cfg
+    (prompts, _), _ = run.at_once(False)
+    (_, rows), _ = run.at_once(True)
+    mean = MEAN_LENGTH * cfg.max_tokens
+    without = math.ceil(cfg.prompts / prompts) * cfg.max_tokens  # the longest response decides
+    return without, cfg.prompts * cfg.group_size * mean / rows + cfg.max_tokens - mean
+
+
+def seconds(run: Run) -> dict[str, float]:
+    """The parts of a training step, and "decode": seconds of a decode step."""
+    _, _, _, L, _, K = run.sizes
+    cfg, kind = run.cfg, device_of(run.cfg)
+    layer, bandwidth, *flops = SPEED[kind]
+    flop = 2 * (run.base + run.trained * bool(run.lora_rank))  # per token, forward
+    speed = flops[run.dtype == "bfloat16"]
+    mean = run.prompt + MEAN_LENGTH * cfg.max_tokens
+    responses, (_, rows) = cfg.prompts * cfg.group_size, run.at_once("refill" in cfg.plug)[0]
+    read = plan(run)["sampling"]["weights"] + 3 * rows * mean * 2 * L * K * run.e
+    decode = max(L * layer, read / bandwidth, rows * flop / speed)
+    passes = math.ceil(responses / cfg.micro_batch_size)
+    score = max(passes * L * layer, responses * mean * flop / speed)
+    times = (2 if run.lora_rank else 3) + run.recompute  # a backward pass costs one or two
+    times += run.mini > cfg.micro_batch_size and cfg.regularizer == "anchor"  # H_agg before it
+    without, refill = decode_steps(run)
+    return {
+        "decode": decode, "sampling": without * decode, "refill": refill * decode,
+        "scoring": score, "update": times * score,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- 3. advice
+def advise(run: Run, gb: float) -> tuple[Run, str]:
+    """The run with the mildest changes that make it fit, or with all there are; and their flags.
+
+    Smaller batches first, as they cost time alone; then recomputed layers; then adapters.
     """
-    options: dict[str, Any] = {}
-    ladder: list[dict[str, Any]] = [{}]
-    if not cfg.recompute:
-        ladder.append({"recompute": True})
-    if not cfg.lora_rank:
-        if cfg.optimizer != "adafactor":
-            ladder.append({"optimizer": "adafactor"})
-        small = {"optimizer": cfg.optimizer, "lora_rank": 64, "dtype": "bfloat16"}
-        ladder.append({**small, "lr": max(cfg.lr, 1e-5)})
-    elif cfg.dtype != "bfloat16":
-        ladder.append({"dtype": "bfloat16"})
-    shorter = cfg.max_tokens
-    while shorter > 64:
-        shorter //= 2
-        ladder.append({"max_tokens": shorter})
-    for change in ladder:
+    changes: list[dict[str, Any]] = [{}]
+    if "model=" in run.cfg.task:  # these are options of examples.text_env
+        changes += [{"recompute": True}, {"lora_rank": 64, "dtype": "bfloat16"}]
+    cfg, options = run.cfg, {}
+    for change in changes:
+        if run.lora_rank:
+            change.pop("lora_rank", None)
+        change = {name: value for name, value in change.items() if getattr(run, name) != value}
+        run = dataclasses.replace(run, cfg=cfg, **change)  # with the batches of before
         options |= change
-        trial = dataclasses.replace(cfg, **options)
-        batches = smaller_batches(trial)
-        plan = measure(dataclasses.replace(trial, **batches))
-        if fits(cfg, plan):
+        batches: dict[str, int] = {}
+        while fits(run, gb) != "fits":
+            phases = plan(run)
+            largest = max(PHASES, key=lambda name: total(phases[name]))
+            sampled = largest in ("prompts", "sampling")
+            name = "sample_batch" if sampled else "micro_batch_size"
+            rows = max(n for _, n in run.at_once(True)) if sampled else run.cfg.micro_batch_size
+            n = max(1, rows // 2)
+            smaller = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, **{name: n}))
+            if total(plan(smaller)[largest]) >= total(phases[largest]):
+                break
+            run, batches[name] = smaller, n
+        if fits(run, gb) == "fits":
             break
-    changed = {k: v for k, v in (options | batches).items() if v != getattr(cfg, k)}
-    return changed, plan
+    flags = {**batches, **options}.items()
+    return run, " ".join(f"{engine.flag_of(name)} {str(x).lower()}" for name, x in flags)
 
 
-def smaller_batches(cfg: siren.Config) -> dict[str, int]:
-    """sample_batch and micro_batch_size, each halved until its phase fits."""
-    batches = cfg.pick("sample_batch micro_batch_size")
-    room = (cfg.gpu_gb - RESERVE[0]) / (1 + RESERVE[1]) * 1e9
-    for name, over in (
-        ("sample_batch", lambda plan: plan.sampling > room),
-        ("micro_batch_size", lambda plan: max(plan.scoring, plan.update) > room),
-    ):
-        while over(measure(dataclasses.replace(cfg, **batches))) and batches[name] > 1:
-            batches[name] = 1 << (batches[name] - 1).bit_length() - 1  # the next lower power of 2
-    return batches
+# ------------------------------------------------------------------------------- 4. the command
+def device_of(cfg: siren.Config) -> str:
+    """cpu, or cuda for whatever else was asked for; "auto" plans for a GPU."""
+    return "cpu" if cfg.device == "cpu" else "cuda"
 
 
-def flags(changes: dict[str, Any]) -> str:
-    """As on the command line.
+def read_config(model: str) -> dict[str, Any]:
+    """config.json of a folder, of a known name (see examples/configs), or of a hub id."""
+    known = CONFIGS / f"{model.split('/')[-1].lower().removesuffix('-instruct')}.json"
+    if known.exists() and not Path(model).expanduser().exists():
+        return json.loads(known.read_text())
+    return text_env.open_model(AutoConfig, model).get_text_config().to_dict()
 
-    >>> flags({"recompute": True, "sample_batch": 8})
-    '--recompute --sample-batch 8'
-    """
-    names = {name: "--" + name.replace("_", "-") for name in changes}
-    return " ".join(
-        names[k] if v is True else f"--no-{names[k][2:]}" if v is False else f"{names[k]} {v}"
-        for k, v in changes.items()
+
+def make_run(cfg: siren.Config) -> Run:
+    """The run that these flags ask for. ConfigError: no such model, or one of another shape."""
+    _, _, rest = cfg.task.partition(":")
+    given = dict(part.split("=", 1) for part in re.split(r",(?=\w+=)", rest) if "=" in part)
+    try:
+        if "model" not in given:  # a task that makes its own model, such as the toy
+            task = siren.load_task(cfg)
+            prompt = max(len(problem.prompt) for problem in task.train_problems(64, "plan"))
+            return Run(cfg, task.build_model().config.to_dict(), prompt)
+        options = text_env.read_options({"data": "not read", **given})
+        text_env.check_precision(options.dtype, options.lora_rank, cfg.lr)
+        model = read_config(options.model)
+    except (ValueError, OSError) as error:
+        raise siren.ConfigError(" ".join(str(error).split())) from error
+    context = model.get("max_position_embeddings") or math.inf
+    prompt = min(options.max_prompt, context - cfg.max_tokens)  # longer ones are dropped
+    return Run(cfg, model, prompt, options.dtype, options.lora_rank, options.recompute)
+
+
+def memory_table(run: Run) -> str:
+    """The parts of each phase, in GB."""
+    phases = plan(run)
+    lines = [f"{'GB':<28}" + "".join(f"{name:>10}" for name in PHASES)]
+    for part in (*ROWS, *WORK):
+        sizes = [phases[name].get(part, 0) / 1e9 for name in PHASES]
+        star = "* " if part in WORK else ""
+        cells = "".join(f"{size:>10.2f}" if size else f"{'-':>10}" for size in sizes)
+        lines.append(f"{star + part:<28}{cells}")
+    sums = "".join(f"{total(phases[name]) / 1e9:>10.2f}" for name in PHASES)
+    return "\n".join([*lines, f"{'total':<28}{sums}", "* never together: the larger one counts"])
+
+
+def verdict(run: Run, gb: float | None) -> str:
+    """What is needed, from least to most; does it fit; what to change if not."""
+    low, high = needs(run)
+    extra = "" if device_of(run.cfg) == "cpu" else ", CUDA's own memory included"
+    text = f"needs {low:.1f}-{high:.1f} GB{extra}"
+    if gb is None:
+        return f"{text}; add --gpu-gb X for a verdict"
+    found = fits(run, gb)
+    if found == "fits":
+        return f"{gb:g} GB: {text}: fits"
+    better, flags = advise(run, gb)
+    low, high = needs(better)
+    now = f"with {flags} it needs {low:.1f}-{high:.1f} GB: {fits(better, gb)}" if flags else ""
+    if fits(better, gb) != "fits":
+        now += f"{'; or' if now else ''} take a larger card or a smaller model"
+    return f"{gb:g} GB: {text}: {found};{' ' if flags else ''}{now}"
+
+
+def time_table(run: Run) -> str:
+    """Seconds of a training step, and what they are made of."""
+    took, (without, refill) = seconds(run), decode_steps(run)
+    kind, mean = device_of(run.cfg), MEAN_LENGTH * run.tokens
+    layer, bandwidth, *flops = SPEED[kind]
+    responses = run.cfg.prompts * run.cfg.group_size
+    rate = responses * (run.prompt + mean)
+    return "\n".join(
+        [
+            f"time of a training step, assumed and not measured: {layer * 1e3:g} ms per layer of a",
+            f"decode step, memory at {bandwidth / 1e9:g} GB/s, {flops[0] / 1e12:g} TFLOP/s "
+            f"(bfloat16: {flops[1] / 1e12:g}), responses of {mean:.0f} tokens",
+            f"{'sampling':<28}{without:>12,.0f} decode steps x {took['decode'] * 1e3:.1f} ms"
+            f" = {readable(took['sampling'])}",
+            f"{'with --plug examples.refill':<28}{refill:>12,.0f} decode steps"
+            f" x {took['decode'] * 1e3:.1f} ms = {readable(took['refill'])}",
+            *(
+                f"{name:<28}{rate:>12,.0f} tokens / {rate / took[name]:,.0f} per second"
+                f" = {readable(took[name])}"
+                for name in ("scoring", "update")
+            ),
+        ]
     )
 
 
-# ------------------------------------------------------------------------------------- 5. the text
-def alternatives(run: Run) -> list[dict[str, Any]]:
-    """The single changes that a plan shows beside the flags given."""
-    cfg, rows = run.cfg, max(run.rollouts)[0]
-    found: list[dict[str, Any]] = [{"recompute": not cfg.recompute}]
-    found += [{"micro_batch_size": run.micro // 2}] if run.micro > 1 else []
-    found += [{"sample_batch": rows // 2}]
-    if cfg.lora_rank:
-        return [*found, {"lora_rank": max(1, cfg.lora_rank // 4)}]
-    other = "adafactor" if cfg.optimizer == "adamw" else "adamw"
-    return [*found, {"optimizer": other}, {"dtype": "bfloat16", "lora_rank": 64}]
+def readable(seconds: float) -> str:
+    """A duration in its unit.
+
+    >>> readable(0.25), readable(90), readable(7200)
+    ('0.25 s', '1.5 min', '2.0 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def phases(plan: Plan) -> str:
-    """Columns: the three peaks and the largest."""
-    sizes = [getattr(plan, name) for name in PHASES]
-    return "".join(f"{size / 1e9:>10.2f}" for size in (*sizes, plan.total))
-
-
-def parts(run: Run, found: Plan) -> list[tuple[str, float]]:
-    """What the plan is made of: text and bytes."""
-    cfg, how = run.cfg, ("without", "with")[run.cfg.recompute]
-    rows, scored = max(run.rollouts)[0], min(cfg.micro_batch_size, cfg.prompts * cfg.group_size)
-    return [
-        (f"weights, {cfg.dtype}", found.weights),
-        (f"LoRA adapters of rank {cfg.lora_rank}, float32", found.adapters),
-        ("gradients", found.gradients),
-        (f"optimiser state, {cfg.optimizer}", found.optimizer),
-        (f"sampling: KV cache of {rows} responses", found.kv_cache),
-        ("*         a layer at work", found.decode),
-        ("*         logits of a step, float32", found.logits),
-        ("*         the prompts' pass, without the above", found.prefill),
-        (f"scoring:  {scored} responses at once", found.score),
-        (f"update:   activations of {run.micro} responses, {how} --recompute", found.kept),
-        ("*         a chunk of the head, and the head's gradient", found.head),
-        ("*         a layer's backward pass", found.layers),
-        ("*         the optimiser's step, without activations", found.step),
-    ]
-
-
-def verdict(cfg: siren.Config, found: Plan) -> str:
-    """One sentence: it fits, or the flags that make it fit."""
-    need = f"{found.needed_gb:.1f} GB ({RESERVE[0]:g} GB and {RESERVE[1]:.0%} of it for CUDA)"
-    if fits(cfg, found):
-        return f"Fits {cfg.gpu_gb:g} GB: it needs {need}."
-    changes, better = advise(cfg)
-    what, fault = flags(changes), f"Does not fit {cfg.gpu_gb:g} GB, as it needs {need}"
-    if fits(cfg, better):
-        return f"{fault}: use {what}, which needs {better.needed_gb:.1f} GB."
-    way_out = "take a larger card or a smaller model"
-    return f"{fault}; even {what} needs {better.needed_gb:.1f} GB: {way_out}."
-
-
-def plan(cfg: siren.Config) -> str:
-    """The memory plan of a run on a card of cfg.gpu_gb, as text. ValueError: see prepare."""
-    if cfg.model:
-        text_env.check_precision(cfg.dtype, cfg.lora_rank, cfg.lr)
-    run, found = prepare(cfg, "cuda"), measure(cfg)
-    base = found.parameters - (found.trained if cfg.lora_rank else 0)
-    trained = f"{found.trained:,} of adapters trained" if cfg.lora_rank else "all trained"
-    lengths = f"prompts of {run.prompt} and responses of {run.response} tokens"
-    lines = [
-        f"{cfg.model or cfg.task}: {base:,} parameters, {trained}",
-        f"{lengths}, none shorter; GB = 10^9 bytes; * never together",
-        "",
-        *(f"{text:<62}{size / 1e9:>8.2f}" for text, size in parts(run, found) if size > 0),
-        "",
-        f"{'peaks':<30}" + "".join(f"{name:>10}" for name in (*PHASES, "largest")),
-        f"{'as it is':<30}{phases(found)}",
-    ]
-    for change in alternatives(run):
-        lines.append(f"{flags(change):<30}{phases(measure(dataclasses.replace(cfg, **change)))}")
-    on_cpu = measure(cfg, "cpu").total / 1e9
-    return "\n".join([*lines, "", verdict(cfg, found), f"On a CPU it peaks at {on_cpu:.2f} GB."])
+def describe(cfg: siren.Config, gb: float | None) -> str:
+    """The whole plan, as text."""
+    run = make_run(cfg)
+    how = f"adapters of rank {run.lora_rank}" if run.lora_rank else "all of them"
+    head = f"{run.base:,} parameters in {run.dtype}, {run.trained:,} trained ({how})"
+    lengths = f"prompts of {run.prompt} tokens and responses of {run.tokens}, none shorter"
+    _, rows = (max(both) for both in zip(*run.at_once("refill" in cfg.plug)))
+    batches = f"{rows} responses sampled, {min(cfg.micro_batch_size, run.mini)} updated at once"
+    where = "a CPU" if device_of(cfg) == "cpu" else "a GPU"
+    parts = (
+        f"{head}\n{lengths}\n{batches}, on {where}",
+        memory_table(run),
+        verdict(run, gb),
+        time_table(run),
+    )
+    return "\n\n".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit code 0: a plan was printed, 2: bad input."""
     try:
-        given = vars(siren.make_parser().parse_args(argv))
-        print(
-            plan(
-                siren.Config(**{k: v for k, v in given.items() if k not in ("resume", "overwrite")})
+        parser = engine.Parser("memory_plan.py", allow_abbrev=False, add_help=False)
+        parser.add_argument("--gpu-gb", type=float)
+        own, rest = parser.parse_known_args(argv)
+        if own.gpu_gb is not None and not 0 < own.gpu_gb < 1e6:
+            raise siren.ConfigError(f"--gpu-gb {own.gpu_gb}: must be above 0; write such as 24")
+        if "--help" in rest:
+            print(
+                "python examples/memory_plan.py --gpu-gb X ...; the other flags are siren.py's:\n"
             )
-        )
+        cfg, _ = engine.read_flags(rest)
+        print(describe(cfg, own.gpu_gb))
         return 0
-    except (ValueError, ImportError) as error:
-        print(f"memory_plan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except siren.ConfigError as error:
+        print(f"memory_plan.py: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -1,0 +1,51 @@
+"""The memory plan against measured peaks, with LoRA; the rest is in tests/test_memory_plan.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from examples import memory_plan
+from tests.memory_common import WIDE, Trainer, check, make_run
+
+torch.set_num_threads(1)
+HALF = {"lora_rank": 16, "dtype": "bfloat16"}
+# name -> changes of the model, changes of the flags, of the task's options
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "float32": (WIDE, {}, {"lora_rank": 16}),
+    "bfloat16": (WIDE, {}, HALF),
+    "bfloat16, recompute": (WIDE, {}, {**HALF, "recompute": True}),
+    "big vocabulary": ({**WIDE, "vocab_size": 20_000}, {"max_tokens": 8}, HALF),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_phases_against_measured_peaks(case: str) -> None:
+    """Sampling, scoring and update, within the error that the plan states."""
+    model, flags, options = CASES[case]
+    check(make_run(model, flags, **options))
+
+
+def test_adapters_are_counted_exactly() -> None:
+    """As many as peft makes, beside weights of two bytes."""
+    run = make_run(WIDE, {}, **HALF)
+    parameters = list(Trainer(run).model.parameters())
+    assert sum(p.numel() for p in parameters if p.requires_grad) == run.trained
+    parts = memory_plan.plan(run)["update"]
+    assert sum(p.nbytes for p in parameters) == parts["weights"]
+    assert 4 * run.trained == parts["gradients"]
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """README's 7B by flags, without a network and without a GPU."""
+    flags = (
+        "--gpu-gb 24 --model Qwen/Qwen2.5-Math-7B --data x.jsonl --prompts 128 --max-tokens 3072"
+    )
+    flags += " --mini-batches 16 --lora-rank 64 --lr 1e-5 --dtype bfloat16 --recompute true"
+    flags += " --micro-batch-size 1 --sample-batch 8 --eval-samples 8 --device cuda"
+    assert memory_plan.main(flags.split()) == 0
+    out = capsys.readouterr().out
+    assert "7,615,616,512 parameters in bfloat16, 161,480,704 trained" in out
+    assert "tight" in out and "393,216 decode steps" in out

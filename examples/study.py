@@ -22,7 +22,6 @@ seeds and test prompts.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import gzip
 import json
 import os
@@ -51,11 +50,11 @@ import torch
 import siren
 import toy_env
 from examples import study_figures
-from examples.engine import METRICS, Parser, load_checkpoint, write_whole
+from examples.engine import METRICS, Parser, RunFolder, load_checkpoint, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 # rough costs on one thread: a training step, an evaluation response, a base model
-STEP_SECONDS, RESPONSE_SECONDS, BASE_SECONDS = 0.25, 0.00025, 50.0
+STEP_SECONDS, RESPONSE_SECONDS, BASE_HOURS = 0.25, 0.00025, 0.014
 
 METHODS: dict[str, dict[str, Any]] = {  # what each changes in siren.Config
     "dr_grpo": {"regularizer": "none"},
@@ -224,11 +223,7 @@ def slim(value: Any) -> Any:
     >>> slim({"a": 1 / 3, "b": [2.0, 1]})
     {'a': 0.33333, 'b': [2.0, 1]}
     """
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: slim(v) for key, v in value.items()}
-    return [slim(v) for v in value] if isinstance(value, list) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
 def training_rules(rules: dict[str, bool]) -> AbstractContextManager:
@@ -564,68 +559,58 @@ def in_parallel(pool: ProcessPoolExecutor, what: str, function: Callable, inputs
         raise RuntimeError(f"{len(failed)} of {len(inputs)} failed: {failed[0]!r}") from failed[0]
 
 
+def untaught(jobs: dict[str, Job]) -> list[siren.Config]:
+    """A config for each base model that these jobs need and that is not stored."""
+    worlds = {job.cfg.task: job.cfg for job in jobs.values()}
+    files = {siren.load_task(cfg).base_file: cfg for cfg in worlds.values()}
+    return [cfg for path, cfg in files.items() if not path.exists()]
+
+
 def teach_base(cfg: siren.Config) -> None:
     """Make sure that the base model of the task is stored."""
     siren.load_task(cfg).build_model()
 
 
-def untaught(jobs: dict[str, Job]) -> dict[Path, siren.Config]:
-    """File -> a config, of the base models that these jobs need and that are not stored."""
-    worlds = {job.cfg.task: job.cfg for job in jobs.values()}
-    files = {siren.load_task(cfg).base_file: cfg for cfg in worlds.values()}
-    return {path: cfg for path, cfg in files.items() if not path.exists()}
+def run_missing(
+    pool: ProcessPoolExecutor, what: str, jobs: dict[str, Job], store: Store, name: str
+) -> None:
+    """Teach the base models, run the jobs, store each row as soon as it is there."""
+    from_here = origin()
+    for _ in in_parallel(pool, f"{what}, base models", teach_base, untaught(jobs)):
+        pass
+    for row in in_parallel(pool, what, run_job, list(jobs.values())):
+        store.add(name, {**row, **from_here})
 
 
 def collect(
     presets: list[str], size: Size, store: Store, pool: ProcessPoolExecutor | None, name: str = ""
 ) -> dict[str, list[study_figures.Run]]:
-    """Group -> runs. With a pool, runs what is missing, base models first; without, leaves out
-    groups that are not complete. name: of the raw file, if not the preset's."""
+    """Group -> runs. With a pool, runs what is missing, base models first; without, prints it and
+    leaves out groups that are not complete. name: of the raw file, if not the preset's."""
     results: dict[str, list[study_figures.Run]] = {}
+    named: dict[str, Job] = {}
     for preset in presets:
         for group, stage in PRESETS[preset].items():
+            what = f"{preset}/{group}"
             if group in ("table", "fresh") and not results["tune"]:
-                continue  # the coefficients are not chosen yet
+                print(f"{what}: left out; the coefficients are not chosen before {preset}/tune")
+                continue
             jobs = stage(size, results)
             todo = store.missing(jobs)
             if pool and todo:
-                from_here = origin()
-                for _ in in_parallel(pool, "base model", teach_base, list(untaught(todo).values())):
-                    pass
-                for row in in_parallel(pool, f"{preset}/{group}", run_job, list(todo.values())):
-                    store.add(name or preset, {**row, **from_here})
+                run_missing(pool, what, todo, store, name or preset)
             elif todo:
-                print(f"{preset}/{group}: {len(todo)} jobs have not run; left out")
+                new = {key: job for key, job in todo.items() if key not in named}
+                hours = sum(job.seconds for job in new.values()) / 3600
+                print(f"{what}: {len(jobs)} jobs, of which {len(new)} to run: {hours:.2f} h")
+                named |= new
             results[group] = store.runs(jobs)
+    if named:
+        hours = sum(job.seconds for job in named.values()) / 3600 + BASE_HOURS * len(
+            untaught(named)
+        )
+        print(f"in all {len(named)} jobs to run: {hours:.2f} hours on one thread, with base models")
     return results
-
-
-def plan(presets: list[str], size: Size, store: Store) -> None:
-    """Print what each group would run and its estimated cost on one thread."""
-    planned: dict[Any, float] = {}  # a job's key, or a base model's file -> seconds
-    runs: dict[str, list] = {}
-    for preset in presets:
-        for group, stage in PRESETS[preset].items():
-            jobs = stage(size, runs)
-            todo = {k: job for k, job in store.missing(jobs).items() if k not in planned}
-            costs = {key: job.seconds for key, job in todo.items()}
-            costs |= dict.fromkeys(untaught(todo).keys() - planned.keys(), BASE_SECONDS)
-            planned |= costs
-            runs[group] = store.runs(jobs) or [stand_in(job) for job in jobs]
-            print(
-                f"{preset}/{group}: {len(jobs)} jobs, of which {len(todo)} to run, and "
-                f"{len(costs) - len(todo)} base models to teach: {sum(costs.values()) / 60:.0f} min"
-            )
-    total = sum(planned.values()) / 3600
-    print(f"in all {total:.2f} hours on one thread, {total / 2:.2f} with two workers")
-
-
-def stand_in(job: Job) -> study_figures.Run:
-    """What `choose` reads of a run that does not exist yet, to count what depends on the choice."""
-    state = {"reward": 0.0, "useless_share": 0.0, "h_agg": 1.0}
-    evals = [{"split": "hard", "temperature": 0.6, "maj@16": 0.0}]
-    row = {**job.settings, "before": state, "after": state, "evals": evals}
-    return study_figures.Run(job.method, row)
 
 
 # ------------------------------------------------------------------------------ 4. the command line
@@ -659,25 +644,6 @@ def make_parser() -> Parser:
     return parser
 
 
-@contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Hold the results folder, so that no two studies write to it; the system lets go of it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        lock = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        reason = f"can't be written ({error.strerror}); name another folder"
-        raise siren.ConfigError(f"--out {out}: {reason}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise siren.ConfigError(f"--out {out}: another study runs here; wait for it") from error
-    finally:
-        os.close(lock)
-
-
 def study(argv: list[str] | None) -> None:
     """Run the preset; then write the CSV files, figures and tables of all that has run."""
     args = make_parser().parse_args(argv)
@@ -692,9 +658,9 @@ def study(argv: list[str] | None) -> None:
     usual = Path(tempfile.gettempdir()) / "study-smoke" if smoke else ROOT / "results"
     out = Path(args.out) if args.out else usual
     if args.plan:
-        plan(presets, size, Store(out))
+        collect(presets, size, Store(out), None)
         return
-    with claimed(out):
+    with RunFolder(siren.Config(out=str(out)), resume=False):  # no two studies in one folder
         store = Store(out)
         if not args.report:
             with pool_of(args.workers) as pool:

@@ -35,36 +35,18 @@ class Run:
     method: str
     row: dict[str, Any]
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The fields of siren.Config."""
-        return self.row["config"]
-
-    @property
-    def seed(self) -> int:
-        """Of the world and of the training."""
-        return self.config["seed"]
-
-    @property
-    def beta(self) -> float:
-        """The regulariser's coefficient."""
-        return self.config["beta"]
+    # of the row: siren.Config's fields; the probes of the base model and of the trained policy
+    config = property(lambda self: self.row["config"])
+    before = property(lambda self: self.row["before"])
+    after = property(lambda self: self.row["after"])
+    seed = property(lambda self: self.config["seed"])
+    beta = property(lambda self: self.config["beta"])
 
     @property
     def vocab(self) -> int:
         """The world's vocabulary."""
         found = re.search("vocab=([0-9]+)", self.config["task"])
         return int(found[1]) if found else DEFAULT_VOCAB
-
-    @property
-    def before(self) -> dict[str, Any]:
-        """The probe of the base model."""
-        return self.row["before"]
-
-    @property
-    def after(self) -> dict[str, Any]:
-        """The probe of the trained policy."""
-        return self.row["after"]
 
     @cached_property
     def evals(self) -> dict[tuple[str, float], dict[str, float]]:
@@ -181,7 +163,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def curve(axes: Axes, runs: list[Run], point: Callable[[Run, dict], float | None]) -> None:
-    """A line a method over training steps: the mean over seeds, shaded from least to largest."""
+    """For each method a line over training steps: the mean over seeds; shaded: all seeds."""
     for method, own in grouped(runs, lambda run: run.method).items():
         by_step: dict[int, list[float]] = {}
         for run in own:
@@ -236,7 +218,7 @@ HATCHES = ("", "///", "...", "xx", "\\\\", "++", "--", "oo", "**")
 
 
 def bars(axes: Axes, runs: list[Run], split: str, temperature: float) -> None:
-    """avg, maj, pass and distinct @16 at the end, a bar a method with its 95 % interval."""
+    """avg, maj, pass and distinct @16 at the end, a bar for each method with its 95 % interval."""
     keys = ("avg@16", "maj@16", "pass@16", "distinct@16")
     by_method = grouped(runs, lambda run: run.method)
     width = 0.8 / len(by_method)
@@ -289,7 +271,7 @@ def k_figure(runs: list[Run], path: Path) -> None:
 def positions_figure(runs: list[Run], path: Path) -> None:
     """Where the nucleus entropy H' sits in a response: the base model and trained policies.
 
-    Even positions from 2 on are sums, which are facts; the others choose the next term.
+    Odd positions from 3 on are sums, which are facts; the others choose the next term.
     """
     figure, axes = new_figure(2)
     titles = {"nucleus_entropy": "H' (nats) by response position", "peak": "share that are peaks"}
@@ -358,7 +340,7 @@ def band_panel(axes: Axes, runs: list[Run], measure: Measure) -> None:
 
 
 def vocabularies_figure(runs: list[Run], path: Path) -> None:
-    """The sweep for each size of the useless vocabulary, a column a size."""
+    """The sweep for each size of the useless vocabulary, in a column of its own."""
     by_size = grouped(sorted(runs, key=lambda run: run.vocab), lambda run: run.vocab)
     figure, axes = new_figure(len(by_size), 2)
     for column, (size, own) in zip(axes.T, by_size.items()):

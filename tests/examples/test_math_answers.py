@@ -106,8 +106,8 @@ HOSTILE = {
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> Iterator[tuple[Grader, Path]]:
-    """A grader with a second per question, and the empty folder that its process works in."""
-    folder, grader = tmp_path_factory.mktemp("traps"), Grader(seconds=1)
+    """A grader with half a second per question, and the empty folder that its process works in."""
+    folder, grader = tmp_path_factory.mktemp("traps"), Grader(seconds=0.5)
     yield grader, folder
     grader.close()
 

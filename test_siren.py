@@ -8,14 +8,10 @@ The code under test is reached through the fixture `impl` alone (conftest.py): w
 another module takes its place, and only the tests that are marked as an exercise's run.
 """
 
-import doctest
 import itertools
 import math
-import subprocess
-import sys
 from collections import Counter
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -636,19 +632,6 @@ def test_gradcheck_policy_loss(impl, knobs):
 # ------------------------------------------------------------------------- token_stats and the loss
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-@pytest.mark.parametrize("chunk", [0, 5])
-def test_token_stats_against_oracle(impl, temperature, chunk):
-    b = make(WITH_EMPTY, seed=2)
-    stats = impl.token_stats(b.logits, b.tokens, b.mask, 0.8, temperature, chunk=chunk)
-    expected = oracle_stats(b.logits, b.tokens, 0.8, temperature)
-    assert set(stats) == set(expected)
-    for name, value in expected.items():
-        idea = f"{name} (logits are divided by the temperature first), 0 in padding"
-        same(stats[name], np.where(b.mask, value, 0.0), idea)
-    assert not stats["nucleus_size"].is_floating_point() and not stats["entropy"].requires_grad
-
-
 @pytest.mark.parametrize("knobs", REGULARIZERS)
 @pytest.mark.parametrize("rule", [{}, GRPO])
 @pytest.mark.parametrize("quantile", [0.8, 0.0])
@@ -689,20 +672,6 @@ def test_gradcheck_siren_loss(impl, knobs):
 
     right = gradcheck(run, b.logits.clone().requires_grad_())
     assert right, "autograd's gradient is not that of the loss: was a part detached?"
-
-
-@pytest.mark.parametrize("chunk", [0, 3])
-def test_gradcheck_token_stats(impl, chunk):
-    b = make((3, 3), V=7, seed=8)
-
-    def run(x):
-        stats = impl.token_stats(x, b.tokens, b.mask, 0.8, 1.4, chunk=chunk)
-        return stats["logp"], stats["nucleus_entropy"]
-
-    b.logits[:, 1::3] /= 6  # steep softmaxes are for other tests: finite differences dislike them
-    b.logits.requires_grad_()
-    assert run(b.logits)[0].requires_grad and run(b.logits)[1].requires_grad
-    assert torch.autograd.gradcheck(run, b.logits)
 
 
 def entropy_moved_by_a_step(impl, anchor, **knobs):
@@ -924,42 +893,6 @@ MAJORITIES = [  # answers, correct, k, maj@k, why
 @pytest.mark.parametrize("given_answers, correct, k, expected, why", MAJORITIES)
 def test_maj_at_k(impl, given_answers, correct, k, expected, why):
     same(float(impl.maj_at_k(given_answers, correct, k)), expected, why)
-
-
-# ---------------------------------------------------------------------------- the file itself
-
-DRIVER = """
-z = torch.randn(4, 5, 9, requires_grad=True)
-tokens, mask = torch.randint(9, (4, 5)), torch.ones(4, 5, dtype=torch.bool)
-adv = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), 2)
-old = z.detach().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-head = torch.nn.Linear(9, 300)
-for knobs in ({}, {"chunk": 3}, {"regularizer": "bonus"}, {"head": head}, {"algorithm": "grpo"}):
-    anchor = micro_batch_anchor(0.5, 0.6, 1.0)
-    loss, stats = siren_loss(z, tokens, old, adv, mask, anchor, beta=0.1, **knobs)
-    loss.backward()
-assert torch.isfinite(loss) and z.grad.abs().sum() > 0 and nucleus_mask(z, 0.8).any()
-print("copied", len(stats))
-"""
-
-
-def test_the_block_to_copy_needs_only_torch(impl, tmp_path):
-    text = Path(impl.__file__).read_text(encoding="utf-8")
-    begin, end = "# === begin: copy from here", "# === end: copy to here"
-    assert text.count(begin) == 1 and text.count(end) == 1, "the markers of the block to copy"
-    block = text[text.index(begin) : text.index(end)]
-    assert block.count("\n") <= 220 and "import" not in block.split("\n", 1)[1]
-    script = tmp_path / "copied.py"
-    script.write_text("import torch\n\n" + block + DRIVER, encoding="utf-8")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, f"the block is not self-contained: {done.stderr[-600:]}"
-    assert done.stdout.startswith("copied")
-
-
-def test_doctests(impl):
-    result = doctest.testmod(impl)
-    assert result.attempted > 0, "no worked example in any docstring"
-    assert result.failed == 0, f"{result.failed} of {result.attempted} examples are wrong"
 
 
 # ------------------------------------------------------------------------------ the exercises
@@ -1198,7 +1131,6 @@ def test_ex8_gap_and_parts(impl):
     mistakes = {
         "the gap of each micro-batch must be H_agg - H*, that of ALL rows": anchor,
         "mind the sign: h_micro minus the new anchor is the gap": 1.5 + 0.7 - 0.9,
-        "the gap is H_agg - H*, not H* - H_agg": 1.5 - (0.9 - 0.7),
         "that is the gap; the anchor is what h_micro minus the gap gives": 0.7 - 0.9,
         "h_micro is that of the micro-batch, not of all rows": 0.7 - (1.5 - 0.9),
     }

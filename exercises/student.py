@@ -103,7 +103,7 @@ def nucleus_entropy(logits: Tensor, top_p: float) -> Tensor:
     the nucleus: it sums to 1 there. A nucleus of one token has H' = 0, exactly.
 
     logits [..., V] -> nats [...]. Differentiable: the gradient is that of the formula with the set
-    V_p held fixed, so a logit outside the nucleus gets exactly 0, and no logit gets NaN.
+    V_p held fixed, so a logit outside the nucleus gets 0 (up to rounding), and no logit gets NaN.
 
     >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)  # q = 2/3, 1/3
     tensor(0.6365)
@@ -118,6 +118,8 @@ def peak_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
     linearly interpolated as torch.quantile does, a position is a peak where all three hold:
 
         H' >= q_i,    H' > 0,    mask
+
+    quantile = 0 switches this off: then every token of the response is a peak, also where H' = 0.
 
     entropy [B, T] (H', nats; on padding any number but NaN), mask [B, T] bool -> bool [B, T]. An
     empty response has no peak.
@@ -136,7 +138,8 @@ def aggregate_entropy(entropy: Tensor, peak: Tensor, mask: Tensor) -> Tensor:
     no response at all H_agg is 0.
 
     entropy [B, T], peak [B, T] bool, mask [B, T] bool -> scalar, differentiable. A peak outside the
-    mask is no peak.
+    mask is no peak. Padding may hold any number, NaN too, and must reach neither H_agg nor its
+    gradient.
 
     >>> h, mask = torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([[1, 1], [1, 0]]).bool()
     >>> aggregate_entropy(h, h >= 2, mask)  # (3 + 2) / 2
@@ -157,7 +160,6 @@ def siren_loss(
     top_p: float = 0.8,
     peak_quantile: float = 0.8,
     max_tokens: int | None = None,
-    whole: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Exercise 7. SIREN: the policy loss plus beta * (H_agg - anchor)^2.
 
@@ -167,10 +169,9 @@ def siren_loss(
 
     logits [B, T, V], where logits[:, t] predicts tokens[:, t]; so the logp of exercise 2 is the
     log-softmax of logits[:, t] at tokens[:, t]. tokens (ids), old_logp, mask [B, T], adv [B].
-    Returns (loss, stats); stats has "policy_loss", "regularizer_loss" (the penalty) and
-    "nucleus_entropy" (H_agg). With no token in the batch policy_loss and H_agg are 0.
-
-    whole: ignore it here; exercise 8 comes back to it.
+    Returns (loss, stats); stats has "policy_loss", "regularizer_loss" (the penalty) and "h_agg"
+    (H_agg). top_p is for the nucleus, peak_quantile for the peak mask, max_tokens for the policy
+    loss. With no token in the batch policy_loss and H_agg are 0, and no gradient is NaN.
 
     >>> logits, tokens = torch.zeros(1, 2, 4), torch.tensor([[0, 1]])
     >>> old_logp, mask = torch.full((1, 2), 0.25).log(), torch.ones(1, 2).bool()
@@ -180,30 +181,37 @@ def siren_loss(
     raise NotImplementedError("exercise 7, siren_loss")
 
 
-def minibatch_totals(
-    nucleus_entropy: Tensor, mask: Tensor, peak_quantile: float
-) -> dict[str, Tensor]:
-    """Exercise 8. Micro-batches that are exact: first, what each must know of the mini-batch.
+def micro_batch_anchor(
+    h_micro: Tensor | float, h_agg: Tensor | float, anchor: float
+) -> Tensor | float:
+    """Exercise 8. Micro-batches that are exact: an anchor of its own for each of them.
 
-    A mini-batch [B, T] that does not fit into memory is split by rows into micro-batches; each has
-    its own backward pass, and the gradients add up in .grad. This function returns, of the whole
-    mini-batch and without gradient:
+    A mini-batch [B, T] that does not fit into memory is split by rows into micro-batches. Each has
+    its own siren_loss and backward pass, and the gradients add up in .grad. Each loss is multiplied
+    by its micro-batch's share of the responses, n / N. So what is added up is
 
-        "responses": how many rows have a token    "tokens": how many tokens there are
-        "h_agg": H_agg of all rows, their peaks by exercise 5
+        sum of n / N * (policy loss of the micro-batch + beta * (h_micro - anchor)^2)
 
-    Second, give siren_loss its `whole`: this dictionary, the same for each micro-batch. What
-    siren_loss returns is then a micro-batch's share: the losses, and each number in stats, summed
-    over the micro-batches, must be those of the mini-batch in one piece, and so must the gradients.
-    A micro-batch may have no token at all; its share is then 0.
+    where h_micro is H_agg of the micro-batch's rows alone. For the policy loss this is right, for
+    it is a mean over responses. H_agg is one, too: sum of n / N * h_micro = H_agg. The penalty is
+    not: the mean of squares is larger than the square of the mean, and it depends on how the batch
+    was cut.
 
-    Beware: (H_agg - H*)^2 is not a mean over micro-batches. But H_agg is one, weighted by their
-    numbers of responses, and the gradient of the square is 2 (H_agg - H*) times that of H_agg.
+    The way out: before any backward pass, one pass without gradient finds h_agg (H_agg of ALL rows)
+    and each h_micro. Then each micro-batch gets an anchor of its own, such that its gap is that of
+    the whole mini-batch:
 
-    >>> minibatch_totals(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2).bool(), 0.8)["h_agg"]
-    tensor(2.)
+        h_micro - (its anchor) = h_agg - anchor
+
+    With it all penalties are beta * (H_agg - H*)^2, so that their mean is that as well; and their
+    gradients, 2 beta (H_agg - H*) times that of h_micro, add up to that of the mini-batch.
+
+    h_micro, h_agg, anchor: numbers without gradient, in nats. Returns the micro-batch's anchor.
+
+    >>> micro_batch_anchor(1.5, 0.75, 1.0)  # the gap is -0.25, so the anchor lies above h_micro
+    1.75
     """
-    raise NotImplementedError("exercise 8, minibatch_totals")
+    raise NotImplementedError("exercise 8, micro_batch_anchor")
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -225,7 +233,8 @@ def maj_at_k(votes: list[str | None], answer: str, k: int) -> float:
     votes: the answers of all samples, in order; None is a response without an answer. They are cut
     into consecutive blocks of k; what is left beyond the last whole block is not used. In a block,
     the most frequent vote wins, also with less than half of the votes; of several equally frequent
-    ones, the one that was given first. None is no vote; in a block of None alone nobody wins.
+    ones, the one that was given first. None is no vote (an empty text is one); in a block of None
+    alone nobody wins. Votes are compared as they are given, not by their value as numbers.
     Returns the share of the blocks that `answer` wins.
 
     >>> maj_at_k([None, None, "7", "8", "8", "7"], "7", 3)  # won, lost
@@ -248,7 +257,8 @@ def sample(
     """Exercise 11. Sample `samples` responses to each prompt, in one batch, with a KV cache.
 
     prompts: lists of token ids, of different lengths. Pad them on the left with pad_id, so that
-    all of them end in the last column. Row i * samples + j of the batch is sample j of prompt i.
+    all of them end in the last column. A prompt may itself hold pad_id, so that prompt_mask is made
+    of lengths, not of ids. Row i * samples + j of the batch is sample j of prompt i.
     Each token is drawn from softmax(logits / temperature) with torch.multinomial and the generator.
     A response ends with the first token of eos_ids, which belongs to it, or after max_tokens.
 

@@ -28,6 +28,7 @@ import torch
 
 import siren
 import test_siren as graders
+import toy_env
 from exercises import student
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ EXERCISES = {
     "ex5": ["peak_mask"],
     "ex6": ["aggregate_entropy"],
     "ex7": ["siren_loss"],
-    "ex8": ["minibatch_totals", "siren_loss"],
+    "ex8": ["micro_batch_anchor"],
     "ex9": ["pass_at_k"],
     "ex10": ["maj_at_k"],
     "ex11": ["sample"],
@@ -52,7 +53,7 @@ def baseline_of_the_batch(rewards, group_size):
 
 
 def divided_by_the_std(rewards, group_size):
-    return siren.group_advantages(rewards, group_size, scale_by_std=True)
+    return siren.group_advantages(rewards, group_size, algorithm="grpo")
 
 
 def interleaved_groups(rewards, group_size):
@@ -97,6 +98,9 @@ def clipped_loss(
     if slip == "sign":
         gain = -gain
     clip_fraction = ((held < free) & mask).sum() / mask.sum()
+    if slip == "clip fraction counts advantages of 0":
+        outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+        clip_fraction = (outside & (held <= free) & mask).sum() / mask.sum()
     if slip == "clip fraction over padding":
         clip_fraction = (held < free).double().mean()
     if slip != "padding in the mean":
@@ -107,6 +111,9 @@ def clipped_loss(
         loss = -(gain.sum(1) / mask.sum(1).clamp(min=1)).sum() / responses
     if slip == "mean over tokens":
         loss = -gain.sum() / mask.sum()
+    if slip == "only responses with a signal in the mean":
+        signal = (mask.any(1) & (adv != 0)).sum().clamp(min=1)
+        loss = -gain.sum() / (max_tokens or mask.shape[1]) / signal
     if slip == "empty responses in the mean":
         loss = -gain.sum() / (max_tokens or mask.shape[1]) / len(mask)
     return loss, {"clip_fraction": clip_fraction}
@@ -114,7 +121,8 @@ def clipped_loss(
 
 # ------------------------------------------------------------------------------------- 3. nucleus
 def exclusive_nucleus(logits, top_p):
-    return siren.nucleus_mask(logits, top_p, inclusive=False)
+    p, order = logits.softmax(-1).sort(-1, descending=True)
+    return torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) <= top_p)
 
 
 def left_in_sorted_order(logits, top_p):
@@ -150,6 +158,20 @@ def tail_lost_at_p_1(logits, top_p):
     p, order = logits.softmax(-1).sort(dim=-1, descending=True)
     inside = p.cumsum(-1) - p < top_p
     return torch.zeros_like(inside).scatter(-1, order, inside)
+
+
+def rounded_away_at_p_1(logits, top_p):
+    return logits.softmax(-1) > 0 if top_p >= 1 else siren.nucleus_mask(logits, top_p)
+
+
+def ascending_without_p_1(logits, top_p):
+    p, order = logits.softmax(-1).sort(-1)
+    return torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) > 1 - top_p)
+
+
+def another_dimension(logits, top_p):
+    p, order = logits.softmax(1).sort(1, descending=True)
+    return torch.zeros_like(p, dtype=torch.bool).scatter(1, order, p.cumsum(1) - p < top_p)
 
 
 # ----------------------------------------------------------------------------- 4. nucleus entropy
@@ -237,6 +259,14 @@ def quantile_not_interpolated(entropy, mask, quantile):
     return (entropy >= q) & (entropy > 0) & mask
 
 
+def a_threshold_above_0(entropy, mask, quantile):
+    return siren.peak_mask(entropy, mask, quantile) & ((entropy > 1e-6) | (quantile == 0))
+
+
+def quantile_0_not_off(entropy, mask, quantile):
+    return (entropy >= own_quantile(entropy, mask, quantile)) & (entropy > 0) & mask
+
+
 def entropy_overwritten(entropy, mask, quantile):
     entropy[~mask] = 0.0
     return siren.peak_mask(entropy, mask, quantile)
@@ -274,51 +304,37 @@ def padding_in_the_mean(entropy, peak, mask):
     return h_i.sum() / mask.any(1).sum().clamp(min=1)
 
 
+def entropy_without_gradient(entropy, peak, mask):
+    return siren.aggregate_entropy(entropy.detach(), peak, mask)
+
+
+def padding_times_0(entropy, peak, mask):
+    peak = peak & mask
+    h_i = (entropy * peak).sum(1) / peak.sum(1).clamp(min=1)
+    return h_i.sum() / mask.any(1).sum().clamp(min=1)
+
+
 # --------------------------------------------------------------- 7. anchored loss, 8. micro-batches
 def anchored_loss(
-    logits,
-    tokens,
-    old_logp,
-    adv,
-    mask,
-    anchor,
-    *,
-    beta,
-    top_p=0.8,
-    peak_quantile=0.8,
-    max_tokens=None,
-    whole=None,
-    slip="",
-):
+    logits, tokens, old_logp, adv, mask, anchor, *, beta, top_p=0.8, peak_quantile=0.8,
+    max_tokens=None, slip="",
+):  # fmt: skip
     """siren_loss with one slip."""
-    here = {"responses": mask.any(1).sum()}
-    whole = whole or here
-    h = siren.nucleus_entropy(logits, 1.0 if slip == "entropy of the vocabulary" else top_p)
+    top_p = {"entropy of the vocabulary": 1.0, "top_p unused": 0.8}.get(slip, top_p)
+    h = siren.nucleus_entropy(logits, top_p)
     log_pi = logits.log_softmax(-1)
     if slip == "logits shifted once more":
         log_pi = log_pi.roll(1, 1)
     logp = log_pi.gather(-1, tokens[..., None])[..., 0]
     policy, _ = siren.policy_loss(logp, old_logp, adv, mask, max_tokens=max_tokens)
-    share = here["responses"] / whole["responses"].clamp(min=1)
-    if slip != "policy loss of the part's own mean":
-        policy = policy * share
-    peak = mask if slip == "no peak mask" else siren.peak_mask(h, mask, peak_quantile)
-    h_here = siren.aggregate_entropy(h.detach() if slip == "H_agg detached" else h, peak, mask)
-    gap = whole.get("h_agg", h_here.detach()) - anchor
-    if slip == "gap of the part":
-        gap = h_here.detach() - anchor
-    linear = 2 * gap * (h_here - h_here.detach())
-    if slip == "gradient of a part not scaled":
-        linear = linear / share.clamp(min=1e-9)
-    penalty = beta * (gap**2 + linear) * share
-    if slip == "square of each micro-batch":
-        penalty = beta * (h_here - anchor) ** 2 * share
-    if slip == "the whole penalty in every part":
-        penalty = beta * (gap**2 + linear * share)
+    quantile = 0.8 if slip == "peak_quantile unused" else peak_quantile
+    peak = mask if slip == "no peak mask" else siren.peak_mask(h, mask, quantile)
+    h_agg = siren.aggregate_entropy(h.detach() if slip == "H_agg detached" else h, peak, mask)
+    penalty = beta * (h_agg - anchor) ** 2
     if slip == "bonus instead of anchor":
-        penalty = -beta * h_here
+        penalty = -beta * h_agg
     if slip == "absolute value instead of square":
-        penalty = beta * (h_here - anchor).abs()
+        penalty = beta * (h_agg - anchor).abs()
     if slip == "square per response":
         h_i = (h * peak).sum(1) / peak.sum(1).clamp(min=1)
         penalty = beta * ((h_i - anchor) ** 2 * mask.any(1)).sum() / mask.any(1).sum()
@@ -327,19 +343,27 @@ def anchored_loss(
     if slip == "beta forgotten":
         penalty = penalty / beta
     stats = {"policy_loss": policy.detach(), "regularizer_loss": penalty.detach()}
-    reported = h_here if slip == "H_agg of the part reported" else h_here * share
-    return policy + penalty, stats | {"nucleus_entropy": reported.detach()}
+    return policy + penalty, stats | {"h_agg": h_agg.detach()}
 
 
-def totals_with_gradient(nucleus_entropy, mask, peak_quantile):
-    peak = siren.peak_mask(nucleus_entropy, mask, peak_quantile)
-    h_agg = siren.aggregate_entropy(nucleus_entropy, peak, mask)
-    return {"responses": mask.any(1).sum(), "tokens": mask.sum(), "h_agg": h_agg}
+def the_same_anchor_for_all(h_micro, h_agg, anchor):
+    return anchor
 
 
-def totals_count_all_rows(nucleus_entropy, mask, peak_quantile):
-    whole = siren.minibatch_totals(nucleus_entropy, mask, peak_quantile)
-    return whole | {"responses": torch.tensor(len(mask))}
+def gap_the_wrong_way_round(h_micro, h_agg, anchor):
+    return h_micro + (h_agg - anchor)
+
+
+def the_gap_itself(h_micro, h_agg, anchor):
+    return h_agg - anchor
+
+
+def micro_and_whole_swapped(h_micro, h_agg, anchor):
+    return h_agg - (h_micro - anchor)
+
+
+def scaled_anchor(h_micro, h_agg, anchor):
+    return anchor * h_micro / h_agg
 
 
 # ------------------------------------------------------------------------------------- 9. pass@k
@@ -373,6 +397,10 @@ def majority(votes, answer, k, slip=""):
     won = 0
     for block in blocks:
         given = block if slip == "None votes" else [v for v in block if v is not None]
+        if slip == "an empty text is no vote":
+            given = [v for v in given if v]
+        if slip == "votes by value":
+            given = [str(siren.normalize(v)) for v in given]
         if not given:
             continue
         count = Counter(given)
@@ -409,6 +437,8 @@ def slow_sampler(
     width, size = max(map(len, prompts)), len(prompts)
     prompt = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
     prompt_mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    if slip == "prompt mask from ids":
+        prompt_mask = prompt != pad_id
     seen = prompt_mask.long()
     if slip == "attention to the padding":
         seen = torch.ones_like(prompt)
@@ -507,6 +537,11 @@ WRONG: list[Wrong] = [
             "length normalisation": ("each response's own length", "test_ex2_masks_and_means"),
             "mean over tokens": ("not by the number of tokens", "test_ex2_masks_and_means"),
             "empty responses in the mean": ("leave out empty", "test_ex2_masks_and_means"),
+            "only responses with a signal in the mean": (
+                "a response counts although its advantage is 0",
+                "test_ex2_masks_and_means",
+            ),
+            "clip fraction counts advantages of 0": "where the clipped term is the smaller one",
             "clip fraction over padding": ("tokens in the mask", "test_ex2_masks_and_means"),
             "masked after the arithmetic": ("NaN * 0 is NaN", "test_ex2_masks_and_means"),
         },
@@ -521,6 +556,9 @@ WRONG: list[Wrong] = [
         (no_softmax, "your nucleus is not the smallest|logits are not probabilities"),
         (threshold_keeps_ties, "no threshold on pi"),
         (tail_lost_at_p_1, "top_p = 1 keeps every token", "test_nucleus_against_oracle"),
+        (rounded_away_at_p_1, "even one whose pi is rounded to 0"),
+        (ascending_without_p_1, "even one whose pi is rounded to 0"),
+        (another_dimension, "work along the last dimension"),
     ),
     *each(
         "ex4",
@@ -531,7 +569,7 @@ WRONG: list[Wrong] = [
         (logits_masked_with_0, "it must be -inf"),
         (nan_in_the_sum, "0 * log 0 is NaN"),
         (detached_entropy, "H' has no gradient", "test_closed_form_gradient"),
-        (nan_in_the_gradient, "0 * log 0 in the backward pass", "test_closed_form_gradient"),
+        (nan_in_the_gradient, "0 * log 0 in the backward pass"),
         (detached_normaliser, "was a part detached", "test_gradcheck_nucleus_entropy"),
         (epsilon_in_the_log, "H' of exactly 0", "test_vectors"),
     ),
@@ -544,6 +582,8 @@ WRONG: list[Wrong] = [
         (zeros_are_peaks, "a peak also needs H' > 0"),
         (quantile_not_interpolated, "interpolated linearly"),
         (entropy_overwritten, "entropy was written to"),
+        (a_threshold_above_0, "H' > 0, however small"),
+        (quantile_0_not_off, "every token of the response is a peak"),
     ),
     *each(
         "ex6",
@@ -553,6 +593,8 @@ WRONG: list[Wrong] = [
         (empty_responses_count, "a response without a token is left out"),
         (silent_responses_left_out, "a response without a peak counts 0"),
         (padding_in_the_mean, "AND with the mask"),
+        (entropy_without_gradient, "was the entropy detached?"),
+        (padding_times_0, "NaN * 0 is NaN"),
     ),
     *slips(
         "ex7",
@@ -565,26 +607,29 @@ WRONG: list[Wrong] = [
             "square per response": "once, not per response",
             "square per token": "once, not per token",
             "beta forgotten": "weighted by beta",
+            "top_p unused": "top_p is an argument",
+            "peak_quantile unused": "peak_quantile is an argument",
             "logits shifted once more": "do not shift",
             "H_agg detached": ("was H_agg detached", "test_one_step_moves_entropy_to_the_anchor"),
         },
     ),
-    *slips(
-        "ex8",
-        anchored_loss,
-        {
-            "square of each micro-batch": "squared per micro-batch",
-            "gap of the part": "squared per micro-batch",
-            "the whole penalty in every part": "a part adds its share of the penalty",
-            "policy loss of the part's own mean": "divides by the mini-batch's responses",
-            "H_agg of the part reported": "it weighs by its number of responses",
-            "gradient of a part not scaled": "the gradient is 2 beta (H_agg of ALL rows - H*)",
-        },
-    ),
     *each(
         "ex8",
-        (totals_with_gradient, "without gradient", "test_totals_carry_no_gradient"),
-        (totals_count_all_rows, "rows that have a token", "test_totals_against_oracle"),
+        (the_same_anchor_for_all, "must be H_agg - H*, that of ALL rows"),
+        (gap_the_wrong_way_round, "mind the sign"),
+        (the_gap_itself, "that is the gap"),
+        (micro_and_whole_swapped, "that of the micro-batch, not of all rows"),
+        (scaled_anchor, "h_micro - (the new anchor) = H_agg - H*"),
+        (
+            scaled_anchor,
+            "the gap of each micro-batch",
+            "test_gaps_of_micro_batches_are_the_minibatchs",
+        ),
+        (
+            the_same_anchor_for_all,
+            "depends on the micro-batch size|add up",
+            "test_micro_batches_add_up",
+        ),
     ),
     *each(
         "ex9",
@@ -601,6 +646,8 @@ WRONG: list[Wrong] = [
             "a tie goes to the last given": ("tie: the answer given first", "test_maj_at_k"),
             "a tie counts as right": ("not the last or the correct", "test_maj_at_k"),
             "None votes": ("None is no vote", "test_maj_at_k"),
+            "an empty text is no vote": ("an empty text is a vote", "test_maj_at_k"),
+            "votes by value": ("votes are compared as they are given", "test_maj_at_k"),
             "more than half of the votes": ("tie: the answer given first", "test_maj_at_k"),
             "the first block alone": ("blocks of k", "test_maj_at_k"),
             "a last block that is not whole": ("last whole block", "test_maj_at_k"),
@@ -610,8 +657,9 @@ WRONG: list[Wrong] = [
         "ex11",
         slow_sampler,
         {
-            "no cache": "feed one token at a time",
-            "samples of a prompt far apart": ("sample j of prompt i", "test_rollout_layout"),
+            "no cache": ("feed one token at a time", "test_ex11_cache"),
+            "samples of a prompt far apart": ("i * samples + j", "test_ex11_prompts"),
+            "prompt mask from ids": ("from positions, not from ids", "test_ex11_prompts"),
             "EOS not trained": ("EOS belongs to the response", "test_rollout_layout"),
             "mask of tokens that are not pad": ("EOS belongs", "test_rollout_layout"),
             "on and on after EOS": ("goes on after EOS", "test_rollout_layout"),
@@ -778,6 +826,7 @@ def test_readme_has_every_exercise():
         assert section.count("<details><summary>Hint</summary>") == 1
     flags = {flag.strip("-") for flag in re.findall(r"(?<!\S)`?--([a-z][a-z-]+)", text)}
     known = {field.name.replace("_", "-") for field in dataclasses.fields(siren.Config)}
+    known |= {option.replace("_", "-") for option in toy_env.OPTIONS}
     assert flags <= known | {"impl", "help"}, f"unknown flags {flags - known}"
 
 

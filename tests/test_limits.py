@@ -5,11 +5,15 @@ Against the oracles of common.py: numpy, float64, straight from the definitions.
 
 from __future__ import annotations
 
+import doctest
 import math
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +32,7 @@ from common import (
     oracle_nucleus,
     oracle_probs,
     oracle_q,
+    oracle_stats,
     same,
     same_stats,
     sampled,
@@ -112,6 +117,36 @@ def test_a_quantile_that_is_one_of_the_values_is_a_peak(tau, dtype):
         H = torch.arange(1, n + 2).to(dtype)[None] / n
         peak = siren.peak_mask(H, torch.ones_like(H), tau)
         assert peak.sum() == n + 1 - round(n * tau), f"{n + 1} values"
+
+
+# --------------------------------------------------------------------------- token_stats, in chunks
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_token_stats_against_oracle(temperature, chunk):
+    b = make(WITH_EMPTY, seed=2)
+    stats = siren.token_stats(b.logits, b.tokens, b.mask, 0.8, temperature, chunk=chunk)
+    expected = oracle_stats(b.logits, b.tokens, 0.8, temperature)
+    assert set(stats) == set(expected)
+    for name, value in expected.items():
+        idea = f"{name} (logits are divided by the temperature first), 0 in padding"
+        same(stats[name], np.where(b.mask, value, 0.0), idea)
+    assert not stats["nucleus_size"].is_floating_point() and not stats["entropy"].requires_grad
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_gradcheck_token_stats(chunk):
+    b = make((3, 3), V=7, seed=8)
+
+    def run(x):
+        stats = siren.token_stats(x, b.tokens, b.mask, 0.8, 1.4, chunk=chunk)
+        return stats["logp"], stats["nucleus_entropy"]
+
+    b.logits[:, 1::3] /= 6  # steep softmaxes are for other tests: finite differences dislike them
+    b.logits.requires_grad_()
+    assert run(b.logits)[0].requires_grad and run(b.logits)[1].requires_grad
+    assert torch.autograd.gradcheck(run, b.logits)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
@@ -435,3 +470,40 @@ def test_a_number_is_written_in_one_piece(parts):
     if isinstance(value, Fraction):  # as no sign but the digits and their commas stands there
         bare = text.replace(r"\,", " ").replace("{5}", " 5 ").replace(r"\text{1}", " 1 ")
         assert len(bare.split()) == 1 and value == int(bare.strip().replace(",", ""))
+
+
+# ---------------------------------------------------------------------------------- the file itself
+
+
+DRIVER = """
+z = torch.randn(4, 5, 9, requires_grad=True)
+tokens, mask = torch.randint(9, (4, 5)), torch.ones(4, 5, dtype=torch.bool)
+adv = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), 2)
+old = z.detach().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+head = torch.nn.Linear(9, 300)
+for knobs in ({}, {"chunk": 3}, {"regularizer": "bonus"}, {"head": head}, {"algorithm": "grpo"}):
+    anchor = micro_batch_anchor(0.5, 0.6, 1.0)
+    loss, stats = siren_loss(z, tokens, old, adv, mask, anchor, beta=0.1, **knobs)
+    loss.backward()
+assert torch.isfinite(loss) and z.grad.abs().sum() > 0 and nucleus_mask(z, 0.8).any()
+print("copied", len(stats))
+"""
+
+
+def test_the_block_to_copy_needs_only_torch(tmp_path):
+    text = Path(siren.__file__).read_text(encoding="utf-8")
+    begin, end = "# === begin: copy from here", "# === end: copy to here"
+    assert text.count(begin) == 1 and text.count(end) == 1, "the markers of the block to copy"
+    block = text[text.index(begin) : text.index(end)]
+    assert block.count("\n") <= 220 and "import" not in block.split("\n", 1)[1]
+    script = tmp_path / "copied.py"
+    script.write_text("import torch\n\n" + block + DRIVER, encoding="utf-8")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, f"the block is not self-contained: {done.stderr[-600:]}"
+    assert done.stdout.startswith("copied")
+
+
+def test_doctests():
+    result = doctest.testmod(siren)
+    assert result.attempted > 0, "no worked example in any docstring"
+    assert result.failed == 0, f"{result.failed} of {result.attempted} examples are wrong"

@@ -281,6 +281,17 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     return adv.view(-1)
 
 
+def log_softmax(logits, temperature=1.0):
+    """In float32 at least: in half precision the first decimal of an entropy is wrong."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def entropy_of(log_q):
+    """-sum of q log q over the last dimension, where 0 log 0 is 0 and has no gradient."""
+    return -torch.linalg.vecdot(log_q.exp(), log_q.clamp(min=-1e30))
+
+
 def nucleus(log_pi, top_p):
     """The policy nucleus V_p and the policy on it, q = pi / pi(V_p).
 
@@ -288,15 +299,15 @@ def nucleus(log_pi, top_p):
     p is inside, so the set is never empty. The choice of the set has no gradient. log_pi [..., V]
     -> log q of the likeliest tokens [..., k], -inf outside the nucleus, and their ids [..., k].
     """
-    known, vocab, pad = log_pi.detach(), log_pi.shape[-1], torch.nn.functional.pad
+    fixed, vocab, pad = log_pi.detach(), log_pi.shape[-1], torch.nn.functional.pad
     if top_p >= 1:  # every token; a sum of rounded probabilities might stop short of 1
         return log_pi, torch.arange(vocab, device=log_pi.device).expand(log_pi.shape)
-    k = min(64, 1 + vocab // 65)  # to sort a whole vocabulary takes a hundred times as long
-    top, ids = known.topk(k)  # [..., k]
+    k = min(64, 1 + vocab // 65)  # fast up to V / 64; to sort all of V takes 100 times as long
+    top, ids = fixed.topk(k)  # [..., k]
     while k < vocab and (short := top.exp().sum(-1) < top_p).any():  # rows that need more tokens
         more = min(15 * k, vocab - k)
         top, ids, k = pad(top, (0, more), value=float("-inf")), pad(ids, (0, more)), k + more
-        top[short], ids[short] = known[short].topk(k)
+        top[short], ids[short] = fixed[short].topk(k)
     pi = top.exp()
     inside = (pi.cumsum(-1) - pi < top_p) & (pi > 0)  # the tokens before this one do not reach p
     return log_pi.gather(-1, ids).masked_fill(~inside, float("-inf")).log_softmax(-1), ids
@@ -322,17 +333,6 @@ def nucleus_entropy(logits, top_p):
     tensor(0.6365)
     """
     return entropy_of(nucleus(log_softmax(logits), top_p)[0])
-
-
-def entropy_of(log_q):
-    """-sum of q log q over the last dimension, where 0 log 0 is 0 and has no gradient."""
-    return -torch.linalg.vecdot(log_q.exp(), log_q.clamp(min=-1e30))
-
-
-def log_softmax(logits, temperature=1.0):
-    """In float32 at least: in half precision the first decimal of an entropy is wrong."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 def peak_mask(entropy, mask, quantile):

@@ -105,7 +105,7 @@ class ToyWorld(Stored):
     base_batch: int = knob(64, (1, 10**5), "demonstrations per step of teaching")
     seed: int = knob(0, (0, 2**32), "draws the gaps, the demonstrations and the first weights")
     # not a part of the world
-    split: str = knob("test", ("test", "validation"), "where held-out problems come from")
+    split: str = knob("test", ("test", "validation"), "of held-out problems: test or validation")
 
     pad_id: ClassVar[int] = PAD
     eos_ids: ClassVar[list[int]] = [EOS]

@@ -387,6 +387,19 @@ def test_rebuild_stores_what_it_teaches(place, capsys):
     assert "nats per token; wrote .cache/" in printed and world.base_file.name in printed
 
 
+def test_what_goes_wrong_is_one_line_and_an_exit_code(place, monkeypatch, capsys):
+    errors = {1: OSError(28, "No space left on device"), 130: KeyboardInterrupt()}
+    for code, error in errors.items():
+
+        def teach(world, error=error):
+            raise error
+
+        monkeypatch.setattr(toy.ToyWorld, "teach", teach)
+        assert toy_tools.main(["--rebuild-base"]) == code
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(place.iterdir()), "nothing was stored"
+
+
 def test_check_base_tells_a_good_model_from_a_bad_one(monkeypatch, capsys):
     world = toy.ToyWorld()
     good, bad = world.build_model(), world.new_model()

@@ -320,7 +320,8 @@ def nucleus_mask(logits, top_p):
     tensor([ True,  True, False,  True])
     """
     log_q, ids = nucleus(log_softmax(logits), top_p)
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, log_q > float("-inf"))
+    inside = (log_q > float("-inf")).int()
+    return torch.zeros_like(logits, dtype=torch.int).scatter_add(-1, ids, inside) > 0
 
 
 def nucleus_entropy(logits, top_p):

@@ -37,7 +37,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -49,7 +49,7 @@ import torch
 
 import siren
 import toy_env
-from examples import study_figures
+from examples import official, study_figures
 from examples.engine import METRICS, Parser, RunFolder, load_checkpoint, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,8 +73,10 @@ CANDIDATES: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(("siren", "wo_top_p"), (0.02, 0.06, 0.2, 0.6)),
     **dict.fromkeys(("wo_peak", "anchor_only"), (0.06, 0.2, 0.6, 2.0)),
 }
+# siren.py's own rules, in terms of examples/official.py
+DEFINITION = {"exclusive": False, "strict": False, "per_micro_batch": False, "dual_clip": None}
 SMALL = {"micro_batch_size": 8}  # where the rule is about micro-batches
-VARIANTS: dict[str, dict[str, Any]] = {  # the official code's rules, see examples/official.py
+VARIANTS: dict[str, dict[str, Any]] = {  # the official code's rules in place of some of them
     "definition": {},
     "exclusive": {"rules": {"exclusive": True}},
     "strict": {"rules": {"strict": True}},
@@ -226,15 +228,6 @@ def slim(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
-def training_rules(rules: dict[str, bool]) -> AbstractContextManager:
-    """siren.py with these rules of the official code in place of its own."""
-    if not rules:
-        return nullcontext()
-    from examples import official
-
-    return official.rules(**rules)
-
-
 def run_job(job: Job) -> dict[str, Any]:
     """Train and evaluate; returns the job's row: settings, what the training logged, evaluations.
 
@@ -244,7 +237,7 @@ def run_job(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cfg = dataclasses.replace(job.cfg, out=folder)
         try:
-            with training_rules(job.rules):
+            with official.rules(**{**DEFINITION, **job.rules}):
                 siren.train(cfg)
         except FloatingPointError as error:
             done = len((Path(folder) / METRICS).read_text().splitlines())  # from step 0 on

@@ -299,6 +299,15 @@ def test_a_job_is_sirens_own_training_and_evaluation(tiny_row, tmp_path):
     assert siren.Config(**row["config"]) == job.cfg
 
 
+def test_a_variant_trains_by_official_rules_and_is_measured_by_the_definition(tiny_row):
+    job, row = tiny_row
+    other = study.run_job(dataclasses.replace(job, rules={"exclusive": True}))
+    one, same = row["log"][1], other["log"][1]
+    assert one["reward"] == same["reward"] and one["entropy"] == same["entropy"]  # of one rollout
+    assert same["h_agg"] < 0.9 * one["h_agg"]
+    assert other["before"] == row["before"] and other["after"] != row["after"]
+
+
 def test_scores_for_every_k_are_those_of_blocks_and_subsets():
     task, cfg, n = toy_env.ToyWorld(), siren.Config(seed=5), 4
     model = task.build_model()

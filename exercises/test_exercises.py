@@ -418,17 +418,9 @@ def majority(votes, answer, k, slip=""):
 # ------------------------------------------------------------------------------------ 11. sampler
 @torch.no_grad()
 def slow_sampler(
-    model,
-    prompts,
-    *,
-    max_tokens,
-    eos_ids,
-    pad_id,
-    samples=1,
-    temperature=1.0,
-    generator=None,
-    slip="",
-):
+    model, prompts, *, max_tokens, eos_ids, pad_id,
+    samples=1, temperature=1.0, generator=None, slip="",
+):  # fmt: skip
     """sample with one slip; rows that have ended stay in the batch."""
     if slip == "samples of a prompt far apart":
         prompts = prompts * samples

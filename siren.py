@@ -289,7 +289,7 @@ def log_softmax(logits, temperature=1.0):
 
 def entropy_of(log_q):
     """-sum of q log q over the last dimension, where 0 log 0 is 0 and has no gradient."""
-    return -torch.linalg.vecdot(log_q.exp(), log_q.clamp(min=-1e30))
+    return -(log_q.exp() * log_q.clamp(min=-1e30)).sum(-1)
 
 
 def nucleus(log_pi, top_p):

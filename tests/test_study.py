@@ -308,6 +308,20 @@ def test_a_variant_trains_by_official_rules_and_is_measured_by_the_definition(ti
     assert other["before"] == row["before"] and other["after"] != row["after"]
 
 
+def test_the_first_steps_of_a_stored_run_are_those_of_todays_code(tmp_path, monkeypatch):
+    """With the earlier version's way of drawing; seed 0, since its base model is shipped."""
+    job = study.make_job(study.FULL, "siren", 0.2, 0, final=study.FULL.final)
+    row = study.Store(ROOT / "results").rows[study.key_of(**job.settings)]
+    cfg = dataclasses.replace(
+        job.cfg, steps=3, eval_every=0, eval_prompts=1, out=str(tmp_path / "a")
+    )
+    draw = partial(torch.multinomial, num_samples=1)
+    monkeypatch.setattr(siren, "draw", lambda pi, generator: draw(pi, generator=generator))
+    for record, stored in zip(siren.train(cfg)[1:], row["log"][1:]):
+        for key in ("reward", "entropy", "h_agg", "grad_norm", "useless_share"):
+            assert record[key] == pytest.approx(stored[key], abs=1e-3)
+
+
 def test_scores_for_every_k_are_those_of_blocks_and_subsets():
     task, cfg, n = toy_env.ToyWorld(), siren.Config(seed=5), 4
     model = task.build_model()

@@ -34,7 +34,7 @@ RESERVE = (1.0, 0.05)  # GB of CUDA's context and libraries; share of memory los
 F32 = 4  # bytes
 
 # Per device: seconds per layer of a decode step (Python and kernel launches), bytes/s of memory,
-# FLOP/s with float32 weights and with bfloat16 weights. Assumed: an A100 or so, and two CPU cores.
+# FLOP/s with float32 and with bfloat16 weights. Assumed: a GPU like the A100; a core of a CPU.
 SPEED = {"cuda": (1.2e-3, 1e12, 1.5e13, 1e14), "cpu": (5e-4, 1e10, 5e10, 2e10)}
 MEAN_LENGTH = 1 / 3  # of --max-tokens: how long the average response is taken to be, for the time
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +52,18 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "7,615,616,512 parameters in bfloat16, 161,480,704 trained" in out
     assert "tight" in out and "393,216 decode steps" in out
+
+
+def test_docs_show_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/scale.md: the whole plan of its first command, and the verdicts of the others."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text()
+    first, others = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    command, output = first.removeprefix("$ ").replace("\\\n", "").split("\n", 1)
+    words = shlex.split(command)[2:]  # after python examples/memory_plan.py
+    assert memory_plan.main(words) == 0
+    assert capsys.readouterr().out == output
+    lines = others.strip().splitlines()
+    for line, verdict in zip(lines[::2], lines[1::2], strict=True):
+        changed = shlex.split(line.removeprefix("$ ").split(" ... ")[0])[2:]
+        assert memory_plan.main([*words, *changed]) == 0  # the last of two equal flags counts
+        assert verdict in capsys.readouterr().out.splitlines()

@@ -20,7 +20,7 @@ def test_it_draws_runs_side_by_side(tmp_path, capsys):
     assert (tmp_path / "one" / "curves.png").stat().st_size > 5_000
     figure = plot_run.draw({name: plot_run.read(tmp_path / name) for name in ("one", "two")})
     reward, h_agg, _, score = figure.axes
-    assert [line.get_ydata() for line in reward.lines] == [[0.1, 0.2], [0.1, 0.2]]
+    assert [list(line.get_ydata()) for line in reward.lines] == [[0.1, 0.2], [0.1, 0.2]]
     assert len(h_agg.lines) == 4 and score.get_title() == "hard/pass@4"
     assert "wrote" in capsys.readouterr().out
 

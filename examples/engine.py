@@ -206,6 +206,8 @@ def load_checkpoint(folder: Path) -> dict:
             raise ValueError("its content does not match its checksum")
         saved = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
         check_records(saved["records"])
+        if not isinstance(saved["config"], dict):
+            raise ValueError("it has no config")
         return {name: saved[name] for name in ("model", "optimizer", "records", "config")}
     except Exception as error:  # a damaged or hostile file may raise whatever it likes
         fix = "restore it, or start in another --out"

@@ -1,0 +1,1 @@
+"""Programs around siren.py; README.md says what to read for what."""

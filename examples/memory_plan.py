@@ -283,7 +283,9 @@ def advise(run: Run, gb: float) -> tuple[Run, str]:
             largest = max(PHASES, key=lambda name: total(phases[name]))
             sampled = largest in ("prompts", "sampling")
             name = "sample_batch" if sampled else "micro_batch_size"
-            rows = max(n for _, n in run.at_once(True)) if sampled else run.cfg.micro_batch_size
+            most = run.mini if largest == "update" else cfg.prompts * cfg.group_size
+            rows = min(run.cfg.micro_batch_size, most)
+            rows = max(n for _, n in run.at_once(True)) if sampled else rows
             n = max(1, rows // 2)
             smaller = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, **{name: n}))
             if total(plan(smaller)[largest]) >= total(phases[largest]):

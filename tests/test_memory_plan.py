@@ -179,6 +179,14 @@ def test_advice_fits(gb: float) -> None:
         assert memory_plan.fits(milder, gb) != "fits"
 
 
+def test_advice_starts_from_what_is_there() -> None:
+    """--micro-batch-size 1024 is the mini-batch of 64; to halve 1024 would change nothing."""
+    run = seven_billion(micro_batch_size=1024)
+    better, flags = memory_plan.advise(run, 80)
+    assert memory_plan.fits(run, 80) != "fits" and memory_plan.fits(better, 80) == "fits"
+    assert "--micro-batch-size" in flags and better.cfg.micro_batch_size <= 32
+
+
 def test_nothing_fits() -> None:
     """A card that is too small whatever the flags is called so."""
     text = memory_plan.verdict(seven_billion(), 4)

@@ -127,17 +127,17 @@ class Job:
         return cfg.steps * STEP_SECONDS + responses * RESPONSE_SECONDS
 
 
-def key_of(config: dict[str, Any], rules: dict[str, Any], final: dict[str, Any]) -> str:
-    """What determines a job's numbers, as text: the settings that differ from today's defaults.
+def key_of(row: dict[str, Any]) -> str:
+    """What determines the numbers of a job's row, as text: settings that aren't today's defaults.
 
     So a row stays valid when siren.Config gains a field, and not when a default changes.
 
-    >>> steps = siren.Config().steps
-    >>> key_of({"beta": 7.0, "steps": steps, "out": "x"}, {"strict": True}, {"prompts": 8})
+    >>> config = {"beta": 7.0, "steps": siren.Config().steps, "out": "x"}
+    >>> key_of({"config": config, "rules": {"strict": True}, "final": {"prompts": 8}})
     '{"Config.beta": 7.0, "Final.prompts": 8, "rules.strict": true}'
     """
-    parts = {f"rules.{name}": value for name, value in rules.items()}
-    for kind, values in ((siren.Config, config), (Final, final)):
+    parts = {f"rules.{name}": value for name, value in row["rules"].items()}
+    for kind, values in ((siren.Config, row["config"]), (Final, row["final"])):
         usual = {field.name: field.default for field in dataclasses.fields(kind)}
         for name, value in values.items():
             value = tuple(value) if isinstance(value, list) else value
@@ -453,33 +453,28 @@ class Store:
             try:
                 lines = gzip.decompress(path.read_bytes()).splitlines()
                 self.files[path] = [json.loads(line) for line in lines]
-                self.rows |= {self.key(row): row for row in self.files[path]}
+                self.rows |= {key_of(row): row for row in self.files[path]}
             except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError) as error:
                 raise siren.ConfigError(f"{path}: not a file of this study; delete it") from error
 
-    @staticmethod
-    def key(row: dict[str, Any]) -> str:
-        """Rows, or jobs' settings, with the same key have the same numbers."""
-        return key_of(row["config"], row["rules"], row["final"])
-
     def missing(self, jobs: list[Job]) -> dict[str, Job]:
         """Key -> job, of those without a row."""
-        keys = {self.key(job.settings): job for job in jobs}
+        keys = {key_of(job.settings): job for job in jobs}
         return {key: job for key, job in keys.items() if key not in self.rows}
 
     def runs(self, jobs: list[Job]) -> list[study_figures.Run]:
         """The runs of the jobs, each once; [] if one is missing."""
         if self.missing(jobs):
             return []
-        found = {(self.key(job.settings), job.method): None for job in jobs}
+        found = {(key_of(job.settings), job.method): None for job in jobs}
         return [study_figures.Run(method, self.rows[key]) for key, method in found]
 
     def add(self, preset: str, row: dict[str, Any]) -> None:
         """Keep a row; the same rows in any order make the same file."""
         path = self.folder / f"{preset}.jsonl.gz"
-        self.rows[self.key(row)] = row
+        self.rows[key_of(row)] = row
         self.files.setdefault(path, []).append(row)
-        self.files[path].sort(key=lambda r: (r["method"], self.key(r)))
+        self.files[path].sort(key=lambda r: (r["method"], key_of(r)))
         text = "".join(json.dumps(row) + "\n" for row in self.files[path])
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, gzip.compress(text.encode(), mtime=0))

@@ -377,16 +377,11 @@ def sensitivity_figure(runs: list[Run], path: Path, beta: float) -> None:
         column[0].axhline(HELD, color="0.8", linewidth=0.8)
         column[0].set(title=f"H_agg / base model's, over {name}", ylim=(0, 1.3), xlabel=name)
         for (key, line), marker in zip(keys.items(), "sovD"):
-
-            def value(run: Run, key: str = key) -> float:
-                return run.hard(key)
-
-            look = {"linestyle": line, "marker": marker, "markersize": 4}
-            against(column[1], own, x, value, color="black", label=key, **look)
+            look = {"linestyle": line, "marker": marker, "markersize": 4, "color": "black"}
+            against(column[1], own, x, lambda run, key=key: run.hard(key), label=key, **look)
         column[1].set(title=f"hard prompts, T = 0.6, over {name}", ylim=(0, 1.02), xlabel=name)
-        if knob == "beta":
-            column[0].set_xscale("log")
-            column[1].set_xscale("log")
+        for panel in column:
+            panel.set_xscale("log" if knob == "beta" else "linear")
     axes[1, 0].legend(frameon=False, fontsize=8)
     axes[0, 0].annotate("dashed: Dr.GRPO", (0.03, 0.05), xycoords="axes fraction", fontsize=8)
     save(figure, path)

@@ -163,17 +163,17 @@ def test_every_setting_that_changes_numbers_changes_the_key():
         for name, value in base[part].items():
             changed = "something else" if value is None else (value, "changed")
             other = {**base, part: {**base[part], name: changed}}
-            assert (study.key_of(**other) == study.key_of(**base)) == (name in free), name
-    assert study.key_of(**{**base, "rules": {"strict": True}}) != study.key_of(**base)
+            assert (study.key_of(other) == study.key_of(base)) == (name in free), name
+    assert study.key_of({**base, "rules": {"strict": True}}) != study.key_of(base)
 
 
 def test_a_row_outlives_a_new_field_and_not_a_new_default():
     base = study.Job("siren", siren.Config(), study.Final()).settings
     older = {k: v for k, v in base["config"].items() if k != "plug"} | {"since_removed": 1}
-    assert study.key_of(**{**base, "config": older}) == study.key_of(**base)
+    assert study.key_of({**base, "config": older}) == study.key_of(base)
     other = {**base, "config": older | {"lr": 1e-5}}
-    assert study.key_of(**other) != study.key_of(**base)
-    assert study.key_of(**json.loads(json.dumps(base))) == study.key_of(**base)
+    assert study.key_of(other) != study.key_of(base)
+    assert study.key_of(json.loads(json.dumps(base))) == study.key_of(base)
 
 
 def every_job(size: study.Size) -> dict[str, list[study.Job]]:
@@ -219,7 +219,7 @@ def test_presets_share_jobs():
     """What a group adds to those before it."""
     seen, new, groups = set(), [], every_job(study.FULL)
     for group in ("tune", "band", "vocabularies", "sensitivity", "official"):
-        keys = {study.key_of(**job.settings) for job in groups[group]}
+        keys = {study.key_of(job.settings) for job in groups[group]}
         assert len(keys) == len(groups[group]) or group == "sensitivity"  # p = tau = 0.8 repeats
         new.append(len(keys - seen))
         seen |= keys
@@ -311,7 +311,7 @@ def test_a_variant_trains_by_official_rules_and_is_measured_by_the_definition(ti
 def test_the_first_steps_of_a_stored_run_are_those_of_todays_code(tmp_path, monkeypatch):
     """With the earlier version's way of drawing; seed 0, since its base model is shipped."""
     job = study.make_job(study.FULL, "siren", 0.2, 0, final=study.FULL.final)
-    row = study.Store(ROOT / "results").rows[study.key_of(**job.settings)]
+    row = study.Store(ROOT / "results").rows[study.key_of(job.settings)]
     cfg = dataclasses.replace(
         job.cfg, steps=3, eval_every=0, eval_prompts=1, out=str(tmp_path / "a")
     )

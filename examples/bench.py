@@ -1,15 +1,16 @@
 """How fast and how small: siren.py against the plain ways of doing the same.
 
-    python examples/bench.py             # all four, 20 minutes; writes results/bench.json
+    python examples/bench.py             # all five, 20 minutes; writes results/bench.json
     python examples/bench.py --quick     # the same code on tiny sizes, under a minute (for CI)
-    python examples/bench.py --only a c  # some of it; the others' figures stay in the files
+    python examples/bench.py --only a e  # some of it; the others' figures stay in the files
 
  a  log-prob, full and nucleus entropy of N tokens over a vocabulary of V, forward and backward:
-    token_stats against autograd through a full sort, and against the floor, which is log-softmax,
-    gather and full entropy, with no nucleus at all
- b  sampling groups: `sample` against transformers' model.generate
+    siren.token_stats and examples/fast_stats.py against the floor (log-softmax, gather and full
+    entropy, with no nucleus at all) and against a full sort
+ b  sampling groups: siren.sample against transformers' model.generate
  c  peak memory of one update: chunk by chunk against all logits at once
  d  one training step against TRL's GRPOTrainer (if installed)
+ e  one training step against the model's own forward and backward passes in it
 
 Contenders take turns within a round, each first in every other round, so that a busy machine slows
 all alike; a figure is the ratio within a round, its median is over the rounds. Memory is what
@@ -19,6 +20,7 @@ PyTorch's allocator hands out, kernels' temporaries included, and repeats to the
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import json
@@ -30,6 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +44,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
+from examples import fast_stats
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "bench.json"
 TOP_P = 0.8
@@ -53,7 +57,7 @@ class Sizes:
 
     rounds: int = 5
     vocab: int = 152_064  # Qwen2.5-Math-7B's
-    tokens: int = 512  # of (a)
+    tokens: int = 64  # of (a)
     # (b): a model of 4 layers
     hidden: int = 256
     sample_vocab: int = 4096
@@ -65,9 +69,10 @@ class Sizes:
     update_hidden: int = 256
     # (d)
     trl_steps: int = 11  # the first is not counted
+    toy_steps: int = 12  # of (e); two more are not counted
 
 
-QUICK = Sizes(2, 2048, 32, 32, 128, 2, 4, 12, 64, 32, 2)
+QUICK = Sizes(2, 2048, 32, 32, 128, 2, 4, 12, 64, 32, 2, 1)
 
 
 # ------------------------------------------------------------------------------------------ measure
@@ -140,86 +145,110 @@ def peaked(n: int, vocab: int, rng: torch.Generator) -> torch.Tensor:
     return logits.scatter_add_(1, likely, 25 - steep * torch.arange(1, 65).log())
 
 
-def floor(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def zipf(n: int, vocab: int, rng: torch.Generator) -> torch.Tensor:
+    """The k-th likeliest token has a probability proportional to k ** -1.5, in random order."""
+    ranks = torch.stack([torch.randperm(vocab, generator=rng) for _ in range(n)])
+    return -1.5 * (1.0 + ranks).log()
+
+
+def flat(n: int, vocab: int, rng: torch.Generator) -> torch.Tensor:
+    """Nearly uniform, as after an exploded bonus: 11.9 nats at V = 152064."""
+    return 0.1 * torch.randn(n, vocab, generator=rng)
+
+
+KINDS = {"peaked": peaked, "zipf": zipf, "flat": flat}
+
+
+def floor(logits: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
     """What any such method must do: log-prob and full entropy."""
     log_pi = logits.log_softmax(-1)
-    return log_pi.gather(1, tokens[:, None])[:, 0], -(log_pi.exp() * log_pi).sum(-1)
+    return [log_pi.gather(1, tokens[:, None])[:, 0], -(log_pi.exp() * log_pi).sum(-1)]
 
 
-def by_sort(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The definition, by a full sort and autograd."""
-    return *floor(logits, tokens), siren.nucleus_entropy(logits, TOP_P)
+def by_sort(logits: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The definition by a full sort and autograd."""
+    log_pi = logits.log_softmax(-1)
+    ordered, order = log_pi.detach().sort(-1, descending=True)
+    pi = ordered.exp()
+    inside = torch.zeros_like(pi, dtype=torch.bool)
+    inside.scatter_(-1, order, pi.cumsum(-1) - pi < TOP_P)
+    log_q = log_pi.masked_fill(~inside, -math.inf).log_softmax(-1)
+    h = -(log_q.exp() * log_q.masked_fill(~inside, 0.0)).sum(-1)
+    return [*floor(logits, tokens), h]
 
 
-def ours(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same three by token_stats."""
-    stats = siren.token_stats(logits, tokens, TOP_P)
-    return stats["logp"], stats["entropy"], stats["nucleus_entropy"]
+def by(token_stats: Callable) -> Callable[..., list[torch.Tensor]]:
+    """The same three by siren.token_stats or the drop-in for it."""
+
+    def run(logits: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
+        stats = token_stats(logits[None], tokens[None], torch.ones(1, len(tokens)), TOP_P)
+        return [stats[name][0] for name in ("logp", "entropy", "nucleus_entropy")]
+
+    return run
+
+
+METHODS = {"floor": floor, "ours": by(siren.token_stats)}
+METHODS |= {"drop_in": by(fast_stats.token_stats), "sort": by_sort}
 
 
 def check_head(vocab: int, rng: torch.Generator) -> int:
-    """Assert that ours is by_sort, values and gradients; return the largest nucleus that was seen.
+    """Assert that all methods agree, values and gradients; return the largest nucleus seen.
 
-    In float64, where both find the same sets, to 1e-9; in float32 to its precision. The rows: two
-    like a language model's, two of noise, two nearly flat, one flat (all tie).
+    In float64, where they find the same sets, to 1e-9.
     """
-    flat = 0.01 * torch.randn(2, vocab, generator=rng)
-    rows = [peaked(2, vocab, rng), torch.randn(2, vocab, generator=rng), flat]
-    rows = torch.cat([*rows, torch.zeros(1, vocab)])
-    tokens = torch.randint(vocab, (len(rows),), generator=rng)
-    weights = torch.randn(3, len(rows), generator=rng)  # so that every row's gradient counts
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
-        found = []
-        for method in (ours, by_sort):
-            logits = rows.to(dtype).requires_grad_()
-            values = torch.stack(method(logits, tokens))
-            (values * weights).sum().backward()
-            found.append((values.detach(), logits.grad))
-        for mine, theirs in zip(*found):
-            assert torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance), (
-                (mine - theirs).abs().max()
-            )
-    size = siren.token_stats(rows, tokens, TOP_P)["nucleus_size"]
-    assert size.max() > 0.6 * vocab, size
-    return int(size.max())
+    logits = torch.cat([make(2, vocab, rng) for make in KINDS.values()]).double()
+    tokens = torch.randint(vocab, (len(logits),), generator=rng)
+    weights = torch.randn(2, len(logits), generator=rng)  # so that every row's gradient counts
+    found = {}
+    for name in ("sort", "ours", "drop_in"):
+        z = logits.clone().requires_grad_()
+        logp, entropy, h = METHODS[name](z, tokens)
+        (weights[0] * logp + weights[1] * h).sum().backward()
+        found[name] = torch.stack([logp, entropy, h]).detach(), z.grad
+        for mine, theirs in zip(found[name], found["sort"]):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    return int(siren.nucleus_mask(logits, TOP_P).sum(-1).max())
+
+
+def measure_head(name: str, sizes: Sizes, rng: torch.Generator) -> dict[str, Any]:
+    """Times and peaks of all methods on one kind of logits, and their ratios."""
+    logits = KINDS[name](sizes.tokens, sizes.vocab, rng).requires_grad_()
+    tokens = torch.randint(sizes.vocab, (sizes.tokens,), generator=rng)
+
+    def run(method: Callable) -> None:
+        logits.grad = None
+        values = method(logits, tokens)
+        sum(value.sum() for value in values if value.requires_grad).backward()
+
+    times = race({key: partial(run, m) for key, m in METHODS.items()}, sizes.rounds)
+    peaks = {}
+    for key, method in METHODS.items():
+        logits.grad = None
+        # the logits themselves were there before: they count for all alike
+        peaks[key] = logits.nbytes + allocated_peak(partial(run, method))
+    return {
+        "nucleus_vs_floor_time": ratios(times["ours"], times["floor"]),
+        "nucleus_vs_sort_time": ratios(times["sort"], times["ours"]),
+        "nucleus_vs_floor_memory": spread([peaks["ours"] / peaks["floor"]]),
+        "drop_in_vs_floor_time": ratios(times["drop_in"], times["floor"]),
+        "drop_in_vs_floor_memory": spread([peaks["drop_in"] / peaks["floor"]]),
+        "seconds": {key: statistics.median(values) for key, values in times.items()},
+        "gigabytes": {key: peak / 1e9 for key, peak in peaks.items()},
+    }
 
 
 def bench_head(sizes: Sizes) -> dict[str, Any]:
-    """(a) The keys nucleus_*: of the two sets of logits, the one whose median is worse."""
+    """(a) The keys nucleus_*: of peaked and Zipf logits, the one whose median is worse."""
     rng = torch.Generator().manual_seed(0)
-    n, vocab, found = sizes.tokens, sizes.vocab, {}
-    largest = check_head(vocab, rng)
-    for name in ("peaked", "randn"):
-        logits = peaked(n, vocab, rng) if name == "peaked" else torch.randn(n, vocab, generator=rng)
-        logits.requires_grad_()
-        tokens = torch.randint(vocab, (n,), generator=rng)
-
-        def run(method: Callable, logits=logits, tokens=tokens) -> None:
-            logits.grad = None
-            sum(value.sum() for value in method(logits, tokens)).backward()
-
-        methods = {"floor": floor, "ours": ours, "sort": by_sort}
-        times = race({key: lambda m=m: run(m) for key, m in methods.items()}, sizes.rounds)
-        peaks = {}
-        for key, method in methods.items():
-            logits.grad = None
-            # the logits themselves were there before: they count for all alike
-            peaks[key] = logits.nbytes + allocated_peak(lambda m=method: run(m))
-        found[name] = {
-            "nucleus_vs_floor_time": ratios(times["ours"], times["floor"]),
-            "nucleus_vs_sort_time": ratios(times["sort"], times["ours"]),
-            "nucleus_vs_floor_memory": spread([peaks["ours"] / peaks["floor"]]),
-            "nucleus_vs_sort_memory": spread([peaks["ours"] / peaks["sort"]]),
-            "seconds": {key: statistics.median(values) for key, values in times.items()},
-            "gigabytes": {key: peak / 1e9 for key, peak in peaks.items()},
-        }
-        del logits
-    worse = {"time": max, "memory": max, "sort": min}
-    keys = {"time": "nucleus_vs_floor_time", "memory": "nucleus_vs_floor_memory"}
-    keys["sort"] = "nucleus_vs_sort_time"
-    main = {}
-    for kind, key in keys.items():
-        main[key] = worse[kind]((part[key] for part in found.values()), key=lambda s: s["median"])
+    largest = check_head(sizes.vocab, rng)
+    found = {name: measure_head(name, sizes, rng) for name in KINDS}
+    worse = {"nucleus_vs_floor_time": max, "nucleus_vs_floor_memory": max}
+    worse["nucleus_vs_sort_time"] = min
+    parts = [found["peaked"], found["zipf"]]
+    main = {
+        key: pick((part[key] for part in parts), key=lambda values: values["median"])
+        for key, pick in worse.items()
+    }
     return {**main, "a": {**found, "largest_nucleus_checked": largest}}
 
 
@@ -313,19 +342,14 @@ def plain_update(
     logits = out.logits[:, :-1]
     log_pi = logits.log_softmax(-1)
     logp = log_pi.gather(-1, rollout.tokens[..., None])[..., 0]
-    entropy = -(log_pi.exp() * log_pi).sum(-1).detach()
-    h = siren.nucleus_entropy(logits, cfg.top_p)
+    h = by_sort(logits[0], rollout.tokens[0])[2][None]
     peak = siren.peak_mask(h, rollout.mask, cfg.peak_quantile)
     loss, _ = siren.policy_loss(logp, old, adv, rollout.mask, max_tokens=cfg.max_tokens)
     h_agg = siren.aggregate_entropy(h, peak, rollout.mask)
     (loss + cfg.beta * (h_agg - anchor) ** 2).backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
     optimizer.step()
-    return {
-        "entropy": float(entropy.mean()),
-        "nucleus_entropy": float(h_agg.detach()),
-        "grad_norm": norm,
-    }
+    return {"h_agg": float(h_agg.detach()), "grad_norm": norm}
 
 
 def bench_update(sizes: Sizes) -> dict[str, Any]:
@@ -358,7 +382,7 @@ def bench_update(sizes: Sizes) -> dict[str, Any]:
 
         peaks[name] = allocated_peak(run, ready)
         kept.clear()
-    for key in ("entropy", "nucleus_entropy", "grad_norm"):  # the same update, so a fair comparison
+    for key in ("h_agg", "grad_norm"):  # the same update, so a fair comparison
         assert math.isclose(stats["ours"][key], stats["plain"][key], rel_tol=1e-3), (key, stats)
     detail = {"gigabytes": {name: peak / 1e9 for name, peak in peaks.items()}}
     key = "update_memory_chunked_vs_not"
@@ -369,30 +393,32 @@ def bench_update(sizes: Sizes) -> dict[str, Any]:
 class OurSteps:
     """siren.training_step on the toy task, step after step; seconds and response lengths."""
 
-    def __init__(self, cfg: siren.Config) -> None:
-        self.cfg, self.task = cfg, siren.load_task(cfg.task)
-        self.model = self.task.build_model().eval()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr)
-        self.state: dict[str, Any] = {"step": 0, "anchor": None, "skipped": 0}
+    def __init__(self) -> None:
+        self.cfg = siren.Config(device="cpu", threads=torch.get_num_threads())
+        self.task = siren.load_task(self.cfg)
+        self.model, self.step, self.anchor = self.task.build_model().eval(), 0, None
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.cfg.lr, fused=True)
         self.times: list[float] = []
         self.lengths: list[float] = []
 
     def run(self) -> None:
         """One step."""
-        self.state["step"] += 1
-        made = self.model, self.optimizer, self.task, self.cfg, self.state
+        self.step += 1
+        made = self.model, self.optimizer, self.task, self.cfg, self.step, self.anchor
         start = time.perf_counter()
         record = siren.training_step(*made)
         self.times.append(time.perf_counter() - start)
         self.lengths.append(record["response_tokens"])
+        self.anchor = record["anchor"]
 
 
 def trl_against(ours: OurSteps, steps: int, **options: Any) -> tuple[list[float], float]:
     """Seconds of each of TRL's steps (a rollout and its updates), with one of ours before each;
     and the mean length of its responses. The same task, batch, budget and learning rate."""
-    import trl_data
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
+
+    from examples import trl_data
 
     cfg, times = ours.cfg, []
 
@@ -415,7 +441,7 @@ def trl_against(ours: OurSteps, steps: int, **options: Any) -> tuple[list[float]
     options |= {"learning_rate": cfg.lr, "max_steps": steps * cfg.mini_batches, "use_cpu": True}
     options |= {"output_dir": "runs/bench-trl", "save_strategy": "no", "report_to": "none"}
     options |= {"logging_strategy": "no", "disable_tqdm": True}
-    parts = trl_data.toy_parts(cfg.task)
+    parts = trl_data.toy_parts(cfg)
     trainer = GRPOTrainer(args=GRPOConfig(**options), callbacks=[Clock()], **parts)
     trainer.train()
     return times, trainer.state.log_history[-1]["completions/mean_length"]
@@ -433,7 +459,7 @@ def bench_trl(sizes: Sizes) -> dict[str, Any]:
     detail: dict[str, Any] = {}
     plain = {"bf16": False, "gradient_checkpointing": False}
     for name, options in (("equal arithmetic", plain), ("TRL's defaults", {})):
-        ours = OurSteps(siren.Config(threads=torch.get_num_threads()))
+        ours = OurSteps()
         theirs, length = trl_against(ours, sizes.trl_steps, **options)
         seconds = {"ours": statistics.median(ours.times[1:])}
         seconds["trl"] = statistics.median(theirs[1:])
@@ -442,47 +468,90 @@ def bench_trl(sizes: Sizes) -> dict[str, Any]:
     return {"step_vs_trl": detail["equal arithmetic"]["ratio"], "d": detail}
 
 
+# ----------------------------------------------------------------- e: a step and its own passes
+Call = tuple[str, bool, tuple, dict]  # which module, whether with gradient, its arguments
+
+
+def record_passes(model: Any, run: Callable[[], object]) -> list[Call]:
+    """The calls of the model (in sampling), of its network and of its head during run()."""
+    calls: list[Call] = []
+    inside: list[str] = []
+
+    def before(name: str, _: Any, args: tuple, kwargs: dict) -> None:
+        if not inside:  # the model calls its network and its head itself
+            args = tuple(x.detach() for x in args)
+            # a copy, since the cache of a decoding step grows
+            calls.append((name, torch.is_grad_enabled(), *copy.deepcopy((args, kwargs))))
+        inside.append(name)
+
+    modules = {"model": model, "network": model.base_model, "head": model.get_output_embeddings()}
+    hooks = []
+    for name, module in modules.items():
+        hooks.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+        hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def replay_passes(model: Any, calls: list[Call]) -> None:
+    """The same passes with nothing around them; backward too where there was a gradient."""
+    hidden = None
+    for name, with_grad, args, kwargs in calls:
+        with torch.set_grad_enabled(with_grad):
+            if name == "model":
+                model(*args, **kwargs)
+            elif name == "network":
+                hidden = model.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)
+            else:  # of as many tokens as there were
+                logits = model.get_output_embeddings()(hidden[: len(args[0])])
+                if with_grad:
+                    logits.backward(torch.ones_like(logits))
+
+
+def bench_passes(sizes: Sizes) -> dict[str, Any]:
+    """(e) Each step of a toy run, and a replay of its passes: which comes first alternates.
+
+    A step is made twice, from the same state: once to record its passes, once for the clock.
+    """
+    steps, times, passes = OurSteps(), {"step": [], "model": []}, 0
+    for i in range(sizes.toy_steps + 2):
+        parts = steps.model, steps.optimizer
+        state = copy.deepcopy([part.state_dict() for part in parts])
+        was = steps.step, steps.anchor
+        calls = record_passes(steps.model, steps.run)
+        for part, saved in zip(parts, state):
+            part.load_state_dict(saved)
+        steps.step, steps.anchor = was
+        turns = {"step": steps.run, "model": partial(replay_passes, steps.model, calls)}
+        for name in list(turns)[:: 1 if i % 2 else -1]:
+            took = seconds(turns[name])
+            if i > 1:
+                times[name].append(took)
+        passes = len(calls)
+    detail = {"seconds": {name: statistics.median(values) for name, values in times.items()}}
+    detail["calls"] = passes
+    return {"step_vs_model": ratios(times["step"], times["model"]), "e": detail}
+
+
 # ------------------------------------------------------------------------------------- the command
-PARTS = {"a": bench_head, "b": bench_sampler, "c": bench_update, "d": bench_trl}
-ROWS = {  # key -> what the table says, the aim, and whether less is better
-    "nucleus_vs_floor_time": (
-        "a",
-        "log-prob, H and H': time, ours / without any nucleus",
-        1.5,
-        True,
-    ),
-    "nucleus_vs_floor_memory": (
-        "a",
-        "the same: peak memory, ours / without any nucleus",
-        1.3,
-        True,
-    ),
-    "nucleus_vs_sort_time": ("a", "the same: time, full sort and autograd / ours", 4.0, False),
-    "sampler_vs_generate_equal": (
-        "b",
-        "sampling, all responses of one length: generate / ours",
-        1.0,
-        False,
-    ),
-    "sampler_vs_generate_mixed": (
-        "b",
-        "sampling, mixed lengths: time, generate / ours",
-        1.5,
-        False,
-    ),
-    "update_memory_chunked_vs_not": (
-        "c",
-        "one update: peak memory, ours / all logits at once",
-        0.125,
-        True,
-    ),
-    "step_vs_trl": ("d", "one training step: time, TRL's GRPOTrainer / ours", 4.0, False),
+PARTS = {"a": bench_head, "b": bench_sampler, "c": bench_update, "d": bench_trl, "e": bench_passes}
+ROWS = {  # key -> its part, what the table says, the bound, and whether less is better
+    "nucleus_vs_floor_time": ("a", "log-prob, H, H': time, ours / without a nucleus", 1.0, True),
+    "nucleus_vs_floor_memory": ("a", "the same: peak memory", 0.55, True),
+    "nucleus_vs_sort_time": ("a", "the same: time, full sort / ours", 4.0, False),
+    "sampler_vs_generate_equal": ("b", "sampling, equal lengths: generate / ours", 1.0, False),
+    "sampler_vs_generate_mixed": ("b", "sampling, mixed lengths: generate / ours", 1.5, False),
+    "update_memory_chunked_vs_not": ("c", "update: peak memory, ours / all logits", 0.125, True),
+    "step_vs_trl": ("d", "training step: time, TRL's GRPOTrainer / ours", 1.0, False),
+    "step_vs_model": ("e", "training step: time, ours / the model's own passes", 1.3, True),
 }
 
 
 def table(found: dict[str, Any]) -> str:
     """The results in Markdown: every key, the details of (a), and what it was measured on."""
-    lines = ["| | measured | median | min - max | aim |", "|---|---|---|---|---|"]
+    lines = ["| | measured | median | min - max | bound |", "|---|---|---|---|---|"]
     for key, (part, text, aim, less) in ROWS.items():
         bound = f"{'at most' if less else 'at least'} {aim:g}"
         if value := found.get(key):
@@ -492,9 +561,9 @@ def table(found: dict[str, Any]) -> str:
             why = found.get(part, {}).get("skipped", "not measured")
             lines.append(f"| {part} | {text} | {why} | | {bound} |")
     lines.append("")
-    for name in ("peaked", "randn") if "a" in found else ():
-        medians = {k: v["median"] for k, v in found["a"][name].items() if k in ROWS}
-        figures = ", ".join(f"{k.removeprefix('nucleus_')} {v:.3g}" for k, v in medians.items())
+    for name in KINDS if "a" in found else ():
+        part = found["a"][name]
+        figures = ", ".join(f"{k} {v['median']:.3g}" for k, v in part.items() if "_vs_" in k)
         lines.append(f"- (a), {name} logits: {figures}.")
     if other := found.get("d", {}).get("TRL's defaults"):
         ratio = other["ratio"]["median"]

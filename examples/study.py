@@ -161,6 +161,11 @@ def check_unseen(task: toy_env.ToyWorld, cfg: siren.Config, heldout: dict[str, l
         assert split == task.split != "train", f"{terms} is of the {split} split"
 
 
+def is_right(task: toy_env.ToyWorld, ids: list[int], answer: str) -> bool:
+    """The reward of a response."""
+    return siren.verify(task.decode(ids), answer, answer_form=task.answer_form, equal=task.equal)
+
+
 @torch.no_grad()
 def probe(model: torch.nn.Module, task: toy_env.ToyWorld, job: Job) -> dict[str, Any]:
     """Reward, entropies and useless tokens of a policy, by the same ruler whatever it trained with.
@@ -176,7 +181,7 @@ def probe(model: torch.nn.Module, task: toy_env.ToyWorld, job: Job) -> dict[str,
     peak = siren.peak_mask(stats["nucleus_entropy"], rollout.mask, cfg.peak_quantile)  # [B, T]
     h_agg = siren.aggregate_entropy(stats["nucleus_entropy"], peak, rollout.mask)
     answers = [problem.answer for problem in problems for _ in range(PROBE_SAMPLES)]
-    right = [siren.is_right(task, ids, answer) for ids, answer in zip(responses, answers)]
+    right = [is_right(task, ids, answer) for ids, answer in zip(responses, answers)]
     count = rollout.mask.sum(0)  # [T]
     by_position = {
         "entropy": stats["entropy"].sum(0) / count,
@@ -206,7 +211,7 @@ def evaluate(
     responses = rollout.responses()
     for i, problem in enumerate(problems):
         own = responses[i * n : (i + 1) * n]
-        right = [siren.is_right(task, ids, problem.answer) for ids in own]
+        right = [is_right(task, ids, problem.answer) for ids in own]
         given = [siren.extract_answer(task.decode(ids), task.answer_form) for ids in own]
         answer = siren.normalize(problem.answer)
         votes = [answer if ok else g and siren.normalize(g) for ok, g in zip(right, given)]

@@ -126,13 +126,15 @@ def test_a_quantile_that_is_one_of_the_values_is_a_peak(tau, dtype):
 @pytest.mark.parametrize("chunk", [0, 5])
 def test_token_stats_against_oracle(temperature, chunk):
     b = make(WITH_EMPTY, seed=2)
-    stats = siren.token_stats(b.logits, b.tokens, b.mask, 0.8, temperature, chunk=chunk)
     expected = oracle_stats(b.logits, b.tokens, 0.8, temperature)
+    b.logits.requires_grad_()
+    stats = siren.token_stats(b.logits, b.tokens, b.mask, 0.8, temperature, chunk=chunk)
     assert set(stats) == set(expected)
     for name, value in expected.items():
         idea = f"{name} (logits are divided by the temperature first), 0 in padding"
         same(stats[name], np.where(b.mask, value, 0.0), idea)
-    assert not stats["nucleus_size"].is_floating_point() and not stats["entropy"].requires_grad
+    assert not stats["nucleus_size"].is_floating_point() and stats["logp"].requires_grad
+    assert not stats["entropy"].requires_grad
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
@@ -405,6 +407,8 @@ def test_evaluate_counts_what_the_model_answers():
     ]
     cfg = siren.Config(max_tokens=1, eval_samples=k, eval_temperature=0.7)
     values = siren.evaluate(model, task, problems, cfg)
+    first = siren.respond(model, task, problems, cfg, "0/eval", k, 0.7).tokens[:k, 0].tolist()
+    assert values[f"avg@{k}"] == first.count(4) / k / 2 and 0 < first.count(4) < k
     logits = model(torch.tensor([problems[0].prompt])).logits[0, -1] / 0.7
     right, likeliest = logits.softmax(-1)[4].item() / 2, float(logits.argmax() == 4) / 2
     assert abs(values[f"avg@{k}"] - right) < 2.3 * math.sqrt(right / k), "half of the problems"

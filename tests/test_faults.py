@@ -1,7 +1,7 @@
 """Faults and attacks on a run: whatever happens, it is one clear line, or the run goes on exactly.
 
     python -m pytest -q tests/test_faults.py
-    python tests/test_faults.py     # the same, and the counts go to docs/reliability.md
+    python -m tests.test_faults     # the same, and the counts go to docs/reliability.md
 
 Each test tries many cases and counts those that held. Runs are processes forked from a warm server
 (torch is imported once); all seeds and moments are fixed as shares of the time that a run takes.
@@ -628,8 +628,8 @@ def test_symbolic_links(tmp_path, whole, half, tally):
                     (folder / name).unlink()  # a new run never writes there
                 if done.code == 0:
                     problem = differs(folder, whole)
-                now = victim.read_text() if victim.exists() else None
-                if now != {"text": "precious", "empty": "", "missing": None}[kind]:
+                now = victim.read_bytes() if victim.exists() else None
+                if now != {"text": b"precious", "empty": b"", "missing": None}[kind]:
                     problem = "written through the link"
                 tally.add(f"{name} -> {kind}, resumed: {bool(source)}", problem)
                 victim.unlink(missing_ok=True)
@@ -764,7 +764,7 @@ def test_a_task_error_of_many_lines_is_one_line(tmp_path, monkeypatch, tally):
 
 PAGE = """# What a run withstands
 
-Made by `python tests/test_faults.py`, which runs the tests and counts their cases. Runs are small
+Made by `python -m tests.test_faults`, which runs the tests and counts their cases. Runs are small
 (4 prompts, 2 responses each, 6 steps, a checkpoint after every second one); "ends as the
 undisturbed one" means: the same metrics, weights and optimiser state, to the last bit.
 
@@ -810,5 +810,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())

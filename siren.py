@@ -5,7 +5,7 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
     L = L_DrGRPO + beta * (H_agg - H*)^2     the self-anchored regulariser
 
     V_p     the policy nucleus: the fewest tokens whose probabilities sum to p (top-p mask)
-    H'_t    the entropy of the policy pi at position t, renormalised on the nucleus
+    H'_t    the entropy at position t of the policy pi, restricted to V_p and renormalised
     H_i     the mean of H'_t over the peaks of response i: the positions where H'_t reaches the
             tau-quantile of this response (peak-entropy mask)
     H_agg   the mean of H_i over the responses
@@ -14,10 +14,10 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
     python siren.py                      # SIREN on the toy task, about a minute on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0    # naive bonus: it explodes
-    python siren.py --resume --out DIR   # continue a run that was stopped
 
-Letters: B responses, T response positions, V vocabulary, D hidden size; entropies are in nats. No
-KL term, no reference model, no critic, as in the paper. Departures: docs/departures.md.
+B responses, T response positions, P prompt positions, V vocabulary, D hidden size; N tokens without
+padding, n some rows; entropies are in nats. No KL term, no reference model, no critic, as in the
+paper; departures: docs/departures.md. Flags, checkpoints and locks: examples/engine.py.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ import random
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -49,27 +49,30 @@ def knob(default, allowed, doc):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every number of a run; `--help` prints these fields."""
+    """Every setting of a run; `--help` prints these fields."""
 
     task: str = knob("toy_env", None, "module:key=value,...: the questions and the model")
     seed: int = knob(0, (0, 2**32), "every random draw is a function of the seed and the step")
     steps: int = knob(200, (0, 10**7), "training steps: sample, verify, score, update")
-    # sampling
     prompts: int = knob(32, (1, 10**5), "prompts per step (paper: 128)")
     group_size: int = knob(8, (2, 10**4), "responses per prompt (paper: 8)")
-    max_tokens: int = knob(16, (1, 10**6), "response budget; the best beta depends on it")
+    max_tokens: int = knob(16, (1, 10**6), "response budget: no response is longer")
     temperature: float = knob(1.0, (0.01, 100), "of the policy, in sampling and in the loss")
     sample_batch: int = knob(1024, (1, 10**6), "responses that are sampled at once")
     # SIREN
     regularizer: str = knob("anchor", ("anchor", "bonus", "none"), "see siren_loss")
-    beta: float = knob(0.2, (0, 10**6), "weight of the regulariser (paper: 0.005)")
+    beta: float = knob(0.2, (0, 10**6), "weight of the regulariser (paper: 0.005 with 3072 tokens)")
     top_p: float = knob(0.8, (1e-6, 1), "p of the policy nucleus; 1 = no top-p mask")
     peak_quantile: float = knob(0.8, (0, 1), "tau of the peak-entropy mask; 0 = no peak mask")
-    anchor: float | None = knob(None, (0, 100), "H* in nats; None = H_agg of the first batch")
+    anchor: float | None = knob(
+        None, (0, 100), "H* itself, in nats; None = H_agg of the first batch"
+    )
     # policy gradient
     algorithm: str = knob("dr_grpo", ("dr_grpo", "grpo"), "scale of advantages and lengths")
     mini_batches: int = knob(4, (1, 10**5), "optimiser updates per step (paper: 16)")
-    micro_batch_size: int = knob(64, (1, 10**6), "responses in memory at once; changes no result")
+    micro_batch_size: int = knob(
+        64, (1, 10**6), "responses in memory at once; changes rounding only"
+    )
     lr: float = knob(3e-4, (1e-12, 10**6), "AdamW's learning rate (paper: 1e-6, for a 7B model)")
     warmup_steps: int = knob(5, (0, 10**7), "steps in which lr rises; Adam's first ones are rough")
     weight_decay: float = knob(0.0, (0, 1), "AdamW's (paper: 0.1)")
@@ -81,13 +84,12 @@ class Config:
     eval_prompts: int = knob(128, (1, 10**6), "held-out prompts per set")
     eval_samples: int = knob(16, (1, 10**5), "k of avg@k, maj@k, pass@k and distinct@k")
     eval_temperature: float = knob(0.6, (0.01, 100), "the paper's")
-    # run
     out: str = knob("", None, "run folder; empty = runs/<regularizer>-seed<seed>")
     save_every: int = knob(10, (1, 10**7), "steps between checkpoints")
     device: str = knob("auto", None, "auto, cpu, cuda, mps, ...")
     threads: int = knob(1, (0, 1024), "CPU threads; one is fastest for small models; 0 = all")
     chunk: int = knob(0, (0, 10**7), "tokens whose logits are in memory at once; 0 = by size")
-    plug: str = knob("", None, "module that replaces functions of this file (examples/README.md)")
+    plug: str = knob("", None, "module whose plug() replaces functions of this file at the start")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -111,7 +113,7 @@ class Rollout(NamedTuple):
     prompt_mask: torch.Tensor  # [B, P] bool
     tokens: torch.Tensor  # [B, T] ids, padded on the right
     mask: torch.Tensor  # [B, T] bool, True up to and including EOS, which is trained too
-    logp: torch.Tensor  # [B, T] log-probability of each token when it was sampled
+    logp: torch.Tensor  # [B, T] log-probability when sampled; for the loss it is scored again
 
     def rows(self, index):
         """The responses at index [b]."""
@@ -145,14 +147,13 @@ def sample(
     device, width = next(model.parameters()).device, max(map(len, prompts))
     prompt = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=device)
     start = torch.tensor([width - len(ids) for ids in prompts], device=device)[:, None]
-    prompt_mask = torch.arange(width, device=device) >= start  # [N, P] for N prompts
+    prompt_mask = torch.arange(width, device=device) >= start  # [prompts, P]
     tokens = torch.full((len(prompts) * samples, max_tokens), pad_id, device=device)  # [B, T]
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     logp = torch.zeros_like(tokens, dtype=torch.float32)
     eos = torch.tensor(eos_ids, device=device)
-
     for some in torch.arange(len(prompts), device=device).split(max(1, batch // samples)):
-        cache, seen = DynamicCache(config=model.config), prompt_mask[some].long()
+        cache, seen = DynamicCache(config=model.config), prompt_mask[some].long()  # attention mask
         # positions count a row's own tokens only, or left padding would shift them
         ids, positions = prompt[some], (seen.cumsum(1) - 1).clamp(min=0)
         for t in range(max_tokens):
@@ -160,7 +161,7 @@ def sample(
                 ids, attention_mask=seen, position_ids=positions, past_key_values=cache,
                 use_cache=True, logits_to_keep=1,
             ).logits[:, -1].float()  # fmt: skip
-            if t == 0:  # the prompts are read; from here on a row is a response that has not ended
+            if t == 0:  # the prompts are read; now `rows` are the responses that have not ended
                 cache.batch_repeat_interleave(samples)
                 logits, seen = (x.repeat_interleave(samples, 0) for x in (logits, seen))
                 rows = (some[:, None] * samples + torch.arange(samples, device=device)).view(-1)
@@ -168,13 +169,12 @@ def sample(
             ids = draw(log_pi.exp(), generator)  # [n, 1]
             tokens[rows, t], mask[rows, t] = ids[:, 0], True
             logp[rows, t] = log_pi.gather(1, ids)[:, 0]
-
-            going = (~torch.isin(ids[:, 0], eos)).nonzero()[:, 0]
-            if len(going) == 0:
+            alive = (~torch.isin(ids[:, 0], eos)).nonzero()[:, 0]
+            if len(alive) == 0:
                 break
-            if len(going) < len(rows):
-                cache.batch_select_indices(going)
-                rows, seen, ids = rows[going], seen[going], ids[going]
+            if len(alive) < len(rows):
+                cache.batch_select_indices(alive)
+                rows, seen, ids = rows[alive], seen[alive], ids[alive]
             seen = torch.cat([seen, torch.ones_like(ids)], 1)
             positions = seen.sum(1, keepdim=True) - 1
     if logp.isnan().any():
@@ -189,7 +189,7 @@ MAX_RESPONSE, MAX_ANSWER = 1_000_000, 200  # characters; a longer answer is comp
 BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
 LAYOUT = re.compile(r"\\(?:left|right|displaystyle)\b|\\\\|\\[()\[\]!$%,;: ]|[$~\u2212]")
-MEANS = {"\\\\": "\\\\", "\\%": "%", "\u2212": "-"}  # of LAYOUT; what is not here means a space
+BECOMES = {"\\\\": "\\\\", "\\%": "%", "\u2212": "-"}  # a match of LAYOUT; all others, a space
 FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))")
 DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
 NUMBER = re.compile(rf"([+-]? ?(?:{DIGITS}|[0-9]+ ?/ ?[0-9]+)) ?(%?)")
@@ -211,7 +211,7 @@ def extract_answer(response, answer_form=None):
         elif found[0] == "{":
             opened.append(-1)
         elif found[0] == "}" and opened and (begin := opened.pop()) > start:
-            start, end = begin, found.start()
+            start, end = begin, found.start()  # never where begin is -1; inner boxes win
     if start >= 0:
         return text[start:end]
     return answer_form(text) if answer_form else None
@@ -222,7 +222,7 @@ def normalize(answer):
     r"""What equal answers have in common: an exact number (Fraction), or else a text.
 
     A number is a sign, digits (also 1,234), decimals or a fraction (1/2, \frac{1}{2}), and %. All
-    else is text: not evaluated, and without spaces (but between digits) and braces of one token.
+    else is text, without spaces, except between two digits, and without braces around one token.
 
     >>> normalize(r"$-1{,}234.50$"), normalize(r"\dfrac{1}{2}"), normalize(r"50\%")
     (Fraction(-2469, 2), Fraction(1, 2), Fraction(1, 2))
@@ -232,7 +232,7 @@ def normalize(answer):
     if len(answer) > MAX_ANSWER:
         return answer.strip()
     text = TEXT.sub(r" \1 ", answer.replace("{,}", ",").replace(r",\!", ","))
-    text = LAYOUT.sub(lambda found: MEANS.get(found[0], " "), text)
+    text = LAYOUT.sub(lambda found: BECOMES.get(found[0], " "), text)
     text = re.sub(r"\{\s*([a-zA-Z0-9]|\\[a-zA-Z]+)\s*\}", r" \1 ", text)
     text = " ".join(text.split()).removesuffix(".").rstrip()
     # a fraction is set apart by spaces, so that it can't join what stands beside it
@@ -243,7 +243,9 @@ def normalize(answer):
             return value / 100 if number[2] else value
         except (ValueError, ZeroDivisionError):
             pass  # such as "." or "1/0"
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "'", text)  # (1,234) is not (1, 234)
+    text = re.sub(
+        r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "'", text
+    )  # marks thousands: 1,234 is not 1, 234
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
 
 
@@ -252,13 +254,13 @@ def verify(response, answer, *, answer_form=None, equal=None):
 
     equal(given, answer), if any, decides instead, such as math-verify's in examples/text_env.py.
 
-    >>> verify(r"... so the answer is \boxed{0.5}", r"\frac{1}{2}"), verify("0.5", "0.5")
+    >>> verify(r"... so the answer is \boxed{0.5}", r"\frac{1}{2}"), verify("0.5", "0.5")  # no box
     (True, False)
     """
     given, answer = extract_answer(response, answer_form), extract_answer(answer) or answer
     if given is None or equal is not None:
         return given is not None and equal(given, answer)
-    return normalize(given) == normalize(answer) != ""
+    return normalize(given) == normalize(answer) and normalize(given) != ""
 
 
 # ------------------------------------------------------------------------------------ 4. the method
@@ -299,16 +301,17 @@ def nucleus(log_pi, top_p):
     p is inside, so the set is never empty. The choice of the set has no gradient. log_pi [..., V]
     -> log q of the likeliest tokens [..., k], -inf outside the nucleus, and their ids [..., k].
     """
-    fixed, vocab, pad = log_pi.detach(), log_pi.shape[-1], torch.nn.functional.pad
+    fixed, vocab = log_pi.detach(), log_pi.shape[-1]
     if top_p >= 1:  # every token; a sum of rounded probabilities might stop short of 1
         return log_pi, torch.arange(vocab, device=log_pi.device).expand(log_pi.shape)
-    k = min(64, 1 + vocab // 65)  # fast up to V / 64; to sort all of V takes 100 times as long
+    k = min(64, 1 + vocab // 65)  # nearly always enough; sorting a large vocabulary is slow
     top, ids = fixed.topk(k)  # [..., k]
-    while k < vocab and (short := top.exp().sum(-1) < top_p).any():  # rows that need more tokens
+    while k < vocab and (short := top.exp().sum(-1) < top_p).any():  # these rows need more tokens
         more = min(15 * k, vocab - k)
-        top, ids, k = pad(top, (0, more), value=float("-inf")), pad(ids, (0, more)), k + more
+        top = torch.nn.functional.pad(top, (0, more), value=float("-inf"))
+        ids, k = torch.nn.functional.pad(ids, (0, more)), k + more
         top[short], ids[short] = fixed[short].topk(k)
-    pi = top.exp()
+    pi = top.exp()  # 0 where it was only padded
     inside = (pi.cumsum(-1) - pi < top_p) & (pi > 0)  # the tokens before this one do not reach p
     return log_pi.gather(-1, ids).masked_fill(~inside, float("-inf")).log_softmax(-1), ids
 
@@ -328,7 +331,7 @@ def nucleus_entropy(logits, top_p):
     """H' = -sum over V_p of q log q, with q = pi / pi(V_p): how open is the choice that is real?
 
     logits [..., V] -> nats [...]. One token alone has H' = 0; with p = 1, H' is the full entropy H.
-    V_p is held fixed in the gradient: a logit outside gets none.
+    V_p is held fixed in the gradient: a logit outside gets none. (token_stats has the same in it.)
 
     >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)  # q = 2/3, 1/3
     tensor(0.6365)
@@ -350,10 +353,9 @@ def peak_mask(entropy, mask, quantile):
     if quantile == 0 or h.numel() == 0:
         return mask
     own = h.masked_fill(~mask, float("nan"))
-    # "higher": the next value above q_i, which the same H' reach, and which rounding can't change;
-    # 1e-6 less, since 0.8 is stored as a number just above 0.8
-    q = torch.nanquantile(own, max(0.0, quantile - 1e-6), 1, keepdim=True, interpolation="higher")
-    return (h >= q) & (h > 0) & mask
+    # the smallest H' not below q_i, which rounding can't move; - 1e-6, as 0.8 is stored as more
+    least = torch.nanquantile(own, max(0, quantile - 1e-6), 1, True, interpolation="higher")
+    return (h >= least) & (h > 0) & mask
 
 
 def aggregate_entropy(entropy, peak, mask):
@@ -374,16 +376,16 @@ def aggregate_entropy(entropy, peak, mask):
 def policy_loss(
     logp, old_logp, adv, mask, clip_low=0.2, clip_high=0.2, max_tokens=None, algorithm="dr_grpo"
 ):
-    """L_DrGRPO = -mean over the responses of (1 / max_tokens) sum_t gain_t, with PPO's clipped gain
+    """L_DrGRPO = -mean over the responses of (1 / max_tokens) sum_t gain_t; PPO's clipped gain is
 
-        gain_t = min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i)
-        r_t = exp(logp_t - old_logp_t), how much likelier the token has become
+        gain_t = min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
+        ratio_t = exp(logp_t - old_logp_t), how much likelier the token has become
 
     logp, old_logp, mask [B, T], adv (A) [B] -> (loss, stats). max_tokens is the response budget, by
     default T, and the same for all: no token weighs less for being in a long response. algorithm
-    "grpo" divides by the response's own length. stats: clip_fraction; approx_kl in nats.
+    "grpo" divides by the response's own length. stats: clip_fraction; approx_kl (old || new).
 
-    >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # r = 1.25
+    >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
     >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]  # clipped to 1.2
     tensor(-1.2000)
     """
@@ -404,7 +406,8 @@ def token_stats(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=
 
     outputs: logits [B, T, V], of which [:, t] predicts tokens[:, t]; or hidden states [B, T, D] for
     the module `head` to make logits of. tokens (ids), mask [B, T] -> a dictionary of [B, T], 0 in
-    padding. The [chunk, V] tensors of `chunk` tokens at a time (0: by size) are not kept.
+    padding. It takes `chunk` tokens at a time (0: by size); of several chunks, the backward pass
+    computes the [chunk, V] tensors again instead of storing them.
 
     >>> stats = token_stats(torch.zeros(1, 1, 4), torch.tensor([[2]]), torch.ones(1, 1), 0.5)
     >>> stats["logp"], stats["nucleus_entropy"]  # log 1/4; two equal options: log 2
@@ -432,7 +435,7 @@ def token_stats(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=
         parts = zip(outputs.split(chunk), tokens.split(chunk))
         parts = [torch.utils.checkpoint.checkpoint(stats_of, *part, **again) for part in parts]
         values = map(torch.cat, zip(*parts))
-    names = ("logp", "entropy", "nucleus_entropy", "nucleus_size")
+    names = ("logp", "entropy", "nucleus_entropy", "nucleus_size")  # [N] each; back to [B, T]:
     return {k: v.new_zeros(mask.shape).masked_scatter(mask, v) for k, v in zip(names, values)}
 
 
@@ -449,7 +452,7 @@ def siren_loss(
 
     >>> logits, tokens, mask = torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), torch.ones(1, 2)
     >>> old_logp, adv = torch.full((1, 2), 0.25).log(), torch.zeros(1)
-    >>> siren_loss(logits, tokens, old_logp, adv, mask, 1.0, beta=0.5)[0]  # 0.5 (log 4 - 1)^2
+    >>> siren_loss(logits, tokens, old_logp, adv, mask, 1.0, beta=0.5)[0]  # .5 (log 4 - 1)^2
     tensor(0.0746)
     """
     now = token_stats(outputs, tokens, mask, top_p, temperature, head, chunk)
@@ -469,16 +472,6 @@ def siren_loss(
     stats |= {"policy_loss": policy.detach(), "regularizer_loss": (loss - policy).detach()}
     stats |= {"h_agg": h_agg.detach(), "peak_fraction": peak.sum() / mask.sum().clamp(min=1)}
     return loss, stats
-
-
-def micro_batch_anchor(h_micro, h_agg, anchor):
-    """The anchor that makes a micro-batch pull as its mini-batch does. (Skip this at first.)
-
-    A mini-batch too large for memory is cut by rows, and the losses of these micro-batches, each
-    times its share of the responses, are added up. H_agg is such a sum, (H_agg - H*)^2 is not. But
-    if the gap of each micro-batch is H_agg - H*, losses and gradients add up exactly.
-    """
-    return h_micro - (h_agg - anchor)
 
 
 # === end: copy to here ===
@@ -504,20 +497,31 @@ def score(model, rollout, cfg):
     return {name: torch.cat([stats[name] for stats in scored]) for name in scored[0]}
 
 
+def micro_batch_anchor(h_micro, h_agg, anchor):
+    """The anchor that makes a micro-batch pull as its mini-batch does. (Skip this at first.)
+
+    A mini-batch too large for memory is cut by rows, and the losses of the parts, each times its
+    share of the responses, are added up. H_agg is such a sum, of share * h_micro; (H_agg - H*)^2 is
+    not. With this anchor the gap of every part is H_agg - H*, so the losses add up exactly, and so
+    do the gradients, 2 (H_agg - H*) share grad h_micro.
+    """
+    return h_micro - (h_agg - anchor)
+
+
 def update(model, optimizer, rollout, old_logp, adv, anchor, cfg):
     """One optimiser update on a mini-batch, unless the gradient is not finite. Micro-batches give
     the gradient of the whole. Returns siren_loss's stats and grad_norm."""
     micro_batches = torch.arange(len(adv)).split(cfg.micro_batch_size)
-    exact = len(micro_batches) > 1 and cfg.regularizer == "anchor"
-    if exact:  # H_agg of the whole, scored again since the model has moved
+    several = len(micro_batches) > 1 and cfg.regularizer == "anchor"
+    if several:  # H_agg of the whole, scored again since the model has moved
         entropy = score(model, rollout, cfg)["nucleus_entropy"]
         peak = peak_mask(entropy, rollout.mask, cfg.peak_quantile)
         h_agg = aggregate_entropy(entropy, peak, rollout.mask)
-    total = Counter()
+    total = defaultdict(float)
     optimizer.zero_grad()
     for rows in micro_batches:
         part, target = rollout.rows(rows), anchor
-        if exact:
+        if several:
             h_micro = aggregate_entropy(entropy[rows], peak[rows], part.mask)
             target = micro_batch_anchor(h_micro, h_agg, anchor)
         loss, stats = siren_loss(
@@ -539,9 +543,9 @@ def update(model, optimizer, rollout, old_logp, adv, anchor, cfg):
     return {**total, "grad_norm": norm}
 
 
-def respond(model, task, problems, cfg, seed, samples, temperature):
-    """A Rollout of `samples` responses to each problem; the text `seed` decides every draw."""
-    generator = torch.Generator(model.device).manual_seed(random.Random(seed).getrandbits(63))
+def respond(model, task, problems, cfg, key, samples, temperature):
+    """A Rollout of `samples` responses to each problem; the text `key` decides every draw."""
+    generator = torch.Generator(model.device).manual_seed(random.Random(key).getrandbits(63))
     return sample(
         model, [problem.prompt for problem in problems], max_tokens=cfg.max_tokens,
         eos_ids=task.eos_ids, pad_id=task.pad_id, samples=samples, temperature=temperature,
@@ -549,21 +553,17 @@ def respond(model, task, problems, cfg, seed, samples, temperature):
     )  # fmt: skip
 
 
-def is_right(task, ids, answer):
-    """The reward of a response [t] of token ids, by the task's rules."""
-    return verify(task.decode(ids), answer, answer_form=task.answer_form, equal=task.equal)
-
-
 def training_step(model, optimizer, task, cfg, step, anchor):
     """Sample, verify, score, update; return the metrics. anchor is H*; None: it is found here."""
-    start, seed = time.perf_counter(), f"{cfg.seed}/{step}"
+    start, key = time.perf_counter(), f"{cfg.seed}/{step}"  # the key of this step's random draws
     # 1. sample: group_size responses to each prompt
-    problems = task.train_problems(cfg.prompts, seed)
-    rollout = respond(model, task, problems, cfg, seed, cfg.group_size, cfg.temperature)
+    problems = task.train_problems(cfg.prompts, key)
+    rollout = respond(model, task, problems, cfg, key, cfg.group_size, cfg.temperature)
     responses = rollout.responses()
     # 2. verify: a reward for each response, then its advantage over the others of its group
     answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
-    rewards = [is_right(task, ids, answer) for ids, answer in zip(responses, answers)]
+    rules = {"answer_form": task.answer_form, "equal": task.equal}
+    rewards = [verify(task.decode(r), answer, **rules) for r, answer in zip(responses, answers)]
     rewards = torch.tensor(rewards, dtype=torch.float32, device=rollout.mask.device)  # [B]
     adv = group_advantages(rewards, cfg.group_size, cfg.algorithm)  # [B]
     # 3. score before any update: the old log-probabilities and, on the first step, the anchor
@@ -574,7 +574,7 @@ def training_step(model, optimizer, task, cfg, step, anchor):
     # 4. update: once per mini-batch of whole groups
     optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
     groups, updates = list(range(cfg.prompts)), []
-    random.Random(f"{seed}/0").shuffle(groups)
+    random.Random(f"{key}/0").shuffle(groups)
     for some in torch.tensor(groups).tensor_split(cfg.mini_batches):
         rows = (some[:, None] * cfg.group_size + torch.arange(cfg.group_size)).view(-1)
         batch = rollout.rows(rows), old["logp"][rows], adv[rows]
@@ -623,15 +623,17 @@ def maj_at_k(votes, answer, k):
 def evaluate(model, task, problems, cfg):
     """Means over the problems, with k = eval_samples responses to each: avg@k, the share of right
     ones; maj@k; pass@k; distinct@k, the share of different ones."""
-    k, total = cfg.eval_samples, Counter()
+    k, total = cfg.eval_samples, defaultdict(float)
     rollout = respond(model, task, problems, cfg, f"{cfg.seed}/eval", k, cfg.eval_temperature)
-    responses = rollout.responses()
+    responses, rules = rollout.responses(), {"answer_form": task.answer_form, "equal": task.equal}
     for i, problem in enumerate(problems):
         own = responses[i * k : (i + 1) * k]
-        right = [is_right(task, ids, problem.answer) for ids in own]
-        given = [extract_answer(task.decode(ids), task.answer_form) for ids in own]
+        texts = [task.decode(ids) for ids in own]
+        right = [verify(text, problem.answer, **rules) for text in texts]
+        given = [extract_answer(text, task.answer_form) for text in texts]
+        votes = [None if text is None else normalize(text) for text in given]
         answer = normalize(problem.answer)  # right answers vote alike, however they are written
-        votes = [answer if ok else g and normalize(g) for ok, g in zip(right, given)]
+        votes = [answer if ok else vote for ok, vote in zip(right, votes)]
         total[f"avg@{k}"] += sum(right) / k
         total[f"maj@{k}"] += maj_at_k(votes, answer, k)
         total[f"pass@{k}"] += pass_at_k(k, sum(right), k)
@@ -654,12 +656,12 @@ def load_task(cfg):
 
 
 def train(cfg, *, resume=False):
-    """Train in cfg.folder; return the records, one per step; step 0 is the first evaluation.
+    """Train in the run's folder; return a record per step, of which step 0 is an evaluation.
 
-    A run is its model, its optimiser and its records; all else is a function of (seed, step): it
-    goes on from its last checkpoint to the same last bit, however rudely it was stopped.
+    All but model, optimiser and records is a function of (seed, step), so a run goes on from its
+    last checkpoint to the same last bit, however rudely it was stopped.
     """
-    from examples.engine import RunFolder, bad_input, find_device  # locks, checkpoints, one line
+    from examples.engine import RunFolder, bad_input, find_device  # see its docstring
 
     torch.set_num_threads(cfg.threads or os.cpu_count())
     with RunFolder(cfg, resume) as folder:
@@ -690,11 +692,9 @@ def train(cfg, *, resume=False):
 
 # ---------------------------------------------------------------------------------- 8. command line
 def main(argv=None):
-    """The command: flags, then train, then a table. Returns the exit code."""
-    from examples.engine import run_command  # --help, one line for bad input, exit codes
-
-    return run_command(train, argv)
+    """The command line: it reads flags, trains, prints a table and returns the exit code."""
+    return importlib.import_module("examples.engine").run_command(train, argv)
 
 
-if __name__ == "__main__":  # as the module `siren`, which tasks and examples import
+if __name__ == "__main__":  # under the name by which tasks and examples import this file
     sys.exit(importlib.import_module("siren").main())

@@ -561,7 +561,7 @@ def table(found: dict[str, Any]) -> str:
             why = found.get(part, {}).get("skipped", "not measured")
             lines.append(f"| {part} | {text} | {why} | | {bound} |")
     lines.append("")
-    for name in KINDS if "a" in found else ():
+    for name in [name for name in KINDS if name in found.get("a", {})]:
         part = found["a"][name]
         figures = ", ".join(f"{k} {v['median']:.3g}" for k, v in part.items() if "_vs_" in k)
         lines.append(f"- (a), {name} logits: {figures}.")
@@ -620,11 +620,11 @@ def main(argv: list[str] | None = None) -> int:
         how["minutes"] = round((time.perf_counter() - start) / 60, 1)
         found[part] |= {"measured_on": how}
         print(f"{part}: done in {how['minutes']} minutes", file=sys.stderr)
-    found["sizes"] = dataclasses.asdict(sizes)
-    ordered = {key: found[key] for key in [*ROWS, *PARTS, "sizes"] if key in found}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(ordered, indent=1) + "\n")
-    out.with_suffix(".md").write_text(table(ordered) + "\n")
+        found["sizes"] = dataclasses.asdict(sizes)
+        ordered = {key: found[key] for key in [*ROWS, *PARTS, "sizes"] if key in found}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(ordered, indent=1) + "\n")
+        out.with_suffix(".md").write_text(table(ordered) + "\n")
     print(table(ordered), f"\nwrote {out} and {out.with_suffix('.md').name}")
     return 0
 

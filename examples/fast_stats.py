@@ -7,9 +7,9 @@ thousands of tokens (an entropy bonus that explodes) that is most of the work. H
 the probabilities finds the few tokens at the edge of the nucleus, and only these are sorted; the
 gradient is a formula, so nothing is kept for it but four numbers per token.
 
-When it pays (python examples/bench.py --only a; results/bench.md has the figures): it does on flat
-policies, where it is many times as fast, and it takes less memory. On peaked policies siren.py's
-own token_stats is as fast or faster.
+When it pays (python examples/bench.py --only a; 64 tokens, V = 152064, one thread; time against
+log-softmax, gather and full entropy alone): on flat policies, 2.5 against siren.py's 21. On peaked
+ones siren.py is the faster, 0.9 against 1.3. Memory is alike, half of that plain way's.
 """
 
 from __future__ import annotations

@@ -474,6 +474,16 @@ def siren_loss(
     return loss, stats
 
 
+def micro_batch_anchor(h_micro, h_agg, anchor):
+    """The anchor that makes a micro-batch pull as its mini-batch does. (Skip this at first.)
+
+    The losses of the parts of a mini-batch, each times its share of the responses, are added up.
+    H_agg is such a sum, of share * h_micro; (H_agg - H*)^2 is not. With this anchor every part has
+    the gap H_agg - H*: losses and gradients, 2 (H_agg - H*) share grad h_micro, add up exactly.
+    """
+    return h_micro - (h_agg - anchor)
+
+
 # === end: copy to here ===
 
 
@@ -495,17 +505,6 @@ def score(model, rollout, cfg):
         part, options = rollout.rows(rows), (cfg.top_p, cfg.temperature, head, cfg.chunk)
         scored.append(token_stats(forward(model, part), part.tokens, part.mask, *options))
     return {name: torch.cat([stats[name] for stats in scored]) for name in scored[0]}
-
-
-def micro_batch_anchor(h_micro, h_agg, anchor):
-    """The anchor that makes a micro-batch pull as its mini-batch does. (Skip this at first.)
-
-    A mini-batch too large for memory is cut by rows, and the losses of the parts, each times its
-    share of the responses, are added up. H_agg is such a sum, of share * h_micro; (H_agg - H*)^2 is
-    not. With this anchor the gap of every part is H_agg - H*, so the losses add up exactly, and so
-    do the gradients, 2 (H_agg - H*) share grad h_micro.
-    """
-    return h_micro - (h_agg - anchor)
 
 
 def update(model, optimizer, rollout, old_logp, adv, anchor, cfg):

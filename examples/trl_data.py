@@ -32,7 +32,9 @@ def toy_parts(cfg: siren.Config, problems: list[Any] | None = None) -> dict[str,
 
     def right(completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
         # from the ids: TRL's text leaves out <eos>, which tells an answer from a cut-off response
-        return [float(siren.is_right(task, ids, a)) for ids, a in zip(completion_ids, answer)]
+        rules = {"answer_form": task.answer_form, "equal": task.equal}
+        pairs = zip(map(task.decode, completion_ids), answer)
+        return [float(siren.verify(text, a, **rules)) for text, a in pairs]
 
     tokenizer = toy_tokenizer(task, model.config.vocab_size)
     parts = {"model": model, "processing_class": tokenizer, "reward_funcs": right}

@@ -1,5 +1,6 @@
 """The project's own files agree with each other: pins, links, flags and names in the documents."""
 
+import json
 import re
 import tomllib
 from dataclasses import fields
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import siren
+from examples import engine
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
@@ -46,6 +48,14 @@ def test_readme_names_functions_that_exist_and_fits_a_reader():
     assert len(names) >= 12
     assert all(callable(getattr(siren, name)) for name in names)
     assert len(text.split()) <= 1100, "README is to be read in five minutes"
+
+
+def test_readme_prints_what_the_default_run_printed():
+    """results/default_run.jsonl is the metrics.jsonl of `python siren.py --device cpu`."""
+    lines = (ROOT / "results" / "default_run.jsonl").read_text().splitlines()
+    head, *rows = engine.report([json.loads(line) for line in lines]).splitlines()
+    shown = [head.partition("   (")[0].rstrip(), *rows]
+    assert "```\n" + "\n".join(shown) + "\n```" in (ROOT / "README.md").read_text()
 
 
 def test_readme_commands_use_flags_that_exist():

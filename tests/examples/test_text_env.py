@@ -329,7 +329,7 @@ def test_last_number(text, answer):
 
 
 def right(task: text_env.TextTask, response: str, answer: str) -> bool:
-    """As siren.is_right asks."""
+    """As siren.training_step asks."""
     return siren.verify(response, answer, answer_form=task.answer_form, equal=task.equal)
 
 

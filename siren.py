@@ -16,7 +16,7 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0    # naive bonus: it explodes
 
 B responses, T response positions, P prompt positions, V vocabulary, D hidden size; N tokens without
-padding, n some rows; entropies are in nats. No KL term, no reference model, no critic, as in the
+padding, n a part of them; entropies are in nats. No KL term, no reference model, no critic, as in the
 paper; departures: docs/departures.md. Flags, checkpoints and locks: examples/engine.py.
 """
 
@@ -140,7 +140,7 @@ def sample(
     """A Rollout, in which row i * samples + j is sample j of prompt i, a list of token ids.
 
     About `batch` rows at a time. The samples of a prompt share one pass over it, and a row that has
-    ended leaves the batch. Nothing is truncated: what is scored later is what was sampled.
+    ended leaves the batch. No top-k, no top-p: what is scored later is what was sampled.
     """
     from transformers import DynamicCache  # here, since the method needs only torch
 
@@ -243,9 +243,8 @@ def normalize(answer):
             return value / 100 if number[2] else value
         except (ValueError, ZeroDivisionError):
             pass  # such as "." or "1/0"
-    text = re.sub(
-        r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "'", text
-    )  # marks thousands: 1,234 is not 1, 234
+    # without spaces 1, 234 would be 1,234
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "'", text)
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
 
 
@@ -284,7 +283,7 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
 
 
 def log_softmax(logits, temperature=1.0):
-    """In float32 at least: in half precision the first decimal of an entropy is wrong."""
+    """In float32 at least: half precision is too coarse for sums over a vocabulary."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
@@ -304,7 +303,7 @@ def nucleus(log_pi, top_p):
     fixed, vocab = log_pi.detach(), log_pi.shape[-1]
     if top_p >= 1:  # every token; a sum of rounded probabilities might stop short of 1
         return log_pi, torch.arange(vocab, device=log_pi.device).expand(log_pi.shape)
-    k = min(64, 1 + vocab // 65)  # nearly always enough; sorting a large vocabulary is slow
+    k = min(64, 1 + vocab // 65)  # as if all were sorted, only faster: k grows where it must
     top, ids = fixed.topk(k)  # [..., k]
     while k < vocab and (short := top.exp().sum(-1) < top_p).any():  # these rows need more tokens
         more = min(15 * k, vocab - k)
@@ -353,7 +352,7 @@ def peak_mask(entropy, mask, quantile):
     if quantile == 0 or h.numel() == 0:
         return mask
     own = h.masked_fill(~mask, float("nan"))
-    # the smallest H' not below q_i, which rounding can't move; - 1e-6, as 0.8 is stored as more
+    # the smallest H' >= q_i (the test is the same, without rounding); float32's 0.8 is above 0.8
     least = torch.nanquantile(own, max(0, quantile - 1e-6), 1, True, interpolation="higher")
     return (h >= least) & (h > 0) & mask
 
@@ -478,8 +477,8 @@ def micro_batch_anchor(h_micro, h_agg, anchor):
     """The anchor that makes a micro-batch pull as its mini-batch does. (Skip this at first.)
 
     The losses of the parts of a mini-batch, each times its share of the responses, are added up.
-    H_agg is such a sum, of share * h_micro; (H_agg - H*)^2 is not. With this anchor every part has
-    the gap H_agg - H*: losses and gradients, 2 (H_agg - H*) share grad h_micro, add up exactly.
+    H_agg is such a sum, of share * h_micro; (H_agg - H*)^2 is not. With this anchor, a number without
+    gradient, every part has the gap H_agg - H*: losses and gradients add up exactly.
     """
     return h_micro - (h_agg - anchor)
 
@@ -658,7 +657,7 @@ def train(cfg, *, resume=False):
     """Train in the run's folder; return a record per step, of which step 0 is an evaluation.
 
     All but model, optimiser and records is a function of (seed, step), so a run goes on from its
-    last checkpoint to the same last bit, however rudely it was stopped.
+    last checkpoint (on a CPU to the same last bit), however rudely it was stopped.
     """
     from examples.engine import RunFolder, bad_input, find_device  # see its docstring
 

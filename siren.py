@@ -16,8 +16,8 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0    # naive bonus: it explodes
 
 B responses, T response positions, P prompt positions, V vocabulary, D hidden size; N tokens without
-padding, n a part of them; entropies are in nats. No KL term, no reference model, no critic, as in the
-paper; departures: docs/departures.md. Flags, checkpoints and locks: examples/engine.py.
+padding, n a part of them; entropies are in nats. No KL term, no reference model, no critic, as in
+the paper; departures: docs/departures.md. Flags, checkpoints and locks: examples/engine.py.
 """
 
 import dataclasses
@@ -477,8 +477,8 @@ def micro_batch_anchor(h_micro, h_agg, anchor):
     """The anchor that makes a micro-batch pull as its mini-batch does. (Skip this at first.)
 
     The losses of the parts of a mini-batch, each times its share of the responses, are added up.
-    H_agg is such a sum, of share * h_micro; (H_agg - H*)^2 is not. With this anchor, a number without
-    gradient, every part has the gap H_agg - H*: losses and gradients add up exactly.
+    H_agg is such a sum, of share * h_micro; (H_agg - H*)^2 is not. With this anchor, a number that
+    has no gradient, every part has the gap H_agg - H*: losses and gradients add up exactly.
     """
     return h_micro - (h_agg - anchor)
 

@@ -38,6 +38,10 @@ CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 MAY_CHANGE = {"steps", "out", "save_every", "eval_every", "threads", "device"}
 MAY_CHANGE |= {"micro_batch_size", "chunk"}
 SHOWN = ("reward", "entropy", "h_agg", "anchor")  # of training, in the final table
+HOPELESS = {  # what it means if a metric is 0 for five steps
+    "reward": "every response of the last five steps was wrong, so there is nothing to learn from",
+    "ended_share": "no response of the last five steps ended within --max-tokens; raise it",
+}
 NO_MEMORY = "lower --prompts, --micro-batch-size, --sample-batch, --chunk or --eval-samples"
 
 
@@ -313,11 +317,10 @@ class RunFolder:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         with open(os.open(self.path / METRICS, flags, 0o666), "ab") as file:
             file.write(to_line(records[-1]))
-        steps = records[1:]
-        if len(steps) == 5 and not any(record["reward"] for record in steps):
-            say("every response of the first five steps was wrong, so nothing can be learned yet")
-        if len(steps) == 5 and not any(record["ended_share"] for record in steps):
-            say(f"no response ended within --max-tokens {self.cfg.max_tokens}; raise it")
+        for name, what in HOPELESS.items():
+            steps = [record[name] for record in records[1:]]
+            if len(steps) >= 5 and not any(steps[-5:]) and (len(steps) == 5 or steps[-6]):
+                say(f"step {records[-1]['step']}: {what}")
 
 
 def to_line(record: dict) -> bytes:

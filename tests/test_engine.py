@@ -381,8 +381,8 @@ def test_nothing_to_learn_is_said(tmp_path, monkeypatch):
     flags = [f"--out={tmp_path}", *flags_of(SMALL), "--steps=6", "--max-tokens=2"]
     code, _, lines = command(*flags)
     assert code == 0
-    assert sum("was wrong, so nothing can be learned" in line for line in lines) == 1
-    assert sum("no response ended within --max-tokens 2; raise it" in line for line in lines) == 1
+    assert sum("was wrong, so there is nothing to learn" in line for line in lines) == 1
+    assert sum("ended within --max-tokens; raise it" in line for line in lines) == 1
 
 
 def test_import_runs_nothing_and_config_is_frozen():
@@ -429,3 +429,15 @@ def test_readme_names_functions_and_flags_that_exist():
     others = {"rebuild-base", "check-base", "preset", "no-deps", "impl", "rounds"}
     others |= {"model", "data", "eval-data", "lora-rank", "tried"}
     assert flags <= known | others, f"unknown flags {flags - known - others}"
+
+
+def test_a_run_without_rewards_says_so_again_after_a_better_spell(tmp_path, capsys):
+    """Five steps without any reward are one line, at whatever step they come."""
+    records = [{"step": 0}]
+    with engine.RunFolder(siren.Config(out=str(tmp_path)), resume=False) as folder:
+        for step, reward in enumerate([0.0] * 6 + [0.1] + [0.0] * 6, 1):
+            records.append({"step": step, "reward": reward, "ended_share": 1.0})
+            folder.log(records)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == ["step 5", "step 12"]
+    assert all("was wrong" in line for line in lines)

@@ -279,7 +279,7 @@ class RunFolder:
         config = dataclasses.asdict(self.cfg)
         for name, value in config.items():
             was = self.saved["config"].get(name)
-            if was == value or name in ("out", "steps"):
+            if was == value or name == "out":
                 continue
             if name not in MAY_CHANGE:
                 fix = "leave the flag out, or start in another --out"

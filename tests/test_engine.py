@@ -170,6 +170,7 @@ def test_what_computes_nothing_may_change_on_resume_and_is_said(tmp_path):
     assert code == 0
     said = [line for line in lines if "resuming with" in line]
     assert said == [
+        "siren.py: resuming with --steps 2; it was 1",
         "siren.py: resuming with --micro-batch-size 3; it was 64",
         "siren.py: resuming with --eval-every 2; it was 0",
         "siren.py: resuming with --save-every 1; it was 10",

@@ -608,7 +608,7 @@ def pass_at_k(n, c, k):
 
 def maj_at_k(votes, answer, k):
     """maj@k: the share of the blocks of k votes that `answer` wins. In a tie the vote that came
-    first wins; None (no answer) is no vote.
+    first wins; None (no answer) is not a vote.
 
     >>> maj_at_k([None, None, "7", "8", "8", "7"], "7", 3)  # won, lost
     0.5

@@ -689,7 +689,7 @@ def test_one_step_moves_entropy_to_the_anchor(impl):
     up, down = (entropy_moved_by_a_step(impl, anchor) for anchor in (2.2, 0.2))
     assert up != 0 and down != 0, "the regulariser has no gradient: was H_agg detached?"
     assert up > 1e-4, "below the anchor the penalty must raise entropy"
-    assert down < -1e-4, "above the anchor the penalty must lower entropy: it is no bonus"
+    assert down < -1e-4, "above the anchor the penalty must lower entropy: it is not a bonus"
 
 
 def test_one_step_without_an_anchor(impl):
@@ -705,7 +705,9 @@ def test_only_peaks_are_regularised(impl):
     _, grad, _ = value_and_grad(impl, b)
     H = oracle_stats(b.logits, b.tokens, 0.8)["nucleus_entropy"]
     peak = oracle_peaks(H, b.mask, 0.8)
-    assert (grad.numpy()[~peak] == 0).all(), "a position that is no peak gets an entropy gradient"
+    assert (grad.numpy()[~peak] == 0).all(), (
+        "a position that is not a peak gets an entropy gradient"
+    )
     assert (np.abs(grad.numpy()[peak]).sum(-1) > 0).all(), "a peak gets no entropy gradient"
 
 
@@ -876,8 +878,8 @@ MAJORITIES = [  # answers, correct, k, maj@k, why
     (["1", "2", "2", "1"], "2", 4, 0, "tie: the answer given first, not the last or the correct"),
     (["3", "1", "2", "2", "1"], "1", 5, 1, "tie of the leaders: the one of them given first"),
     (["3", "1", "2", "2", "1"], "3", 5, 0, "first given, but not among the leaders"),
-    ([None, None, None, "2"], "2", 4, 1, "None is no vote"),
-    ([None, "1", None, "2"], "1", 4, 1, "None is no vote, not even in a tie"),
+    ([None, None, None, "2"], "2", 4, 1, "None is not a vote"),
+    ([None, "1", None, "2"], "1", 4, 1, "None is not a vote, not even in a tie"),
     ([None, None], "2", 2, 0, "nobody voted"),
     (["2", "1", None, None], "2", 2, 0.5, "blocks of k: [2, 1] is right, [None, None] is not"),
     (["2", "2", "1", "1", "1", "1"], "2", 2, 1 / 3, "mean over the blocks"),
@@ -953,13 +955,13 @@ def test_ex2_masks_and_means(impl):
         "divide by the budget, not by each response's own length": (-1 + 2) / 2,
         "divide by budget and responses, not by the number of tokens": (-1 + 6) / 4,
         "leave out empty responses when dividing by their number": (-1 + 6) / 4 / 3,
-        "padding reaches the loss: its tokens are no part of the sums": (-4 + 8 - 28) / 4 / 2,
+        "padding reaches the loss: its tokens are not part of the sums": (-4 + 8 - 28) / 4 / 2,
         "padding reaches the loss: neither summed nor counted": (-4 + 8 - 28) / 4 / 3,
     }
     idea = "sum over tokens / max_tokens, then mean over responses; max_tokens=None means T"
     same(result()[0], (-1 / 4 + 6 / 4) / 2, idea, mistakes=mistakes)
     same(result(max_tokens=10)[0], (-1 / 10 + 6 / 10) / 2, "divide by max_tokens where given")
-    idea = "padding reaches the loss: its tokens are no part of the sums"
+    idea = "padding reaches the loss: its tokens are not part of the sums"
     same(result(zero.masked_fill(~mask, -1.0))[0], result()[0], idea)
     nan = result(zero.masked_fill(~mask, math.nan))[0]
     assert torch.isfinite(nan), "NaN in padding: select before computing, since NaN * 0 is NaN"
@@ -1045,7 +1047,7 @@ def test_ex5_peaks(impl):
     peak = impl.peak_mask(H, mask, 0.8)
     assert H.tolist() == [[1, 2, 3, 9, 9, 9]], "entropy was written to: H_agg still needs it"
     assert not peak[~mask].any(), "a peak lies in the response: AND with the mask"
-    assert peak[0, 2], "padding is no part of the quantile"
+    assert peak[0, 2], "padding is not part of the quantile"
     tied = impl.peak_mask(t([[0.2, 0.7, 0.7, 0.7, 0.1]]), torch.ones(1, 5).bool(), 0.8)
     assert tied.int().tolist() == [[0, 1, 1, 1, 0]], "H' >= q: what equals the quantile is a peak"
     sharp = impl.peak_mask(t([[0.0] * 9 + [1.0]]), torch.ones(1, 10).bool(), 0.8)

@@ -216,7 +216,7 @@ def load_checkpoint(folder: Path) -> dict:
     except Exception as error:  # a damaged or hostile file may raise whatever it likes
         fix = "restore it, or start in another --out"
         raise ConfigError(
-            f"--resume: {path} is no whole checkpoint: {one_line(error)}; {fix}"
+            f"--resume: {path} is not a whole checkpoint: {one_line(error)}; {fix}"
         ) from error
 
 

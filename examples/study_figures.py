@@ -199,7 +199,7 @@ def steps_figure(runs: list[Run], path: Path) -> None:
     figure, axes = new_figure(4)
     axes = axes[0]
     curve(axes[0], runs, of("entropy"))
-    axes[0].set(title="entropy (nats a token)", yscale="log")
+    axes[0].set(title="entropy (nats per token)", yscale="log")
     axes[0].set_yticks(ENTROPY_TICKS, list(map(str, ENTROPY_TICKS)))
     axes[0].yaxis.set_minor_locator(NullLocator())
     axes[0].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))

@@ -138,7 +138,7 @@ def aggregate_entropy(entropy: Tensor, peak: Tensor, mask: Tensor) -> Tensor:
     no response at all H_agg is 0.
 
     entropy [B, T], peak [B, T] bool, mask [B, T] bool -> scalar, differentiable. A peak outside the
-    mask is no peak. Padding may hold any number, NaN too, and must reach neither H_agg nor its
+    mask is not a peak. Padding may hold any number, NaN too, and must reach neither H_agg nor its
     gradient.
 
     >>> h, mask = torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([[1, 1], [1, 0]]).bool()
@@ -233,7 +233,7 @@ def maj_at_k(votes: list[str | None], answer: str, k: int) -> float:
     votes: the answers of all samples, in order; None is a response without an answer. They are cut
     into consecutive blocks of k; what is left beyond the last whole block is not used. In a block,
     the most frequent vote wins, also with less than half of the votes; of several equally frequent
-    ones, the one that was given first. None is no vote (an empty text is one); in a block of None
+    ones, the one that was given first. None is not a vote (an empty text is); in a block of None
     alone nobody wins. Votes are compared as they are given, not by their value as numbers.
     Returns the share of the blocks that `answer` wins.
 

@@ -397,7 +397,7 @@ def majority(votes, answer, k, slip=""):
     won = 0
     for block in blocks:
         given = block if slip == "None votes" else [v for v in block if v is not None]
-        if slip == "an empty text is no vote":
+        if slip == "an empty text is not a vote":
             given = [v for v in given if v]
         if slip == "votes by value":
             given = [str(siren.normalize(v)) for v in given]
@@ -569,7 +569,7 @@ WRONG: list[Wrong] = [
         "ex5",
         (quantile_of_the_batch, "your quantile is over the batch"),
         (mask_not_anded, "AND with the mask"),
-        (padding_in_the_quantile, "padding is no part of the quantile"),
+        (padding_in_the_quantile, "padding is not part of the quantile"),
         (above_the_quantile_only, "what equals the quantile is a peak"),
         (zeros_are_peaks, "a peak also needs H' > 0"),
         (quantile_not_interpolated, "interpolated linearly"),
@@ -637,8 +637,8 @@ WRONG: list[Wrong] = [
         {
             "a tie goes to the last given": ("tie: the answer given first", "test_maj_at_k"),
             "a tie counts as right": ("not the last or the correct", "test_maj_at_k"),
-            "None votes": ("None is no vote", "test_maj_at_k"),
-            "an empty text is no vote": ("an empty text is a vote", "test_maj_at_k"),
+            "None votes": ("None is not a vote", "test_maj_at_k"),
+            "an empty text is not a vote": ("an empty text is a vote", "test_maj_at_k"),
             "votes by value": ("votes are compared as they are given", "test_maj_at_k"),
             "more than half of the votes": ("tie: the answer given first", "test_maj_at_k"),
             "the first block alone": ("blocks of k", "test_maj_at_k"),

@@ -218,7 +218,7 @@ def small_model(vocab=32, context=64, seed=0):
         return Qwen2ForCausalLM(config).eval()
 
 
-PROMPTS = [[5, 1, 7], [8, 9, 10, 11, 12, 13, 14], [5, 4, 3, 8, 7]]  # 1 in a prompt is no padding
+PROMPTS = [[5, 1, 7], [8, 9, 10, 11, 12, 13, 14], [5, 4, 3, 8, 7]]  # 1 in a prompt is not padding
 SAMPLING = {"max_tokens": 12, "eos_ids": [1, 2], "pad_id": 1}  # pad is EOS, as in many chat models
 
 

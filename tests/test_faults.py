@@ -384,7 +384,7 @@ def test_flipped_bits(tmp_path, half, tally):
         flipped = bytearray(data)
         flipped[place] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
-        tally.add(f"byte {place}", refusal(folder, "is no whole checkpoint"))
+        tally.add(f"byte {place}", refusal(folder, "is not a whole checkpoint"))
     path.write_bytes(data)
     assert call(again(folder)).code == 0, "with the right bits it goes on"
     tally.finish(40)
@@ -397,18 +397,18 @@ def test_truncated(tmp_path, half, tally):
     sizes = [0, 1, 31, 32, 33, 1000, len(data) - 1000, len(data) - 1]
     for size in sizes + [rng.randrange(len(data)) for _ in range(12)]:
         (folder / "checkpoint.pt").write_bytes(data[:size])
-        tally.add(f"{size} bytes", refusal(folder, "is no whole checkpoint"))
+        tally.add(f"{size} bytes", refusal(folder, "is not a whole checkpoint"))
     tally.finish(20)
 
 
 def test_other_bytes(tmp_path, half, tally):
-    """6 files that are no checkpoint, some with a right checksum: the same"""
+    """6 files that are not checkpoints, some with a right checksum: the same"""
     folder = shutil.copytree(half, tmp_path / "run")
     metrics = (folder / "metrics.jsonl").read_bytes()
     for data in (b"K", b"\x80\x02}q\xff", b"PK\x03\x04", metrics, b"\x80" * 64, b""):
         signed = hashlib.sha256(data).digest() + data
         (folder / "checkpoint.pt").write_bytes(signed)
-        tally.add(data[:8], refusal(folder, "is no whole checkpoint"))
+        tally.add(data[:8], refusal(folder, "is not a whole checkpoint"))
     tally.finish(6)
 
 
@@ -436,7 +436,7 @@ def test_pickled_code(tmp_path, half, tally):
     saved = load_checkpoint(half)
     for name in saved:
         forge(folder, {**saved, name: Attack(tmp_path / "hacked")})
-        problem = refusal(folder, "is no whole checkpoint")
+        problem = refusal(folder, "is not a whole checkpoint")
         tally.add(name, "the code was run" if (tmp_path / "hacked").exists() else problem)
     tally.finish(4)
 

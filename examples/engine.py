@@ -237,6 +237,7 @@ class RunFolder:
     def __init__(self, cfg: Config, resume: bool) -> None:
         self.cfg, self.path, self.resume = cfg, folder_of(cfg), resume
         self.saved: dict = {}
+        self.changed: list[str] = []  # what differs from the checkpoint and may
 
     def __enter__(self) -> RunFolder:
         try:
@@ -275,7 +276,7 @@ class RunFolder:
             raise ConfigError(f"--out {self.path}: already holds a run; {fix}")
 
     def _compare(self) -> None:
-        """Is the checkpoint of this run? ConfigError if not; what may change is printed."""
+        """Is the checkpoint of this run? ConfigError if not; what may change is noted."""
         config = dataclasses.asdict(self.cfg)
         for name, value in config.items():
             was = self.saved["config"].get(name)
@@ -284,7 +285,7 @@ class RunFolder:
             if name not in MAY_CHANGE:
                 fix = "leave the flag out, or start in another --out"
                 raise ConfigError(f"--resume: {flag_of(name)} was {was}, not {value}; {fix}")
-            say(f"resuming with {flag_of(name)} {value}; it was {was}")
+            self.changed.append(f"resuming with {flag_of(name)} {value}; it was {was}")
         if (self.path / METRICS).is_file():
             lines = (self.path / METRICS).read_bytes().splitlines()
             for record, line in zip(self.saved["records"], lines):
@@ -297,6 +298,8 @@ class RunFolder:
         records = []
         if self.resume:
             fill(model, optimizer, self.saved, self.path / CHECKPOINT)
+            for text in self.changed:
+                say(text)
             records = self.saved["records"]
             self.saved = {}
             write_whole(self.path / METRICS, b"".join(map(to_line, records)))

@@ -290,7 +290,8 @@ def log_softmax(logits, temperature=1.0):
 
 def entropy_of(log_q):
     """-sum of q log q over the last dimension, where 0 log 0 is 0 and has no gradient."""
-    return -(log_q.exp() * log_q.clamp(min=-1e30)).sum(-1)
+    with torch.autocast(log_q.device.type, enabled=False):  # it would round to bfloat16
+        return -torch.linalg.vecdot(log_q.exp(), log_q.clamp(min=-1e30))
 
 
 def nucleus(log_pi, top_p):
@@ -380,9 +381,8 @@ def policy_loss(
         gain_t = min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
         ratio_t = exp(logp_t - old_logp_t), how much likelier the token has become
 
-    logp, old_logp, mask [B, T], adv (A) [B] -> (loss, stats). max_tokens is the response budget, by
-    default T, and the same for all: no token weighs less for being in a long response. algorithm
-    "grpo" divides by the response's own length. stats: clip_fraction; approx_kl (old || new).
+    logp, old_logp, mask [B, T], adv (A) [B] -> (loss, stats). max_tokens: the response budget, by
+    default T; "grpo" has each response's length there. stats: clip_fraction; approx_kl(old || new).
 
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
     >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]  # clipped to 1.2

@@ -89,7 +89,7 @@ class Config:
     device: str = knob("auto", None, "auto, cpu, cuda, mps, ...")
     threads: int = knob(1, (0, 1024), "CPU threads; one is fastest for small models; 0 = all")
     chunk: int = knob(0, (0, 10**7), "tokens whose logits are in memory at once; 0 = by size")
-    plug: str = knob("", None, "module whose plug() replaces functions of this file at the start")
+    plug: str = knob("", None, "module:key=value,... whose plug() replaces functions of this file")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -506,9 +506,10 @@ def score(model, rollout, cfg):
     return {name: torch.cat([stats[name] for stats in scored]) for name in scored[0]}
 
 
-def update(model, optimizer, rollout, old_logp, adv, anchor, cfg):
+def update(model, optimizer, rollout, old_logp, rewards, anchor, cfg):
     """One optimiser update on a mini-batch, unless the gradient is not finite. Micro-batches give
     the gradient of the whole. Returns siren_loss's stats and grad_norm."""
+    adv = group_advantages(rewards, cfg.group_size, cfg.algorithm)  # [b]
     micro_batches = torch.arange(len(adv)).split(cfg.micro_batch_size)
     several = len(micro_batches) > 1 and cfg.regularizer == "anchor"
     if several:  # H_agg of the whole, scored again since the model has moved
@@ -551,23 +552,23 @@ def respond(model, task, problems, cfg, key, samples, temperature):
     )  # fmt: skip
 
 
-def training_step(model, optimizer, task, cfg, step, anchor):
-    """Sample, verify, score, update; return the metrics. anchor is H*; None: it is found here."""
+def training_step(model, optimizer, task, cfg, step, last):
+    """Sample, verify, score, update; return the metrics. last: the record of the step before."""
     start, key = time.perf_counter(), f"{cfg.seed}/{step}"  # the key of this step's random draws
     # 1. sample: group_size responses to each prompt
     problems = task.train_problems(cfg.prompts, key)
     rollout = respond(model, task, problems, cfg, key, cfg.group_size, cfg.temperature)
     responses = rollout.responses()
-    # 2. verify: a reward for each response, then its advantage over the others of its group
+    # 2. verify: a reward for each response
     answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
     rules = {"answer_form": task.answer_form, "equal": task.equal}
     rewards = [verify(task.decode(r), answer, **rules) for r, answer in zip(responses, answers)]
     rewards = torch.tensor(rewards, dtype=torch.float32, device=rollout.mask.device)  # [B]
-    adv = group_advantages(rewards, cfg.group_size, cfg.algorithm)  # [B]
     # 3. score before any update: the old log-probabilities and, on the first step, the anchor
     old = score(model, rollout, cfg)
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = float(aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask))
+    anchor = last.get("anchor", cfg.anchor)
     anchor = h_agg if anchor is None else anchor
     # 4. update: once per mini-batch of whole groups
     optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
@@ -575,7 +576,7 @@ def training_step(model, optimizer, task, cfg, step, anchor):
     random.Random(f"{key}/0").shuffle(groups)
     for some in torch.tensor(groups).tensor_split(cfg.mini_batches):
         rows = (some[:, None] * cfg.group_size + torch.arange(cfg.group_size)).view(-1)
-        batch = rollout.rows(rows), old["logp"][rows], adv[rows]
+        batch = rollout.rows(rows), old["logp"][rows], rewards[rows]
         updates.append(update(model, optimizer, *batch, anchor, cfg))
     made = [values for values in updates if math.isfinite(values["grad_norm"])]
     if not made:
@@ -670,12 +671,10 @@ def train(cfg, *, resume=False):
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         records = folder.restore(model, optimizer)
-        anchor = records[-1].get("anchor", cfg.anchor) if records else cfg.anchor
         for step in (bar := tqdm(range(len(records), cfg.steps + 1), unit="step")):
             record = {"step": step}
             if step > 0:
-                record |= training_step(model, optimizer, task, cfg, step, anchor)
-                anchor = record["anchor"]
+                record |= training_step(model, optimizer, task, cfg, step, records[-1])
                 bar.set_postfix(reward=record["reward"], h_agg=record["h_agg"], refresh=False)
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
                 for name, problems in heldout.items():

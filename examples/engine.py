@@ -167,8 +167,10 @@ def saved_flags(flags: dict) -> dict:
             raise ConfigError(f"--resume: the checkpoint's config has no valid {name}; restore it")
     for name in ("task", "plug"):
         was, now = (str(values.get(name, "")) for values in (saved, flags))
-        if was.partition(":")[0] != now.partition(":")[0]:
-            value = was.partition(":")[0]
+        parts = [split_plugs(text) if name == "plug" else [text] for text in (was, now)]
+        modules = [",".join(part.partition(":")[0] for part in some) for some in parts]
+        if modules[0] != modules[1]:
+            value = modules[0]
             fix = f"add {flag_of(name)} {value} if you trust it"
             raise ConfigError(f"--resume: the run was made with {flag_of(name)} {value}; {fix}")
         if ":" not in now:
@@ -425,9 +427,8 @@ def run_command(train: Callable, argv: list[str] | None = None) -> int:
     try:
         cfg, resume = read_flags(argv)
         again = f"--resume --out {folder_of(cfg)}"
-        for name in filter(None, cfg.plug.split(",")):
-            load_plug(name)
-        print(report(train(cfg, resume=resume)))
+        with plugged(cfg.plug):
+            print(report(train(cfg, resume=resume)))
         print(f"every step: {folder_of(cfg) / METRICS}")
         return 0
     except ConfigError as error:
@@ -448,12 +449,37 @@ def run_command(train: Callable, argv: list[str] | None = None) -> int:
     return code
 
 
-def load_plug(name: str) -> None:
-    """Call plug() of a module: it replaces functions of siren, such as siren.sample."""
+def split_plugs(plugs: str) -> list[str]:
+    """The parts of --plug.
+
+    >>> split_plugs("one:key=1,other=2,two")
+    ['one:key=1,other=2', 'two']
+    """
+    return [plug for plug in re.split(r",(?!\w+=)", plugs) if plug]
+
+
+@contextmanager
+def plugged(plugs: str) -> Iterator[None]:
+    """Inside, drop-ins stand in for functions of siren: "module:key=value,key=value,module".
+
+    Each module's plug(key=value, ...), whose values are text, replaces what it likes, such as
+    siren.update. Afterwards siren.py's own functions are back.
+    """
+    import siren
+
+    before = dict(vars(siren))
     try:
-        importlib.import_module(name).plug()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"--plug {name}: {error}; name a module with a plug()") from error
+        for plug in split_plugs(plugs):
+            module, _, options = plug.partition(":")
+            pairs = [option.partition("=") for option in options.split(",") if option]
+            try:
+                importlib.import_module(module).plug(**{key: value for key, _, value in pairs})
+            except (ImportError, AttributeError, TypeError, ValueError) as error:
+                fix = "name a module with a plug() and its options"
+                raise ConfigError(f"--plug {plug}: {error}; {fix}") from error
+        yield
+    finally:
+        vars(siren).update(before)
 
 
 def one_line(error: BaseException) -> str:

@@ -97,10 +97,10 @@ def test_resumed_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", steps=6, save_every=2)
     true_step = siren.training_step
 
-    def stopped(model, optimizer, task, cfg, step, anchor):
+    def stopped(model, optimizer, task, cfg, step, last):
         if step == 4:
             raise KeyboardInterrupt
-        return true_step(model, optimizer, task, cfg, step, anchor)
+        return true_step(model, optimizer, task, cfg, step, last)
 
     monkeypatch.setattr(siren, "training_step", stopped)
     with pytest.raises(KeyboardInterrupt):

@@ -198,10 +198,10 @@ def half(whole: Path) -> Path:
     """The folder of the same run, stopped with a checkpoint of step 2 and a line of step 3."""
     folder, true_step = whole.parent / "half", siren.training_step
 
-    def stopped(model, optimizer, task, cfg, step, anchor):
+    def stopped(model, optimizer, task, cfg, step, last):
         if step == 4:
             raise KeyboardInterrupt
-        return true_step(model, optimizer, task, cfg, step, anchor)
+        return true_step(model, optimizer, task, cfg, step, last)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(siren, "training_step", stopped)

@@ -278,16 +278,15 @@ def test_the_stand_in_refuses_float64():
 @pytest.mark.parametrize("knobs", LOSSES)
 def test_the_method_and_the_sampler_need_no_float64(dtype, knobs):
     model = small_model().to(dtype)
-    cfg = siren.Config(micro_batch_size=3, max_tokens=12, chunk=5, **knobs)
+    cfg = siren.Config(group_size=4, micro_batch_size=3, max_tokens=12, chunk=5, **knobs)
     with NoFloat64():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         rollout = sampled(siren, model, samples=4)
         rewards = torch.tensor([1.0, 0, 0, 0] * 3)
-        adv = siren.group_advantages(rewards, 4, cfg.algorithm)
         old = siren.score(model, rollout, cfg)
         peak = siren.peak_mask(old["nucleus_entropy"], rollout.mask, 0.8)
         h_agg = siren.aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask)
-        stats = siren.update(model, optimizer, rollout, old["logp"], adv, h_agg, cfg)
+        stats = siren.update(model, optimizer, rollout, old["logp"], rewards, h_agg, cfg)
         siren.nucleus_mask(torch.zeros(2, 9), 0.8)
     assert math.isfinite(stats["grad_norm"]) and stats["grad_norm"] > 0
 
@@ -384,11 +383,12 @@ def test_update_is_the_same_for_every_micro_batch_size(knobs):
     model = small_model().double()
     out = sampled(siren, model, samples=4)
     b = make((6,) * len(out.mask), seed=3)
-    old_logp, found = out.logp + b.old_logp[:, :1] / 9, []
+    rewards, old_logp, found = b.adv, out.logp + b.old_logp[:, :1] / 9, []
     for size in (1, 5, 12):
-        cfg = siren.Config(micro_batch_size=size, max_tokens=12, beta=0.7, grad_clip=1e6, **knobs)
+        sizes = {"group_size": 4, "micro_batch_size": size, "max_tokens": 12}
+        cfg = siren.Config(beta=0.7, grad_clip=1e6, **sizes, **knobs)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
-        stats = siren.update(model, optimizer, out, old_logp, b.adv, ANCHOR, cfg)
+        stats = siren.update(model, optimizer, out, old_logp, rewards, ANCHOR, cfg)
         found.append((stats, torch.cat([p.grad.flatten() for p in model.parameters()])))
     for stats, grad in found[:-1]:
         same(grad, found[-1][1], "gradient", tol=1e-7)

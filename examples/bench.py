@@ -329,7 +329,7 @@ def plain_update(
     optimizer: Any,
     rollout: siren.Rollout,
     old: Any,
-    adv: Any,
+    rewards: Any,
     anchor: float,
     cfg: siren.Config,
 ) -> dict[str, float]:
@@ -342,8 +342,9 @@ def plain_update(
     logits = out.logits[:, :-1]
     log_pi = logits.log_softmax(-1)
     logp = log_pi.gather(-1, rollout.tokens[..., None])[..., 0]
-    h = by_sort(logits[0], rollout.tokens[0])[2][None]
+    h = by_sort(logits.flatten(0, 1), rollout.tokens.flatten())[2].view_as(logp)
     peak = siren.peak_mask(h, rollout.mask, cfg.peak_quantile)
+    adv = siren.group_advantages(rewards, cfg.group_size)
     loss, _ = siren.policy_loss(logp, old, adv, rollout.mask, max_tokens=cfg.max_tokens)
     h_agg = siren.aggregate_entropy(h, peak, rollout.mask)
     (loss + cfg.beta * (h_agg - anchor) ** 2).backward()
@@ -357,14 +358,14 @@ def bench_update(sizes: Sizes) -> dict[str, Any]:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
     size = {"hidden_size": sizes.update_hidden, "intermediate_size": 3 * sizes.update_hidden}
     config = Qwen2Config(vocab_size=sizes.vocab, **heads, **size, tie_word_embeddings=True)
-    rng, t = torch.Generator().manual_seed(0), sizes.update_tokens
-    prompt, tokens = (torch.randint(sizes.vocab, (1, n), generator=rng) for n in (16, t))
-    masks = torch.arange(16)[None] >= 4, torch.ones(1, t, dtype=torch.bool)
-    rollout = siren.Rollout(prompt, masks[0], tokens, masks[1], torch.zeros(1, t))
-    batch = rollout, torch.full((1, t), -math.log(sizes.vocab)), torch.ones(1), 1.0
-    cfg = siren.Config(max_tokens=t)
+    rng, t = torch.Generator().manual_seed(0), sizes.update_tokens // 2  # a group of two responses
+    prompt, tokens = (torch.randint(sizes.vocab, (2, n), generator=rng) for n in (16, t))
+    masks = torch.arange(16).expand(2, -1) >= 4, torch.ones(2, t, dtype=torch.bool)
+    rollout = siren.Rollout(prompt, masks[0], tokens, masks[1], torch.zeros(2, t))
+    batch = rollout, torch.full((2, t), -math.log(sizes.vocab)), torch.tensor([1.0, 0.0]), 1.0
+    cfg = siren.Config(max_tokens=t, group_size=2)
     ways = {"ours": (siren.update, cfg), "plain": (plain_update, cfg)}
-    ways["one chunk"] = (siren.update, dataclasses.replace(cfg, chunk=t))
+    ways["one chunk"] = (siren.update, dataclasses.replace(cfg, chunk=2 * t))
     peaks, stats = {}, {}
     for name, (update, how) in ways.items():
         kept: list[Any] = []
@@ -396,7 +397,7 @@ class OurSteps:
     def __init__(self) -> None:
         self.cfg = siren.Config(device="cpu", threads=torch.get_num_threads())
         self.task = siren.load_task(self.cfg)
-        self.model, self.step, self.anchor = self.task.build_model().eval(), 0, None
+        self.model, self.step, self.record = self.task.build_model().eval(), 0, {}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.cfg.lr, fused=True)
         self.times: list[float] = []
         self.lengths: list[float] = []
@@ -404,12 +405,11 @@ class OurSteps:
     def run(self) -> None:
         """One step."""
         self.step += 1
-        made = self.model, self.optimizer, self.task, self.cfg, self.step, self.anchor
+        made = self.model, self.optimizer, self.task, self.cfg, self.step, self.record
         start = time.perf_counter()
-        record = siren.training_step(*made)
+        self.record = siren.training_step(*made)
         self.times.append(time.perf_counter() - start)
-        self.lengths.append(record["response_tokens"])
-        self.anchor = record["anchor"]
+        self.lengths.append(self.record["response_tokens"])
 
 
 def trl_against(ours: OurSteps, steps: int, **options: Any) -> tuple[list[float], float]:
@@ -519,11 +519,11 @@ def bench_passes(sizes: Sizes) -> dict[str, Any]:
     for i in range(sizes.toy_steps + 2):
         parts = steps.model, steps.optimizer
         state = copy.deepcopy([part.state_dict() for part in parts])
-        was = steps.step, steps.anchor
+        was = steps.step, steps.record
         calls = record_passes(steps.model, steps.run)
         for part, saved in zip(parts, state):
             part.load_state_dict(saved)
-        steps.step, steps.anchor = was
+        steps.step, steps.record = was
         turns = {"step": steps.run, "model": partial(replay_passes, steps.model, calls)}
         for name in list(turns)[:: 1 if i % 2 else -1]:
             took = seconds(turns[name])

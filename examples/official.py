@@ -170,7 +170,12 @@ def rules(
             setattr(siren, name, function)
 
 
-def plug() -> None:
-    """For `python siren.py --plug examples.official`: all the rules, until the process ends."""
-    for name, function in chosen(True, True, True, 3.0).items():
+def plug(**options: str) -> None:
+    """For `python siren.py --plug examples.official`: all the rules, or only those that are named,
+    as in `--plug examples.official:exclusive=1,dual_clip=3`."""
+    flags = options or {"exclusive": "1", "strict": "1", "per_micro_batch": "1", "dual_clip": "3"}
+    clip = float(flags.get("dual_clip", 0)) or None
+    wanted = {name: value == "1" for name, value in flags.items() if name != "dual_clip"}
+    none = dict.fromkeys(("exclusive", "strict", "per_micro_batch"), False)
+    for name, function in chosen(**{**none, **wanted}, dual_clip=clip).items():
         setattr(siren, name, function)

@@ -27,7 +27,7 @@ from common import (
 )
 
 import siren
-from examples import official
+from examples import engine, official
 
 # ------------------------------------------------------------------- oracles: numpy, from the rules
 
@@ -442,6 +442,21 @@ def test_plug():
     finally:
         vars(siren).update(before)
     assert float(loss_of(siren, b)[0]) != float(expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_plug_with_one_rule(rule):
+    before = dict(vars(siren))
+    with engine.plugged(f"examples.official:{rule}={3 if rule == 'dual_clip' else 1}"):
+        changed = {name for name in before if getattr(siren, name) is not before[name]}
+        assert changed == {RULES[rule]}
+    assert dict(vars(siren)) == before
+
+
+def test_plug_with_an_unknown_rule():
+    plugged = engine.plugged("examples.official:strictly=1")
+    with pytest.raises(siren.ConfigError, match="'strictly'"), plugged:
+        pass
 
 
 def test_doctests():

@@ -78,6 +78,7 @@ class SirenGRPOConfig(GRPOConfig):
             ("generation_kwargs", not self.generation_kwargs, nucleus),
             ("entropy_coef", self.entropy_coef == 0, own),
             ("use_adaptive_entropy", not self.use_adaptive_entropy, own),
+            ("entropy_target", self.entropy_target == GRPOConfig.entropy_target, own),
             ("top_entropy_quantile", self.top_entropy_quantile == 1, own),
             ("gradient_accumulation_steps", self.steps_per_generation % ga == 0, micro),
             ("use_liger_kernel", not self.use_liger_kernel, "not supported; leave it out"),

@@ -417,6 +417,7 @@ def test_version_guard(monkeypatch):
         {"use_liger_kernel": True},
         {"entropy_coef": 0.01},
         {"use_adaptive_entropy": True},
+        {"entropy_target": 0.5},
         {"top_entropy_quantile": 0.2},
         {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
     ],

@@ -30,6 +30,8 @@ import siren
 from examples.zoo import support
 
 Tensor = torch.Tensor
+# what an option may be; any other is a number >= 0
+LIMITS = {"w_min": (1e-6, 1), **dict.fromkeys(("quantile", "share", "rho", "mastered"), (0, 1))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,11 +255,12 @@ def use(method: Method, **options: Any) -> None:
     """Plug a method into siren, with options (numbers, or text of them) in place of its own."""
     for name, value in options.items():
         if name not in method.options:
-            known = ", ".join(method.options) or "none"
-            raise siren.ConfigError(
-                f"{name}={value}: {method.title} has no such option, but {known}"
-            )
+            rule = f"{method.title} has no such option, but {', '.join(method.options)}"
+            raise siren.ConfigError(f"{name}={value}: {rule}")
         options[name] = type(method.options[name])(value)
+        low, high = LIMITS.get(name, (0, 1e9))
+        if not low <= options[name] <= high:
+            raise siren.ConfigError(f"{name}={value}: must be from {low} to {high}")
     plugged = Plugged(method, {**method.options, **options})
     siren.training_step, siren.update = plugged.training_step, plugged.update
     if method.respond:

@@ -29,7 +29,11 @@ def covariance_mask(v: MiniBatch) -> Tensor:
     cov, o = weights.covariance(v.adv, v.logp, v.mask), v.options
     low, high = o.low, o.high
     if o.by_quantile:
-        low, high = cov[v.mask].quantile(torch.tensor([o.low, o.high], device=cov.device)).tolist()
+        low, high = (
+            cov[v.mask]
+            .quantile(torch.tensor([o.low, o.high], device=cov.device).clamp(max=1))
+            .tolist()
+        )
         high = float("inf") if o.high == 1 else high
     return weights.clip_cov(cov, v.mask, o.rho, low, high, v.generator)
 

@@ -110,7 +110,7 @@ def positive_weight(adv: Tensor, lam: float) -> Tensor:
     >>> positive_weight(torch.tensor([[0.5, 0.0, -0.5]]), lam=0.2)
     tensor([[0.2000, 1.0000, 1.0000]])
     """
-    return torch.where(adv > 0, lam, 1.0)
+    return torch.where(adv > 0, lam, torch.ones_like(adv))
 
 
 def positive_coefficient(lam: float, entropy: float, target: float, step: float = 0.05) -> float:

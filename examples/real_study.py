@@ -1,0 +1,388 @@
+r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M, 49,152 tokens, on a CPU.
+
+    python examples/real_study.py --plan      # the commands that would run, and their hours
+    python examples/real_study.py             # runs what is missing, two at a time; then the report
+    python examples/real_study.py --report    # results/real/, its figure and docs/real_model.md
+    python examples/real_study.py --smoke     # two steps, two questions, a temporary folder
+
+A job is one command of siren.py, in a run folder of its own. A job that was stopped goes on from
+its checkpoint, and one that is done is not run again. The drop-in `plug` below adds to each step
+
+    foreign      the share of response tokens outside the base model's own top 0.999 mass
+    perplexity   of the responses under the base model
+
+by a pass of the base model (the adapters switched off) over every fourth response. It also writes
+positions.csv (H, H' and |V_p| of the base model's tokens) and responses.json into the run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import siren
+from examples import get_smollm2, real_task, shared_prompts
+from examples.engine import CHECKPOINT, METRICS, write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "results" / "real", ROOT / "docs" / "real_model.md"
+MARKS = ("<!-- numbers: python examples/real_study.py --report -->", "<!-- end of numbers -->")
+FULL_MASS = 0.999  # a token is foreign where likelier ones have at least this much
+STEPS, STEP_SECONDS, EVAL_SECONDS = 60, 40.0, 90.0  # the costs are rough, on a free core
+METHODS: dict[str, dict[str, Any]] = {  # what each changes; coefficients are not tuned
+    "dr_grpo": {"regularizer": "none"},
+    "siren": {"beta": 0.2},
+    **{
+        f"bonus_{beta}": {"regularizer": "bonus", "top_p": 1, "peak_quantile": 0, "beta": beta}
+        for beta in (0.2, 0.02, 0.002)
+    },
+    "wo_top_p": {"beta": 0.2, "top_p": 1},
+    "wo_peak": {"beta": 0.2, "peak_quantile": 0},
+    "anchor_only": {"beta": 0.2, "top_p": 1, "peak_quantile": 0},
+}
+MORE_SEEDS = ("dr_grpo", "siren", "bonus_0.2")
+CURVES = {
+    "reward": "reward",
+    "entropy": "H, nats per token",
+    "h_ratio": "H_agg / anchor",
+    "response_tokens": "tokens per response",
+    "foreign": "share of foreign tokens",
+    "perplexity": "perplexity under the base model",
+}
+
+
+# ----------------------------------------------------------------------------------- 1. the drop-in
+@torch.no_grad()
+def base_metrics(model: Any, rollout: siren.Rollout, temperature: float = 1.0) -> dict[str, float]:
+    """foreign and perplexity of the responses under the model without its adapters."""
+    model.disable_adapters()
+    try:
+        hidden = siren.forward(model, rollout)[rollout.mask]  # [N, D]
+    finally:
+        model.enable_adapters()
+    log_mass, foreign = 0.0, 0
+    for part, ids in zip(hidden.split(256), rollout.tokens[rollout.mask].split(256)):
+        log_pi = siren.log_softmax(model.get_output_embeddings()(part), temperature)  # [n, V]
+        logp = log_pi.gather(1, ids[:, None])
+        likelier = torch.where(log_pi > logp, log_pi.exp(), 0.0).sum(1)
+        foreign += int((likelier >= FULL_MASS).sum())
+        log_mass += float(logp.sum())
+    return {"foreign": foreign / len(hidden), "perplexity": math.exp(-log_mass / len(hidden))}
+
+
+def write_positions(path: Path, stats: dict[str, torch.Tensor], rollout: siren.Rollout) -> None:
+    """A line for each response token: H, H', |V_p| and whether it is a peak with tau = 0.8."""
+    peak = siren.peak_mask(stats["nucleus_entropy"], rollout.mask, 0.8)
+    names = ("entropy", "nucleus_entropy", "nucleus_size")
+    columns = [*(stats[name][rollout.mask].tolist() for name in names), peak[rollout.mask].tolist()]
+    rows = [(f"{h:.3f}", f"{n:.3f}", int(size), int(p)) for h, n, size, p in zip(*columns)]
+    write_csv(path, [*names, "peak"], rows)
+
+
+def plug() -> None:
+    """What `--plug examples.real_study` does: shared prompts, and the extra metrics."""
+    shared_prompts.plug()
+    score, training_step, seen = siren.score, siren.training_step, {}
+
+    def watched_score(model: Any, rollout: siren.Rollout, cfg: siren.Config) -> dict:
+        stats = score(model, rollout, cfg)
+        if not seen:  # the first call of a step has all of its responses, before any update
+            fourth = rollout.rows(slice(None, None, 4))
+            seen.update(base_metrics(model, fourth, cfg.temperature), rollout=rollout, stats=stats)
+        return stats
+
+    def watched_step(
+        model: Any, optimizer: Any, task: Any, cfg: siren.Config, step: int, last: dict
+    ) -> dict:
+        seen.clear()
+        record = training_step(model, optimizer, task, cfg, step, last)
+        rollout, stats = seen.pop("rollout"), seen.pop("stats")
+        if step == 1 and cfg.top_p < 1:
+            write_positions(Path(cfg.out) / "positions.csv", stats, rollout)
+        if step == cfg.steps:
+            some = rollout.rows(slice(None, None, cfg.group_size)).responses()[:3]
+            texts = json.dumps([task.decode(ids) for ids in some])
+            write_whole(Path(cfg.out) / "responses.json", texts.encode())
+        return record | seen
+
+    siren.score, siren.training_step = watched_score, watched_step
+
+
+# -------------------------------------------------------------------------------------- 2. the jobs
+class Job(NamedTuple):
+    """One command of siren.py."""
+
+    method: str
+    seed: int
+    cfg: siren.Config
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return ROOT / self.cfg.out
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What it has logged so far."""
+        path = self.folder / METRICS
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    @property
+    def done(self) -> bool:
+        """Has it reached its last step?"""
+        return len(self.records) == self.cfg.steps + 1
+
+    @property
+    def command(self) -> list[str]:
+        """The command without --resume."""
+        usual = vars(siren.Config())
+        flags = {name: x for name, x in vars(self.cfg).items() if x != usual[name]}
+        words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items()]
+        return ["siren.py", *(word for pair in words for word in pair)]
+
+
+def make_jobs(runs: Path, data: Path, model: Path, **changes: Any) -> list[Job]:
+    """All jobs, seed by seed: every method with seed 0, the three main ones with 1 and 2."""
+    files = f"data={data}/words_train.jsonl,eval_data={data}/words_eval.jsonl"
+    task = f"examples.text_env:model={model},{files},prompt={{question}},answer_form=last-number"
+    how = {"task": f"{task},lora_rank=16", "plug": "examples.real_study", "steps": STEPS}
+    how |= {"prompts": 4, "mini_batches": 2, "max_tokens": 64, "lr": 5e-4, "device": "cpu"}
+    how |= {"eval_prompts": 32, "eval_samples": 8, **changes}
+    jobs = []
+    for seed in (0, 1, 2):
+        for method in METHODS if seed == 0 else MORE_SEEDS:
+            out = str(runs / f"{method}-seed{seed}")
+            jobs.append(
+                Job(method, seed, siren.Config(**{**how, **METHODS[method]}, seed=seed, out=out))
+            )
+    return jobs
+
+
+def run(job: Job) -> None:
+    """Run a job to its end, from its checkpoint if there is one. RuntimeError if it fails."""
+    folder, resume = job.folder, []
+    if (folder / CHECKPOINT).exists():
+        resume = ["--resume"]
+    else:  # stopped before its first checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "ab") as log:
+        how = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT}
+        code = subprocess.run([sys.executable, *job.command, *resume], **how).returncode
+    print(
+        f"{job.method}, seed {job.seed}: exit code {code}, {len(job.records)} records", flush=True
+    )
+    if code:
+        raise RuntimeError(f"{folder / 'log.txt'}: exit code {code}; see its last line")
+
+
+# ------------------------------------------------------------------------------------ 3. the report
+def write_csv(path: Path, names: list[str], rows: list) -> None:
+    """A CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([names, *rows])
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Its rows; what looks like a number is one."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v if k == "method" else float(v) for k, v in row.items()} for row in rows]
+
+
+def collect(jobs: list[Job], results: Path) -> None:
+    """Write curves.csv, heldout.csv, positions.csv and responses.md from the jobs that are done."""
+    curves, heldout, texts, done = [], [], [], [job for job in jobs if job.done]
+    for job in done:
+        records, who = job.records, (job.method, job.seed)
+        for r in records[1:]:
+            values = {**r, "h_ratio": r["h_agg"] / (r["anchor"] or math.nan)}
+            numbers = [f"{values[name]:.5g}" for name in (*CURVES, "seconds")]
+            curves.append([*who, r["step"], *numbers])
+        ends = (records[0], records[-1])
+        names = [name for name in records[0] if "/" in name]
+        for step, r in zip((0, job.cfg.steps), ends):
+            heldout.append([*who, step, *(f"{r[name]:.5g}" for name in names)])
+        path = job.folder / "responses.json"
+        if job.seed == 0 and path.exists():
+            quoted = ["> " + text.replace("\n", "\n> ") for text in json.loads(path.read_text())]
+            texts.append("\n\n".join([f"## {job.method}", *quoted]))
+        path = job.folder / "positions.csv"
+        if job.seed == 0 and path.exists():
+            results.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, results / "positions.csv")  # of the base model: alike in all jobs
+    if done:
+        write_csv(results / "curves.csv", ["method", "seed", "step", *CURVES, "seconds"], curves)
+        short = [name.partition("/")[2] for name in names]
+        write_csv(results / "heldout.csv", ["method", "seed", "step", *short], heldout)
+        title = "# Three responses of each method's last step, seed 0"
+        (results / "responses.md").write_text("\n\n".join([title, *texts]) + "\n")
+
+
+def spread(values: list[float]) -> str:
+    """The mean and, of several seeds, the smallest and the largest.
+
+    >>> spread([0.25, 0.5]), spread([0.5])
+    ('0.375 (0.250 to 0.500)', '0.500')
+    """
+    ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{ends}"
+
+
+def tables(results: Path) -> str:
+    """The page's numbers, all of them from the CSV files."""
+    curves, heldout = (read_csv(results / f"{name}.csv") for name in ("curves", "heldout"))
+    positions = read_csv(results / "positions.csv")
+    rows, steps = defaultdict(lambda: defaultdict(list)), int(max(r["step"] for r in curves))
+    for method, seed in dict.fromkeys((r["method"], r["seed"]) for r in curves):
+        own = [r for r in curves if (r["method"], r["seed"]) == (method, seed)]
+        rows[method]["seeds"].append(seed)
+        for name in CURVES:
+            rows[method][name].append(mean(r[name] for r in own[-10:]))
+    scores = list(heldout[0])[3:]
+    for r in heldout:
+        for name in scores:
+            rows["base model" if r["step"] == 0 else r["method"]][name].append(r[name])
+    lines = ["| last ten steps | seeds | " + " | ".join(CURVES.values()) + " |"]
+    lines += ["|---" * (2 + len(CURVES)) + "|"]
+    for method in (m for m in rows if m != "base model"):
+        values = [spread(rows[method][name]) for name in CURVES]
+        lines.append(f"| {method} | {len(rows[method]['seeds'])} | " + " | ".join(values) + " |")
+    lines += ["", "| held out | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|"]
+    for method in ("base model", *(m for m in rows if m != "base model")):
+        lines.append(f"| {method} | " + " | ".join(spread(rows[method][s]) for s in scores) + " |")
+    sure = mean(r["nucleus_entropy"] == 0 for r in positions)
+    sizes = sorted(int(r["nucleus_size"]) for r in positions)
+    lines += [
+        "",
+        f"The base model's {len(positions)} tokens of the first step: {sure:.0%} have H' = 0, "
+        f"{mean(r['peak'] for r in positions):.0%} are peaks; |V_p| has median {median(sizes):.0f} "
+        f"and 99th percentile {sizes[int(0.99 * len(sizes))]}.",
+        f"{steps} steps; {median(r['seconds'] for r in curves):.0f} seconds per step (median).",
+    ]
+    return "\n".join(lines)
+
+
+def figure(results: Path) -> Path:
+    """results/real/real_model.png: curves over steps, and the base model's positions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves, positions = (read_csv(results / f"{name}.csv") for name in ("curves", "positions"))
+    methods = list(dict.fromkeys(r["method"] for r in curves))
+    canvas, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    for axis, (name, label) in zip(axes.flat, CURVES.items()):
+        for number, method in enumerate(methods):
+            by_step = defaultdict(list)
+            for r in curves:
+                if r["method"] == method:
+                    by_step[r["step"]].append(r[name])
+            style = {"color": f"C{number}", "label": method}
+            axis.plot(list(by_step), [mean(values) for values in by_step.values()], **style)
+        axis.set(xlabel="step", ylabel=label, yscale="log" if name == "perplexity" else "linear")
+    axes[0, 0].legend(fontsize=7)
+    sizes = [r["nucleus_size"] for r in positions]
+    bins = [2**power for power in range(math.ceil(math.log2(max(sizes) + 1)) + 1)]
+    axes[1, 2].hist(sizes, bins)
+    axes[1, 2].set(xscale="log", xlabel="nucleus size, base model", ylabel="positions")
+    for peak, label in ((0, "other positions"), (1, "peaks")):
+        own = [r["nucleus_entropy"] for r in positions if r["peak"] == peak]
+        axes[1, 3].hist(own, [n / 4 for n in range(29)], alpha=0.6, label=label)
+    axes[1, 3].set(xlabel="H', base model, nats", ylabel="positions", yscale="log")
+    axes[1, 3].legend(fontsize=7)
+    canvas.savefig(results / "real_model.png", dpi=100)
+    plt.close(canvas)
+    return results / "real_model.png"
+
+
+def write_page(page: Path, numbers: str) -> None:
+    """Put the numbers between the page's marks. ValueError if it has none."""
+    before, found, rest = page.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not found or not end:
+        raise siren.ConfigError(f"{page}: has no {MARKS[0]} ... {MARKS[1]}; put them back")
+    page.write_text(f"{before}{MARKS[0]}\n\n{numbers}\n\n{MARKS[1]}{after}")
+
+
+# ------------------------------------------------------------------------------ 4. the command line
+def study(args: argparse.Namespace) -> None:
+    """Run what is missing; write the report."""
+    runs, results, data, page = Path("runs/real"), RESULTS, Path("data"), PAGE  # of ROOT
+    changes: dict[str, Any] = {}
+    if args.smoke:
+        folder = Path(tempfile.mkdtemp())
+        runs, results, data = folder / "runs", folder / "results", folder / "data"
+        page = Path(shutil.copy(PAGE, folder))
+        changes = {"steps": 2, "prompts": 2, "group_size": 4, "max_tokens": 8}
+        changes |= {"eval_prompts": 2, "eval_samples": 2}
+    jobs = make_jobs(runs, data, get_smollm2.FOLDER.relative_to(ROOT), **changes)
+    if args.smoke:
+        jobs = [job for job in jobs if job.seed == 0 and job.method in MORE_SEEDS]
+    if not args.report and not args.plan:
+        get_smollm2.get()
+        real_task.main(["--out", str(ROOT / data)])
+        with ThreadPoolExecutor(args.workers) as pool:
+            list(pool.map(run, [job for job in jobs if not job.done]))
+    if args.plan:
+        todo = [job for job in jobs if not job.done]
+        for job in todo:
+            print("python", " ".join(job.command))
+        left = [job.cfg.steps + 1 - len(job.records) for job in todo]
+        hours = (sum(left) * STEP_SECONDS + len(todo) * 2 * EVAL_SECONDS) / 3600
+        print(
+            f"{len(todo)} of {len(jobs)} jobs: {hours:.1f} core hours, {hours / args.workers:.1f} h"
+        )
+        return
+    collect(jobs, results)
+    write_page(page, tables(results))
+    print(figure(results))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code 0: done, 1: a job failed, 2: bad input, 130: interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    for name, text in {
+        "--plan": "print the commands and their cost",
+        "--report": "run nothing: CSV files, figure and page",
+        "--smoke": "two steps, two questions, a temporary folder",
+    }.items():
+        parser.add_argument(name, action="store_true", help=text)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")
+    args = parser.parse_args(argv)
+    if not 1 <= args.workers <= 64:
+        parser.error(f"--workers {args.workers}: must be 1 to 64; the default is 2")
+    try:
+        study(args)
+        return 0
+    except ValueError as error:
+        print(f"real_study.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"real_study.py: stopped: {error}; run it again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("real_study.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

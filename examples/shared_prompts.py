@@ -1,0 +1,60 @@
+"""A drop-in for siren.forward that reads a prompt once for all of its responses, without padding.
+
+    python siren.py --plug examples.shared_prompts --model models/smollm2-135m --data ...
+
+siren.forward reads the prompt before every response, and padding after it. Here a prompt and its
+responses stand one after the other in a single row. The attention mask lets a response see the
+prompt and itself, and positions count on from the prompt:
+
+    tokens      p0 p1 p2 | a0 a1 a2 | b0 b1
+    positions    0  1  2 |  3  4  5 |  3  4
+    b1 sees     p0 p1 p2 |          | b0 b1
+
+The numbers and gradients are the same up to rounding. It pays where prompts are long beside the
+responses, or responses differ in length. It needs an attention that takes any mask: transformers'
+"sdpa" (the default) or "eager", and a model without sliding windows or recurrent layers.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+import siren
+
+Tensor = torch.Tensor
+
+
+def in_one_row(network: Any, group: siren.Rollout) -> Tensor:
+    """The hidden states [n, D] that predict the n response tokens of one prompt, row by row."""
+    prompt = group.prompt[0][group.prompt_mask[0]]  # [p]
+    row, t = group.mask.nonzero(as_tuple=True)  # [n] each: whose token it is, and which
+    ids = torch.cat([prompt, group.tokens[group.mask]])  # [p + n]
+    owner = torch.cat([torch.zeros_like(prompt), row + 1])  # 0 is the prompt, which all see
+    position = torch.cat([torch.arange(len(prompt), device=t.device), len(prompt) + t])
+    index = torch.arange(len(ids), device=t.device)
+    seen = (owner == 0) | (owner == owner[:, None])
+    seen &= index <= index[:, None]  # [p + n, p + n]: who (row) sees whom (column)
+    bias = torch.zeros(seen.shape, dtype=network.dtype, device=t.device)
+    bias = bias.masked_fill(~seen, torch.finfo(bias.dtype).min)[None, None]
+    out = network(ids[None], attention_mask=bias, position_ids=position[None], use_cache=False)
+    before = torch.where(t == 0, len(prompt) - 1, index[len(prompt) :] - 1)
+    return out.last_hidden_state[0, before]
+
+
+def forward(model: Any, rollout: siren.Rollout) -> Tensor:
+    """siren.forward's hidden states [B, T, D]; 0 in padding."""
+    both = torch.cat([rollout.prompt, rollout.prompt_mask], 1)
+    new = (both[1:] != both[:-1]).any(1).nonzero()[:, 0] + 1  # the rows with another prompt
+    ends = [0, *new.tolist(), len(both)]
+    groups = [rollout.rows(slice(*rows)) for rows in pairwise(ends)]
+    hidden = torch.cat([in_one_row(model.base_model, group) for group in groups])  # [N, D]
+    out = hidden.new_zeros(*rollout.mask.shape, hidden.shape[-1])
+    return out.masked_scatter(rollout.mask[..., None], hidden)
+
+
+def plug() -> None:
+    """What `--plug examples.shared_prompts` does."""
+    siren.forward = forward

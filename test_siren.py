@@ -70,6 +70,17 @@ def one_thread():
 # ---------------------------------------------------------------------------------- 2. sampler
 
 
+@pytest.mark.ex11
+def test_sampling_repeats(impl):
+    model, seeds = small_model(), (3, 3, 4)
+    first, second, other = (sampled(impl, model, samples=8, generator=seeded(s)) for s in seeds)
+    idea = "draw with the generator: the same seed gives the same tokens"
+    assert torch.equal(first.tokens, second.tokens), idea
+    assert torch.equal(first.logp, second.logp), idea
+    differ = first.tokens.shape != other.tokens.shape or not torch.equal(first.tokens, other.tokens)
+    assert differ, "another seed gives other tokens: draw, don't take the likeliest"
+
+
 @pytest.mark.parametrize("temperature, batch", [(1.0, 1024), (0.7, 1024), (1.0, 8), (0.7, 40)])
 def test_sampled_logp_is_that_of_a_full_pass(impl, temperature, batch):
     model = small_model()
@@ -124,7 +135,7 @@ def test_rollout_layout(impl):
         left = out.mask[row, : len(response)].all() and not out.mask[row, len(response) :].any()
         assert left, "the mask is True from the first token on, then False"
         assert not set(response[:-1]) & {1, 2}, "a response goes on after EOS: it ends there"
-        whole = len(response) == 12 or response[-1] in (1, 2)
+        whole = len(response) == 12 or set(response[-1:]) & {1, 2}
         assert whole, "EOS belongs to the response: outside the mask it would never be trained"
         assert (out.tokens[row, len(response) :] == 1).all(), "after a response there are pads"
         assert not out.logp[row, len(response) :].any(), "padding has a logp of 0"
@@ -162,18 +173,6 @@ def test_sampled_frequencies_follow_the_model(impl, batch):
     odd = set(observed) - set(expected)
     assert not odd, f"a response ends at the first EOS (0) or after two tokens, unlike {odd}"
     chi_square(observed, expected, "tokens are not drawn with the model's probabilities")
-
-
-@pytest.mark.ex11
-def test_sampling_repeats(impl):
-    first, second, other = (
-        sampled(impl, small_model(), samples=8, generator=seeded(seed)) for seed in (3, 3, 4)
-    )
-    idea = "draw with the generator: the same seed gives the same tokens"
-    assert torch.equal(first.tokens, second.tokens), idea
-    assert torch.equal(first.logp, second.logp), idea
-    differ = first.tokens.shape != other.tokens.shape or not torch.equal(first.tokens, other.tokens)
-    assert differ, "another seed gives other tokens: draw, don't take the likeliest"
 
 
 # --------------------------------------------------------------------------------- 3. verifier
@@ -875,6 +874,7 @@ def test_pass_at_k_is_stable_for_many_samples(impl):
 MAJORITIES = [  # answers, correct, k, maj@k, why
     (["1", "2", "2"], "2", 3, 1, "the most frequent answer wins"),
     (["2", "1", "1"], "2", 3, 0, "one correct answer is not a majority"),
+    (["2", "1", "1", "3", "4"], "1", 5, 1, "the most frequent answer wins, also with two of five"),
     (["2", "1", "1", "2"], "2", 4, 1, "tie: the answer given first"),
     (["2", "2", "1", "1"], "2", 4, 1, "tie: the answer given first, not the last"),
     (["1", "2", "2", "1"], "2", 4, 0, "tie: the answer given first, not the last or the correct"),
@@ -887,7 +887,6 @@ MAJORITIES = [  # answers, correct, k, maj@k, why
     (["2", "2", "1", "1", "1", "1"], "2", 2, 1 / 3, "mean over the blocks"),
     (["2", "1", "2"], "2", 1, 2 / 3, "k = 1 is the mean accuracy"),
     (["2", "2", "1"], "2", 2, 1, "votes beyond the last whole block are not used"),
-    (["2", "1", "1", "3", "4"], "1", 5, 1, "the most frequent answer wins, also with two of five"),
     (["", "", "2"], "2", 3, 0, "an empty text is a vote: None alone is none"),
     (["2", "0.5", "1/2"], "2", 3, 1, "votes are compared as they are given, not by value"),
 ]
@@ -908,14 +907,15 @@ def test_maj_at_k(impl, given_answers, correct, k, expected, why):
 def test_ex1_advantages(impl):
     r = t([1, 0, 0, 0, 1, 1, 1, 0])
     groups, interleaved = r.view(2, 4), r.view(4, 2)
-    centred = groups - groups.mean(1, keepdim=True)
-    by_std = {ddof: centred / groups.std(1, correction=ddof, keepdim=True) for ddof in (0, 1)}
-    mistakes = {
+    centred = (groups - groups.mean(1, keepdim=True)).view(-1)
+    stds = r[:4].std(), r[:4].std(correction=0), centred.std()
+    mistakes = {f"no division by the standard deviation, {s:.2f}": centred / s for s in stds}
+    mistakes |= {
         "the mean is of the response's own group, not of the batch": r - r.mean(),
         "a group is consecutive rows": (interleaved - interleaved.mean(0)).view(-1),
-        "no division by the standard deviation, unlike GRPO": by_std[1].view(-1),
-        "no division by the std, unlike GRPO": by_std[0].view(-1),
-        "the group's mean includes the response itself": centred.view(-1) * 4 / 3,
+        "the group's mean includes the response itself": centred * 4 / 3,
+        "subtract the mean, not the median": r - t([0, 0, 0, 0, 1, 1, 1, 1]),
+        "mind the sign: reward - mean": -centred,
     }
     expected = [0.75, -0.25, -0.25, -0.25, 0.25, 0.25, 0.25, -0.75]
     same(impl.group_advantages(r, 4), expected, "reward - mean of its group", mistakes=mistakes)
@@ -972,6 +972,8 @@ def test_ex2_masks_and_means(impl):
     idea = "a response counts although its advantage is 0: divide by all that have a token"
     silent = impl.policy_loss(zero, zero, t([1.0, 0.0, 7.0]), mask)[0]
     same(silent, (-1 / 4 + 0) / 2, idea)
+    loss, stats = impl.policy_loss(zero[2:], zero[2:], adv[2:], mask[2:])
+    same([loss, stats["clip_fraction"]], [0, 0], "no token at all: the loss is 0, not 0 / 0")
 
 
 @pytest.mark.ex2
@@ -1019,15 +1021,14 @@ def test_ex3_nucleus(impl):
 def test_ex4_nucleus_entropy(impl):
     p = np.array([0.5, 0.25, 0.15, 0.1])
     inside = p[:3]
-    right = oracle_entropy(inside / inside.sum())
+    right, a_logit_of_0 = oracle_entropy(inside / inside.sum()), oracle_probs(np.log([*inside, 1]))
     mistakes = {
+        "nearly right: was an epsilon added in the log, or a float64 made float32?": right,
         "in nats: the natural logarithm, not log2": right / math.log(2),
         "renormalise on the nucleus: q = pi / pi(V_p) sums to 1": oracle_entropy(inside),
         "log q, not log pi": -(inside * np.log(inside)).sum() / inside.sum(),
         "tokens outside the nucleus count": oracle_entropy(p),
-        "a logit of 0 is not out: it must be -inf": oracle_entropy(
-            oracle_probs(np.log([*p[:3], 1]))
-        ),
+        "a logit of 0 is not out: it must be -inf": oracle_entropy(a_logit_of_0),
         "your nucleus leaves out the token that crosses p": oracle_entropy(p[:2] / p[:2].sum()),
         "entropy has a minus sign": -right,
         "0 * log 0 is NaN: mask log q as well": math.nan,
@@ -1035,8 +1036,11 @@ def test_ex4_nucleus_entropy(impl):
     z = t(p).log()
     same(impl.nucleus_entropy(z, 0.8), right, "H' of .5 .25 .15 .1 at p = 0.8", mistakes=mistakes)
     impl.nucleus_entropy(z.requires_grad_(), 0.8).requires_grad_().backward()
-    finite = z.grad is None or torch.isfinite(z.grad).all()
-    assert finite, "0 * log 0 in the backward pass: mask before, not after"
+    grad, q = torch.zeros(4) if z.grad is None else z.grad, inside / inside.sum()
+    assert torch.isfinite(grad).all(), "0 * log 0 in the backward pass: mask before, not after"
+    mistakes = {"H' has no gradient: was it detached?": torch.zeros(4)}
+    idea = "dH'/dz_j = -q_j (log q_j + H') in the nucleus, 0 outside: was a part detached?"
+    same(grad, [*(-q * (np.log(q) + right)), 0], idea, mistakes=mistakes)
     same(impl.nucleus_entropy(torch.zeros(4, dtype=F64), 0.8), math.log(4), "equal options: ln 4")
 
 
@@ -1072,9 +1076,8 @@ def test_ex6_aggregation(impl):
     same(one, 4.0, "H_i: the mean over the peaks", mistakes=mistakes)
     two = impl.aggregate_entropy(H[:2], peak[:2], mask[:2])
     same(two, 3.0, "mean over responses of each one's mean: long responses don't weigh more")
-    silent = impl.aggregate_entropy(H[:3], peak[:3], mask[:3])
-    assert torch.isfinite(silent), "a response without a peak: 0 / 0"
-    same(silent, 2.0, "a response without a peak counts 0, and it counts")
+    silent, idea = impl.aggregate_entropy(H[:3], peak[:3], mask[:3]), "a response without a peak"
+    same(silent, 2.0, f"{idea} counts 0, and it counts", mistakes={f"{idea}: 0 / 0": math.nan})
     same(impl.aggregate_entropy(H, peak, mask), 2.0, "a response without a token is left out")
     same(impl.aggregate_entropy(H[3:], peak[3:], mask[3:]), 0.0, "no response at all: 0")
     idea = "a peak outside the mask is padding: AND with the mask"
@@ -1106,13 +1109,13 @@ def test_ex7_value(impl):
     same(stats["h_agg"], due["h_agg"], idea, 1e-6, mistakes)
     gap = due["h_agg"] - ANCHOR
     peak, beta = oracle_peaks(H, mask, 0.8), KNOBS["beta"]
-    h_i = [H[i][peak[i]].mean() if peak[i].any() else 0.0 for i in range(8) if mask[i].any()]
+    h_i = [oracle_aggregate(H[[i]], peak[[i]], mask[[i]]) for i in range(8) if mask[i].any()]
+    per_response = beta * np.mean((np.array(h_i) - ANCHOR) ** 2)
     mistakes = {
         "the penalty is weighted by beta": gap**2,
         "the penalty is squared": beta * abs(gap),
         "the penalty is (H_agg - anchor)^2, not a bonus": -beta * due["h_agg"],
-        "square H_agg - anchor once, not per response": beta
-        * np.mean((np.array(h_i) - ANCHOR) ** 2),
+        "square H_agg - anchor once, not per response": per_response,
         "square H_agg - anchor once, not per token": beta * np.mean((H[peak] - ANCHOR) ** 2),
         "the gap is H_agg - anchor, and not 0": 0.0,
     }
@@ -1123,6 +1126,7 @@ def test_ex7_value(impl):
     mistakes = {"logits[:, t] predicts tokens[:, t]: do not shift": shifted}
     same(stats["policy_loss"], due["policy_loss"], "the policy loss", 1e-6, mistakes)
     same(loss, expected, "the loss is the sum of both terms")
+    assert entropy_moved_by_a_step(impl, 2.2), "the penalty has no gradient: was H_agg detached?"
     for name, value in (("top_p", 0.5), ("peak_quantile", 0.3)):
         got = value_and_grad(impl, b, **{name: value})[2]["h_agg"]
         other = oracle_siren(b, ANCHOR, **KNOBS | {name: value})[1]["h_agg"]
@@ -1137,10 +1141,11 @@ def test_ex8_gap_and_parts(impl):
         "mind the sign: h_micro minus the new anchor is the gap": 1.5 + 0.7 - 0.9,
         "that is the gap; the anchor is what h_micro minus the gap gives": 0.7 - 0.9,
         "h_micro is that of the micro-batch, not of all rows": 0.7 - (1.5 - 0.9),
+        "take the gap itself, not its square": 1.5 - (0.7 - 0.9) ** 2,
     }
     idea = "h_micro - (the new anchor) = H_agg - H*"
-    got = impl.micro_batch_anchor(h_micro, h_agg, anchor)
-    same(got, 1.5 - (0.7 - 0.9), idea, mistakes=mistakes)
+    same(impl.micro_batch_anchor(h_micro, h_agg, anchor), 1.7, idea, mistakes=mistakes)
+    same(impl.micro_batch_anchor(h_micro, t(1.0), 0.9), 1.4, f"{idea}, above the anchor as below")
     b = make(WITH_EMPTY, seed=14)  # with size 1, one micro-batch has no token at all
     loss, grad, stats = value_and_grad(impl, b)
     for size in (4, 3, 2, 1):
@@ -1158,10 +1163,13 @@ def test_ex8_gap_and_parts(impl):
 def test_ex9_pass_at_k(impl):
     mistakes = {
         "biased: 1 - (1 - c/n)^k draws with replacement; count the subsets": 1 - 0.6**2,
+        "nearly right: logarithms are rounded, so use products or integers": 0.7,
         "c/n is avg@k": 0.4,
         "k c / n counts a subset with two right ones twice": 0.8,
         "that is the chance that all are wrong": 0.3,
         "the k samples are some of the n, not all": 1.0,
+        "at least one is right, not exactly one": 0.6,
+        "at least one is right, not all k": 0.1,
     }
     same(impl.pass_at_k(5, 2, 2), 0.7, "1 - C(n - c, k) / C(n, k)", mistakes=mistakes)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from siren import Rollout  # what exercise 11 returns
+import siren  # siren.Rollout is what exercise 11 returns; exercise 12 replaces a function
 
 Tensor = torch.Tensor
 
@@ -68,7 +68,7 @@ def policy_loss(
     number, NaN too, and must reach neither the loss nor its gradient.
 
     Returns (loss, stats). stats["clip_fraction"] is the share of the tokens in the mask for which
-    the clipped term is the smaller one.
+    the clipped term is the smaller one (0 if there is no token).
 
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
     >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1).bool())[0]
@@ -253,7 +253,7 @@ def sample(
     samples: int = 1,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
-) -> Rollout:
+) -> siren.Rollout:
     """Exercise 11. Sample `samples` responses to each prompt, in one batch, with a KV cache.
 
     prompts: lists of token ids, of different lengths. Pad them on the left with pad_id, so that
@@ -273,9 +273,50 @@ def sample(
     and out.logits [rows, L, V]. The first call takes the padded prompts, every later one a column:
     keys and values of what came before are in the cache.
 
-    Returns Rollout(prompt [B, P], prompt_mask [B, P], tokens [B, T], mask [B, T], logp [B, T]),
-    with B = len(prompts) * samples and T at most max_tokens. tokens are pad_id after the end; masks
+    Returns siren.Rollout(prompt [B, P], prompt_mask [B, P], tokens, mask, logp [B, T]), with
+    B = len(prompts) * samples and T at most max_tokens. tokens are pad_id after the end; masks
     are bool, True where there is a token, EOS included (not where an id differs from pad_id: pad
     may be EOS); logp: of the drawn tokens, at the same temperature, 0 on padding. No gradient.
     """
     raise NotImplementedError("exercise 11, sample")
+
+
+def quantile_advantages(
+    rewards: Tensor, group_size: int, algorithm: str = "dr_grpo", quantile: float = 0.4
+) -> Tensor:
+    """Exercise 12. QAE's advantages A_i = r_i - b: the baseline b is a quantile, not the mean.
+
+    b is the K-quantile of the rewards of the response's group, K = `quantile`, 0 < K <= 1:
+
+        b = the smallest reward x of the group with F(x) >= K,
+
+    where F(x) is the share of the group's rewards that are <= x. So b is one of the rewards, and
+    nothing is interpolated. With rewards 0 and 1, b is 0 while at least the share K is wrong: then
+    only right responses have an advantage, +1. Above that b is 1, and only wrong ones have, -1.
+
+    rewards [B], groups of consecutive rows as in exercise 1 -> A [B]. `algorithm` is there because
+    siren.py passes it to whatever computes its advantages; here it is "dr_grpo" and changes
+    nothing. F(x) = K counts as >= K, although floats are rounded: 0.28 * 25 is 7.000000000000001.
+
+    >>> quantile_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # F(0) = 3/4, so b = 0
+    tensor([1., 0., 0., 0.])
+    >>> quantile_advantages(torch.tensor([1.0, 1.0, 1.0, 0.0]), 4)  # F(0) = 1/4, so b = 1
+    tensor([ 0.,  0.,  0., -1.])
+    """
+    raise NotImplementedError("exercise 12, quantile_advantages")
+
+
+def plug(quantile: str = "0.4") -> None:
+    """Exercise 12, continued: what makes this file a drop-in for siren.py.
+
+        python siren.py --plug exercises.student
+        python siren.py --plug exercises.student:quantile=0.6
+
+    call it before training, the second one as plug(quantile="0.6"): options are text. It sets
+    siren.group_advantages to a function that siren.update can call as
+
+        siren.group_advantages(rewards, group_size, algorithm)
+
+    and that computes quantile_advantages with this K.
+    """
+    raise NotImplementedError("exercise 12, plug")

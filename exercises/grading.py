@@ -1,0 +1,84 @@
+"""Which tests grade which exercise, and how to run them on a module without pytest.
+
+test_exercises.py runs them on wrong solutions, mutate.py on mutants of the right one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+import siren
+import test_siren
+from exercises import qae, test_exercise_12
+
+EXERCISES = {
+    "ex1": ["group_advantages"],
+    "ex2": ["policy_loss"],
+    "ex3": ["nucleus_mask"],
+    "ex4": ["nucleus_entropy"],
+    "ex5": ["peak_mask"],
+    "ex6": ["aggregate_entropy"],
+    "ex7": ["siren_loss"],
+    "ex8": ["micro_batch_anchor"],
+    "ex9": ["pass_at_k"],
+    "ex10": ["maj_at_k"],
+    "ex11": ["sample"],
+    "ex12": ["quantile_advantages", "plug"],
+}
+# the right solution of every exercise: siren.py, and beside it what siren.py does not have
+SOLUTION = {**vars(siren), "quantile_advantages": qae.quantile_advantages, "plug": qae.plug}
+
+
+def solution_with(**changes: Callable) -> SimpleNamespace:
+    """The right solution with some functions replaced."""
+    return SimpleNamespace(**{**SOLUTION, **changes})
+
+
+def graders_of(exercise: str) -> list[Callable]:
+    """The tests of an exercise in the order of `pytest --impl`: on small numbers first."""
+    named = {**vars(test_siren), **vars(test_exercise_12)}
+    found = [test for name, test in named.items() if name.startswith("test_")]
+    found = [test for test in found if cases(test, exercise)]
+    return sorted(found, key=lambda test: not test.__name__.startswith("test_ex"))
+
+
+def cases(test: Callable, exercise: str) -> list[dict[str, Any]]:
+    """The arguments beside `impl` that pytest calls a grader with, where it grades the exercise."""
+    marks = getattr(test, "pytestmark", [])
+    whole = any(mark.name == exercise for mark in marks)
+    axes = []
+    for mark in marks:
+        if mark.name == "parametrize":
+            names = [name.strip() for name in mark.args[0].split(",")]
+            axes.append([(names, *unpacked(value, len(names))) for value in mark.args[1]])
+    found = []
+    for choice in itertools.product(*axes):
+        if whole or any(mark.name == exercise for _, _, marks in choice for mark in marks):
+            pairs = (zip(names, values) for names, values, _ in choice)
+            found.append(dict(itertools.chain(*pairs)))
+    return found
+
+
+def unpacked(value: Any, count: int) -> tuple[Any, Any]:
+    """(values, marks) of one entry of a parametrize."""
+    if hasattr(value, "marks"):
+        return value.values, value.marks
+    return (value if count > 1 else [value]), ()
+
+
+def failures(
+    exercise: str, module: ModuleType | SimpleNamespace
+) -> Iterator[tuple[str, Exception]]:
+    """(test, error) for each grader that fails on the module, in order."""
+    for test in graders_of(exercise):
+        torch.manual_seed(0)
+        try:
+            for given in cases(test, exercise):
+                test(impl=module, **given)
+        except Exception as error:  # a solution may raise whatever it likes
+            yield test.__name__, error

@@ -1,0 +1,295 @@
+"""How good are the graders? Change the right solution in one place: do they notice?
+
+    python exercises/mutate.py             # every change, a few minutes on one core
+    python exercises/mutate.py ex3 ex4     # of these exercises only
+
+A mutant is the right solution, siren.py or qae.py, with one small change: another operator or
+number, a term or call left out, arguments swapped. The graders kill it if one of them fails. What
+survives is either equivalent, which means that it solves the exercise as well, or shows a hole.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import itertools
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # siren.py, and common.py of the graders
+
+import siren  # noqa: E402
+from exercises import qae  # noqa: E402
+from exercises.grading import SOLUTION, failures  # noqa: E402
+
+SECONDS = 20  # a mutant that runs longer hangs
+ENOUGH = 0.9  # the share of the mutants that the graders must kill
+# the functions of the solution that each exercise asks for
+FUNCTIONS = {
+    "ex1": ["group_advantages"],
+    "ex2": ["policy_loss"],
+    "ex3": ["nucleus", "nucleus_mask"],
+    "ex4": ["log_softmax", "entropy_of", "nucleus_entropy"],
+    "ex5": ["peak_mask"],
+    "ex6": ["aggregate_entropy"],
+    "ex7": ["stats_of", "siren_loss"],
+    "ex8": ["micro_batch_anchor"],
+    "ex9": ["pass_at_k"],
+    "ex10": ["maj_at_k"],
+    "ex11": ["sample"],
+    "ex12": ["quantile_advantages", "plug"],
+}
+ALSO = {"ex3": ["ex4"]}  # half of nucleus() is for exercise 4, whose graders see it, too
+# code of these functions that no exercise asks for, and which mutants therefore leave alone
+GRPO, SPEED, INPUT = "GRPO's rule", "speed alone", "no exercise has such an input"
+METRIC, OTHER = "a metric that students need not return", "another regulariser"
+NOT_ASKED = {
+    "group_advantages": {
+        "if group_size < 2 or len(rewards) % group_size:": INPUT,
+        "if algorithm == 'grpo':\n        adv = adv / (groups.std(1, keepdim=True) + 1e-06)": GRPO,
+    },
+    "policy_loss": {
+        "mask.sum(1).clamp(min=1) if algorithm == 'grpo' else budget": GRPO,
+        ".clamp(-20, 20)": INPUT,
+        "ratio - 1 - log_ratio": METRIC,
+    },
+    "nucleus": {
+        "log_pi.detach()": SPEED,
+        "k = min(64, 1 + vocab // 65)": SPEED,
+        "while k < vocab and (short := (top.exp().sum(-1) < top_p)).any():": SPEED,
+        "more = min(15 * k, vocab - k)": SPEED,
+        "(0, more), value=float('-inf')": SPEED,
+        "ids, k = (torch.nn.functional.pad(ids, (0, more)), k + more)": SPEED,
+        "top[short], ids[short] = fixed[short].topk(k)": SPEED,
+        " & (pi > 0)": SPEED,
+    },
+    "log_softmax": {
+        "temperature=1.0": INPUT,
+        ".to(torch.promote_types(logits.dtype, torch.float32))": INPUT,
+        "logits if temperature == 1 else logits / temperature": INPUT,
+    },
+    "entropy_of": {"enabled=False": INPUT},
+    "peak_mask": {"h.numel() == 0": INPUT},
+    "stats_of": {  # inside token_stats
+        "outputs if head is None else head(outputs)": INPUT,
+        "entropy_of(log_pi.detach())": METRIC,
+        "(log_q > float('-inf')).sum(-1)": METRIC,
+    },
+    "siren_loss": {
+        "temperature=1.0": INPUT,
+        "clip_low=0.2, clip_high=0.2": INPUT,
+        "chunk=0": INPUT,
+        "anchor if mask.any() else 0.0": "the exercise leaves this penalty open",
+        "regularizer == 'bonus'": OTHER,
+        "policy - beta * h_agg": OTHER,
+        "regularizer == 'none'": OTHER,
+        "peak.sum() / mask.sum().clamp(min=1)": METRIC,
+        ".detach()": "metrics with a gradient do no harm",
+    },
+    "quantile_advantages": {
+        "if algorithm == 'grpo':\n        adv = adv / (groups.std(1, keepdim=True) + 1e-06)": GRPO
+    },
+    "plug": {"0 < float(quantile) <= 1": INPUT},
+}
+# why a mutant solves the exercise as well as the solution does -> such mutants
+EQUIVALENT: dict[str, list[str]] = {}
+
+SWAPPED = {
+    **{ast.Lt: [ast.LtE, ast.Gt], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.Lt]},
+    **{ast.GtE: [ast.Gt, ast.Lt], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq]},
+    **{ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In]},
+    **{ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult]},
+    **{ast.Pow: [ast.Mult], ast.BitAnd: [ast.BitOr], ast.And: [ast.Or], ast.Or: [ast.And]},
+    **{ast.FloorDiv: [ast.Mult]},
+}
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "mean", "mean": "sum"}
+
+
+class Mutant(NamedTuple):
+    """The solution with one change in one function."""
+
+    exercise: str
+    text: str  # "function: old -> new"
+    tree: ast.Module
+
+
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in the place of a node.
+
+    >>> [ast.unparse(new) for new in changes(ast.parse("a - b", mode="eval").body)]
+    ['a + b', 'a', 'b']
+    >>> [ast.unparse(new) for new in changes(ast.parse("x.detach()", mode="eval").body)]
+    ['x']
+    """
+
+    def altered(**fields) -> ast.AST:
+        new = copy.copy(node)
+        for name, value in fields.items():
+            setattr(new, name, value)
+        return new
+
+    match node:
+        case ast.Compare(ops=[op]):
+            yield from (altered(ops=[other()]) for other in SWAPPED[type(op)])
+        case ast.BinOp():
+            yield from (altered(op=other()) for other in SWAPPED.get(type(node.op), []))
+            yield from (node.left, node.right)
+        case ast.BoolOp():
+            yield from (altered(op=other()) for other in SWAPPED[type(node.op)])
+            yield from node.values
+        case ast.UnaryOp():
+            yield node.operand
+        case ast.IfExp():
+            yield from (node.body, node.orelse)
+        case ast.Constant(value=bool()):
+            yield ast.Constant(not node.value)
+        case ast.Constant(value=int() | float()):
+            if node.value + 1 != node.value:  # as it is for 1e30
+                yield ast.Constant(node.value + 1)
+            yield ast.UnaryOp(ast.USub(), ast.Constant(1)) if node.value == 0 else ast.Constant(0)
+        case ast.Call():
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if len(node.args) > 1 and called not in ("min", "max", "vecdot"):  # whose order is free
+                first, second, *rest = node.args
+                yield altered(args=[second, first, *rest])
+            if isinstance(node.func, ast.Attribute) and called != "bool":  # masks are bool already
+                yield node.func.value  # without the call
+            for keyword in node.keywords:
+                if keyword.arg != "device":  # there is only the CPU
+                    yield altered(keywords=[one for one in node.keywords if one is not keyword])
+        case ast.Attribute() if node.attr in NAMES:
+            yield altered(attr=NAMES[node.attr])
+        case ast.Name() if node.id in NAMES:
+            yield altered(id=NAMES[node.id])
+        case ast.comprehension() if node.ifs:
+            yield altered(ifs=[])
+
+
+class Replace(ast.NodeTransformer):
+    """Puts `new` in the place of the node `old`."""
+
+    def __init__(self, old: ast.AST, new: ast.AST):
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.old else self.generic_visit(node)
+
+
+def mutants(exercise: str) -> Iterator[Mutant]:
+    """All mutants of an exercise's functions."""
+    for name in FUNCTIONS[exercise]:
+        path = Path((qae if hasattr(qae, name) else siren).__file__)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        place, function = next(found for found in functions(tree) if found[1].name == name)
+        before = ast.unparse(tree.body[place])
+        for node, around in itertools.chain(*map(pieces, [function.args, *function.body])):
+            for new in changes(node):
+                changed = copied(tree.body[place], node, new)
+                after = ast.unparse(changed)
+                if any(before.count(text) != after.count(text) for text in NOT_ASKED.get(name, [])):
+                    continue
+                shown = new if around is node else copied(around, node, new)
+                body = [*tree.body[:place], changed, *tree.body[place + 1 :]]
+                text = f"{name}: {ast.unparse(around)} -> {ast.unparse(shown)}"
+                yield Mutant(exercise, text, ast.Module(body, type_ignores=[]))
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[int, ast.FunctionDef]]:
+    """All functions of a module, each with its place, or that of the function it is in."""
+    for place, top in enumerate(tree.body):
+        yield from ((place, node) for node in ast.walk(top) if isinstance(node, ast.FunctionDef))
+
+
+def pieces(node: ast.AST, around: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """A tree's nodes, each with the expression right around it, or else itself."""
+    yield node, around or node
+    for child in ast.iter_child_nodes(node):
+        yield from pieces(child, node if isinstance(node, ast.expr) else None)
+
+
+def copied(tree: ast.AST, old: ast.AST, new: ast.AST) -> ast.AST:
+    """A copy of the tree, with `new` in the place of `old`."""
+    tree, old, new = copy.deepcopy((tree, old, new))
+    return ast.fix_missing_locations(Replace(old, new).visit(tree))
+
+
+class FromTree(importlib.abc.InspectLoader):
+    """Imports a module from its syntax tree."""
+
+    def __init__(self, tree: ast.Module):
+        self.tree = tree
+
+    def get_source(self, fullname: str) -> None:
+        return None
+
+    def get_code(self, fullname: str):
+        return compile(self.tree, fullname, "exec")
+
+
+def imported(tree: ast.Module) -> ModuleType:
+    """The module of a syntax tree."""
+    loader = FromTree(tree)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("mutant", loader))
+    sys.modules["mutant"] = module  # where dataclasses look up their annotations
+    loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError once this many seconds of the processor's time are over."""
+
+    def stop(*_):
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def killed(mutant: Mutant) -> bool:
+    """Does a grader of its exercise fail on the mutant?"""
+    module = SimpleNamespace(**{**SOLUTION, **vars(imported(mutant.tree))})
+    graded_by = [mutant.exercise, *ALSO.get(mutant.exercise, [])]
+    with time_limit(SECONDS):  # a failure, too: the grader is stopped by TimeoutError
+        return any(next(failures(exercise, module), None) for exercise in graded_by)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the survivors and the share that is killed of each exercise; 1 if one is too small."""
+    why = {text: reason for reason, texts in EQUIVALENT.items() for text in texts}
+    rows = []
+    for exercise in argv or FUNCTIONS:
+        made = dead = equivalent = 0
+        for mutant in mutants(exercise):
+            made += 1
+            if killed(mutant):
+                dead += 1
+                continue
+            equivalent += mutant.text in why
+            reason = why.get(mutant.text, "NOT EXPLAINED")
+            print(f"{exercise} {mutant.text}\n    {reason}", flush=True)
+        rows.append((exercise, made, dead, equivalent))
+    rows.append(("all", *(sum(row[i] for row in rows) for i in (1, 2, 3))))
+    print(f"{'':<8}mutants  killed  equivalent  killed of the others")
+    shares = []
+    for exercise, made, dead, equivalent in rows:
+        shares.append(dead / (made - equivalent))
+        print(f"{exercise:<8}{made:>7}{dead:>8}{equivalent:>12}{shares[-1]:>11.0%}")
+    return int(min(shares) < ENOUGH)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -8,8 +8,9 @@ are in notes.md. There `# name` is a function of siren.py and `## title` a note,
 
     > a piece of a line ... a piece of a later line
 
-says which lines it is about; the second piece may be missing. A piece that is not in exactly one
-line of the function stops the build, so that no note can stand beside the wrong code.
+says which lines it is about; the second piece may be missing. `> def` is the first line of the
+function to the end of its docstring. A piece that is not in exactly one line of the function stops
+the build, so that no note can stand beside the wrong code.
 """
 
 import ast
@@ -53,9 +54,8 @@ class Note:
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
-def find_line(lines, span, piece, where):
-    """The number of the only line in span (first, last) that has the piece in it."""
-    first, last = span
+def find_line(lines, first, last, piece, where):
+    """The number of the only line from first to last that has the piece in it."""
     found = [n for n in range(first, last + 1) if piece in lines[n - 1]]
     if len(found) != 1:
         problem = f"is in {len(found)} lines" if found else "is in no line"
@@ -63,30 +63,32 @@ def find_line(lines, span, piece, where):
     return found[0]
 
 
+def find_lines(lines, function, anchor, where):
+    """The numbers of the first and last line that an anchor is about. function: of ast."""
+    start, _, stop = anchor.removeprefix("> ").partition(" ... ")
+    end = function.end_lineno
+    if start == "def":
+        first, last = function.lineno, function.body[0].end_lineno
+    else:
+        first = last = find_line(lines, function.lineno, end, start, where)
+    return first, find_line(lines, first, end, stop, where) if stop else last
+
+
 def read_notes(text, source):
     """The introduction (Markdown) and the list of notes."""
     lines = source.split("\n")
-    spans = {
-        f.name: (f.lineno, f.end_lineno) for f in ast.parse(source).body if "name" in f._fields
-    }
+    known = {f.name: f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)}
     intro, *functions = re.split(r"^# (?=\w+$)", text, flags=re.MULTILINE)
     notes = []
     for function in functions:
         name, *parts = re.split(r"^## ", function, flags=re.MULTILINE)
         name = name.strip()
-        if name not in spans:
-            raise BuildError(
-                f"notes.md: siren.py has no function {name}; rename or remove its notes"
-            )
+        if name not in known:
+            raise BuildError(f"notes.md: siren.py has no function {name}; mend its notes")
         for part in parts:
             title, anchor, body = part.split("\n", 2)
-            if not anchor.startswith("> "):
-                raise BuildError(f"notes.md: {title}: the line after the title must be `> piece`")
-            start, _, stop = anchor[2:].partition(" ... ")
-            first = find_line(lines, spans[name], start, f"notes.md: {title}")
-            rest = (first, spans[name][1])
-            last = find_line(lines, rest, stop, f"notes.md: {title}") if stop else first
-            notes.append(Note(name, title, first, last, body))
+            span = find_lines(lines, known[name], anchor, f"notes.md: {title}")
+            notes.append(Note(name, title, *span, body))
     for note, following in itertools.pairwise(notes):
         if following.first <= note.last:
             raise BuildError(f"notes.md: {following.title}: must come after {note.title!r}")
@@ -142,8 +144,8 @@ def row_html(note, body, lines, source_lines, end, heading):
     place = f"line {note.first}" if note.first == note.last else f"lines {note.first}–{note.last}"
     return (
         f'<section class="row">\n<article class="note" id="{note.slug}"><div class="stay">'
-        f"{heading}<h3>{html.escape(note.title)}</h3>"
-        f'<p class="where"><a href="#code-{note.slug}">{place}</a></p>\n{body}</div></article>\n'
+        f'{heading}<div class="title"><h3>{html.escape(note.title)}</h3>'
+        f'<a href="#code-{note.slug}">{place}</a></div>\n{body}</div></article>\n'
         f'<pre class="code">{"".join(out)}</pre>\n</section>\n'
     )
 
@@ -155,7 +157,7 @@ def build(source, notes_text, formulas_json):
     markdown.use(dollarmath_plugin, renderer=formulas)
     intro, notes = read_notes(notes_text, source)
     source_lines, lines = source.split("\n"), code_html(source)
-    stop = find_line(source_lines, (1, len(source_lines)), AFTER, "build.py")
+    stop = find_line(source_lines, 1, len(source_lines), AFTER, "build.py")
     if not notes or FIRST not in source_lines[notes[0].first - 2]:
         raise BuildError(f"notes.md: the first note must be about the line after {FIRST!r}")
     rows, seen = [], []

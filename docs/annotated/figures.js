@@ -66,18 +66,18 @@ function readSlider(id) {
   return Number(input.value);
 }
 
-// a table cell with a bar from `zero` (0 to 1 of the width) and its number
-function barCell(value, largest, zero, className) {
+// a table cell with a number and its bar, which begins at `zero` (0 or the middle, 0.5)
+function barCell(value, zero, className) {
   const cell = element("td", className);
   const bar = element("span", "bar");
-  const length = (Math.abs(value) / largest) * (zero ? 0.5 : 1);
+  const length = Math.abs(value) * (1 - zero);
   bar.style.width = `${100 * length}%`;
   bar.style.left = `${100 * (value < 0 ? zero - length : zero)}%`;
   const track = element("span", zero ? "track middle" : "track");
   track.append(bar);
   const number = element("data", "", value.toFixed(3));
   number.value = value;
-  cell.append(track, number);
+  cell.append(number, track);
   return cell;
 }
 
@@ -91,13 +91,12 @@ function drawNucleus() {
   show("entropy", entropy(pi), 4);
   show("nucleus-size", sum(inside), 0);
   show("nucleus-mass", mass, 4);
-  const largest = Math.max(1e-9, ...gradient.map(Math.abs));
   const rows = data.first.map((token, v) => {
     const row = element("tr", inside[v] ? "inside" : "outside");
     const name = element("th", "", token);
     name.scope = "row";
-    row.append(name, barCell(pi[v], 1, 0, "pi"), barCell(q[v], 1, 0, "q"));
-    row.append(barCell(gradient[v], largest, 0.5, "push"));
+    row.append(name, barCell(pi[v], 0, "pi"), barCell(q[v], 0, "q"));
+    row.append(barCell(gradient[v], 0.5, "push"));
     return row;
   });
   document.querySelector("#figure-nucleus tbody").replaceChildren(...rows);

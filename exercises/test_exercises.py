@@ -25,7 +25,7 @@ import torch
 import siren
 import toy_env
 from examples.engine import plugged
-from exercises import student, wrong
+from exercises import mutate, student, wrong
 from exercises.grading import EXERCISES, SOLUTION, failures, graders_of, solution_with
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +148,58 @@ def test_readme_has_every_exercise():
     known = {field.name.replace("_", "-") for field in dataclasses.fields(siren.Config)}
     known |= {option.replace("_", "-") for option in toy_env.OPTIONS}
     assert flags <= known | {"impl", "help"}, f"unknown flags {flags - known}"
+
+
+# --------------------------------------------------------------------------------------- mutants
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_a_sample_of_the_mutants_is_killed(exercise):
+    """One in forty; `python exercises/mutate.py` runs all. What is explained must still exist."""
+    made = list(mutate.mutants(exercise))
+    texts, explained = (
+        {mutant.text for mutant in made},
+        [*itertools.chain(*mutate.EQUIVALENT.values())],
+    )
+    names = mutate.FUNCTIONS[exercise]
+    assert all(text in texts for text in explained if text.split(":")[0] in names)
+    assert all(killed_or_explained(mutant) for mutant in made[7::40] or made[:1])
+
+
+def killed_or_explained(mutant):
+    equivalent = any(mutant.text in texts for texts in mutate.EQUIVALENT.values())
+    return mutate.killed(mutant) is not equivalent
+
+
+def test_what_mutants_leave_alone_exists():
+    sources = [Path(module.__file__).read_text() for module in (siren, mutate.qae)]
+    code = {
+        node.name: ast.unparse(node)
+        for text in sources
+        for _, node in mutate.functions(ast.parse(text))
+    }
+    for name, texts in mutate.NOT_ASKED.items():
+        for text in texts:
+            assert text in code[name], f"{name}: {text}"
+
+
+@pytest.mark.parametrize(
+    "code, dead",
+    [
+        ("from siren import *", False),
+        ("def pass_at_k(n, c, k): return c / n", True),
+        ("def pass_at_k(n, c, k):\n    while True: pass", True),
+    ],
+)
+def test_the_solution_survives_and_what_is_wrong_or_hangs_does_not(monkeypatch, code, dead):
+    monkeypatch.setattr(mutate, "SECONDS", 2)
+    assert mutate.killed(mutate.Mutant("ex9", "", ast.parse(code))) is dead
+
+
+def test_the_mutation_run_prints_its_share(capsys):
+    assert mutate.main(["ex8"]) == 0
+    *_, ex8, everything = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert ex8 == ["ex8", "6", "6", "0", "100%"] and everything == ["all", *ex8[1:]]
 
 
 # ------------------------------------------------------------------------ as a student runs them

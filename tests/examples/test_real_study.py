@@ -1,0 +1,261 @@
+"""Tests of real_study.py, its questions and shared_prompts.py, on tiny random models.
+
+python -m pytest tests/examples/test_real_study.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import siren  # noqa: E402
+from examples import engine, real_study, real_task, shared_prompts, text_env  # noqa: E402
+
+SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 24}
+SIZE |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
+END = [0, 1]  # the padding is 0, and prompts contain it
+
+
+def tiny(attention: str = "sdpa", rank: int = 0) -> torch.nn.Module:
+    """A random Llama; with adapters, they are not zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(**SIZE, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            parameter.data *= 4  # far from uniform
+        if rank:
+            text_env.add_lora(model, rank, seed=0)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def roll(model: torch.nn.Module, samples: int = 4) -> siren.Rollout:
+    """Responses of several lengths to four prompts, of which two differ in padding alone."""
+    how = {"max_tokens": 9, "eos_ids": END, "pad_id": 0, "samples": samples}
+    prompts = [[3, 4, 5], [0, 0, 6, 7, 8], [6, 7, 8], [9]]
+    rollout = siren.sample(model, prompts, generator=torch.Generator().manual_seed(1), **how)
+    assert len(set(rollout.mask.sum(1).tolist())) > 3
+    return rollout
+
+
+# ------------------------------------------------------------------------------- shared_prompts.py
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 6), slice(1, None, 3)], ids=str)
+def test_shared_prompts_change_rounding_only(attention, rows):
+    model = tiny(attention)
+    rollout = roll(model).rows(rows)
+    found = []
+    for forward in (siren.forward, shared_prompts.forward):
+        model.zero_grad()
+        hidden = forward(model, rollout)
+        weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+        (hidden * weights)[rollout.mask].sum().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((hidden.detach()[rollout.mask], torch.cat(grads)))
+    (plain, plain_grad), (shared, shared_grad) = found
+    assert plain.shape == (int(rollout.mask.sum()), 16)
+    assert torch.allclose(plain, shared, atol=2e-5)
+    assert (plain_grad - shared_grad).norm() < 1e-5 * plain_grad.norm()
+
+
+def test_a_step_is_the_same_and_reads_each_token_once(monkeypatch):
+    model, read = tiny(rank=2), []
+    rollout = roll(model)
+    cfg = siren.Config(prompts=4, mini_batches=1, group_size=4, max_tokens=9)
+    rewards = torch.tensor([1.0, 0, 0, 1] * 4)
+    layer = model.base_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2].numel()))
+    found = []
+    for forward in (siren.forward, shared_prompts.forward):
+        monkeypatch.setattr(siren, "forward", forward)
+        read.clear()
+        old = siren.score(model, rollout, cfg)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        found.append(siren.update(model, optimizer, rollout, old["logp"], rewards, 1.0, cfg))
+    prompts = rollout.prompt_mask[::4].sum()
+    assert sum(read) == 2 * int(prompts + rollout.mask.sum())  # once to score, once to update
+    assert found[0].keys() == found[1].keys() and found[0]["grad_norm"] > 0
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+# ------------------------------------------------------------------------------------ real_task.py
+def asked(row: dict[str, str]) -> tuple[str, list[int]]:
+    """The last question of a row, and its numbers."""
+    question = row["question"].splitlines()[-1]
+    return question, [int(digits) for digits in re.findall("[0-9]+", question)]
+
+
+def test_answers_are_right_and_held_out_sums_are_new():
+    files = real_task.problems()
+    assert files == real_task.problems()
+    sums = {}
+    for name, rows in files.items():
+        assert len(rows) >= 50 and len({asked(row)[0] for row in rows}) == len(rows)
+        for row in rows:
+            _, numbers = asked(row)
+            assert str(sum(numbers)) == row["answer"] and sum(numbers) <= 9
+            solution = row["question"].split("assistant\n")[1]
+            for left, right in re.findall(r"([0-9] \+ [0-9]) = ([0-9])", solution):
+                assert sum(map(int, left.split(" + "))) == int(right)
+            total = int(re.search(r"The answer is ([0-9])", solution)[1])
+            assert total == sum(
+                map(int, re.findall("[0-9]+", row["question"].splitlines()[0][:-9]))
+            )
+        sums[name] = {tuple(sorted(asked(row)[1])) for row in rows}
+    assert not sums["words_train"] & sums["words_eval"]
+
+
+# ----------------------------------------------------------------------------------- real_study.py
+def test_base_metrics_are_those_of_the_model_without_adapters(monkeypatch):
+    model, base = tiny(rank=2), tiny()
+    rollout = roll(model)
+    monkeypatch.setattr(real_study, "FULL_MASS", 0.7)  # so that some tokens are foreign
+    found = real_study.base_metrics(model, rollout, temperature=0.8)
+    ids = torch.cat([rollout.prompt, rollout.tokens], 1)
+    foreign, logps = [], []
+    for row in range(len(ids)):
+        start = int(rollout.prompt_mask[row].logical_not().sum())  # where its padding ends
+        with torch.no_grad():
+            logits = base(ids[row : row + 1, start:]).logits[0].double().numpy() / 0.8
+        first = ids.shape[1] - rollout.tokens.shape[1] - start
+        for t in range(int(rollout.mask[row].sum())):
+            pi = np.exp(logits[first + t - 1] - logits[first + t - 1].max())
+            pi, token = pi / pi.sum(), int(rollout.tokens[row, t])
+            logps.append(math.log(pi[token]))
+            foreign.append(pi[pi > pi[token]].sum() >= 0.7)
+    assert 0 < np.mean(foreign) < 1
+    assert found["foreign"] == pytest.approx(np.mean(foreign))
+    assert found["perplexity"] == pytest.approx(math.exp(-np.mean(logps)), rel=1e-4)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)  # the adapters are back
+
+
+class Task:
+    """What siren.training_step needs of a task; the answers are never right."""
+
+    eos_ids, pad_id, equal, seed = END, 0, None, 0
+
+    def train_problems(self, n, seed):
+        return [text_env.Problem([3, 4 + i], "none") for i in range(n)]
+
+    def heldout(self, n):
+        return {"heldout": self.train_problems(n, "")}
+
+    def build_model(self):
+        return tiny(rank=2)
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+    def answer_form(self, text):
+        return text
+
+    def metrics(self, responses):
+        return {}
+
+
+def test_the_drop_in_adds_to_each_step(tmp_path, monkeypatch):
+    before = siren.score, siren.forward, siren.training_step
+    how = {"steps": 2, "prompts": 2, "group_size": 4, "mini_batches": 2, "max_tokens": 6}
+    how |= {"eval_prompts": 2, "eval_samples": 2, "lr": 0.01, "warmup_steps": 0}
+    cfg = siren.Config(out=str(tmp_path), micro_batch_size=2, **how)  # so that update scores, too
+    monkeypatch.setattr(siren, "load_task", lambda cfg: Task())
+    records = []
+    with engine.plugged("examples.real_study"):
+        records = siren.train(cfg)
+    assert (siren.score, siren.forward, siren.training_step) == before
+    for record in records[1:]:
+        assert 0 <= record["foreign"] <= 1 < record["perplexity"]
+        assert all(type(value) in (int, float) for value in record.values())
+    assert len(json.loads((tmp_path / "responses.json").read_text())) == 2
+    rows = real_study.read_csv(tmp_path / "positions.csv")
+    first = records[1]
+    assert len(rows) == first["response_tokens"] * 8
+    for name in ("entropy", "nucleus_size"):
+        assert np.mean([row[name] for row in rows]) == pytest.approx(first[name], abs=1e-3)
+    assert 0 < sum(row["peak"] for row in rows) < len(rows)
+
+
+def test_commands_are_the_jobs(tmp_path):
+    jobs = real_study.make_jobs(tmp_path / "runs", Path("data"), Path("models/x"))
+    seeds = {}
+    for job in jobs:
+        assert engine.read_flags(job.command[1:]) == (job.cfg, False)
+        assert not job.done
+        seeds.setdefault(job.method, []).append(job.seed)
+    assert len({job.cfg.out for job in jobs}) == len(jobs)
+    assert [m for m, found in seeds.items() if found == [0, 1, 2]] == list(real_study.MORE_SEEDS)
+    assert len(seeds) == 8 and all(found[0] == 0 for found in seeds.values())
+    folder = jobs[0].folder
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step}) + "\n" for step in range(jobs[0].cfg.steps + 1)]
+    (folder / engine.METRICS).write_text("".join(lines)[:-5])  # the last line is torn
+    assert not jobs[0].done and len(jobs[0].records) == jobs[0].cfg.steps
+    (folder / engine.METRICS).write_text("".join(lines))
+    assert jobs[0].done and jobs[0].records[-1]["step"] == jobs[0].cfg.steps
+
+
+def finish(job: real_study.Job, level: float) -> None:
+    """Write the run folder of a job that is done: every curve is `level` times its step."""
+    job.folder.mkdir(parents=True)
+    score = {"heldout/avg@8": level, "heldout/maj@8": 0.5}
+    lines = [{"step": 0, **score}]
+    for step in range(1, job.cfg.steps + 1):
+        values = dict.fromkeys((*real_study.CURVES, "h_agg"), level * step)
+        lines.append({"step": step, **values, "anchor": 2.0, "seconds": 3.0 * step})
+    lines[-1] |= {"heldout/avg@8": 2 * level, "heldout/maj@8": 0.25}
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (job.folder / engine.METRICS).write_text(text)
+    (job.folder / "responses.json").write_text(json.dumps(["one\ntwo"]))
+    rows = [(0, 0, 1, 0), (0.5, 0, 1, 0), (1.5, 1.0, 4, 1), (2.5, 2.0, 90, 1)]
+    names = ["entropy", "nucleus_entropy", "nucleus_size", "peak"]
+    real_study.write_csv(job.folder / "positions.csv", names, rows)
+
+
+def test_the_report(tmp_path):
+    jobs = real_study.make_jobs(tmp_path / "runs", Path("data"), Path("models/x"), steps=20)
+    for job in jobs:
+        if job.method in ("dr_grpo", "wo_peak") and job.seed < 2:
+            finish(job, 0.1 * (1 + job.seed))
+    results = tmp_path / "results"
+    real_study.collect(jobs, results)
+    assert len(real_study.read_csv(results / "curves.csv")) == 3 * 20
+    text = real_study.tables(results)
+    # the last ten of 20 steps have the mean 15.5: 1.55 with seed 0, 3.10 with seed 1
+    row = next(line for line in text.splitlines() if line.startswith("| dr_grpo | 2 |"))
+    assert row.split(" | ")[2:4] == ["2.325 (1.550 to 3.100)"] * 2
+    assert row.split(" | ")[4] == "1.163 (0.775 to 1.550)"  # H_agg / anchor: half of it
+    assert "| base model | 0.133 (0.100 to 0.200) | 0.500 (0.500 to 0.500) |" in text
+    assert "| wo_peak | 0.200 | 0.250 |" in text
+    assert "4 tokens of the first step: 50% have H' = 0, 50% are peaks; |V_p| has median 2" in text
+    assert "20 steps; 32 seconds per step (median)." in text
+    assert "> one\n> two" in (results / "responses.md").read_text()
+    assert real_study.figure(results).stat().st_size > 10_000
+    page = tmp_path / "page.md"
+    page.write_text(f"a\n{real_study.MARKS[0]}\nold\n{real_study.MARKS[1]}\nb\n")
+    real_study.write_page(page, text)
+    assert page.read_text() == f"a\n{real_study.MARKS[0]}\n\n{text}\n\n{real_study.MARKS[1]}\nb\n"
+    with pytest.raises(siren.ConfigError, match="put them back"):
+        page.write_text("no marks")
+        real_study.write_page(page, text)
+
+
+def test_bad_workers_are_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        real_study.main(["--workers", "0"])
+    assert "must be 1 to 64" in capsys.readouterr().err

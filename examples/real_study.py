@@ -174,8 +174,8 @@ def make_jobs(runs: Path, data: Path, model: Path, **changes: Any) -> list[Job]:
     return jobs
 
 
-def run(job: Job) -> None:
-    """Run a job to its end, from its checkpoint if there is one. RuntimeError if it fails."""
+def run(job: Job) -> int:
+    """Run a job to its end, from its checkpoint if there is one; returns the exit code."""
     folder, resume = job.folder, []
     if (folder / CHECKPOINT).exists():
         resume = ["--resume"]
@@ -185,11 +185,8 @@ def run(job: Job) -> None:
     with open(folder / "log.txt", "ab") as log:
         how = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT}
         code = subprocess.run([sys.executable, *job.command, *resume], **how).returncode
-    print(
-        f"{job.method}, seed {job.seed}: exit code {code}, {len(job.records)} records", flush=True
-    )
-    if code:
-        raise RuntimeError(f"{folder / 'log.txt'}: exit code {code}; see its last line")
+    print(f"{job.cfg.out}: {len(job.records)} records, exit code {code}", flush=True)
+    return code
 
 
 # ------------------------------------------------------------------------------------ 3. the report
@@ -341,7 +338,10 @@ def study(args: argparse.Namespace) -> None:
         get_smollm2.get()
         real_task.main(["--out", str(ROOT / data)])
         with ThreadPoolExecutor(args.workers) as pool:
-            list(pool.map(run, [job for job in jobs if not job.done]))
+            codes = list(pool.map(run, [job for job in jobs if not job.done]))
+        if any(codes):
+            failed = f"{len(codes) - codes.count(0)} of {len(codes)} jobs failed"
+            raise RuntimeError(f"{failed}; see log.txt in their folders under {runs}")
     if args.plan:
         todo = [job for job in jobs if not job.done]
         for job in todo:

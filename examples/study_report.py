@@ -1,0 +1,416 @@
+"""What the study's rows say: main.csv, tables.md and the figures. It trains nothing.
+
+Figures are readable without colour: line styles, markers and labels tell the lines apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples import study
+
+Row = dict[str, Any]
+
+NAMES = {
+    "base": "base model",
+    "dr_grpo": "Dr.GRPO",
+    "naive_bonus": "naive bonus, best",
+    "naive_exploding": "naive bonus, exploding",
+    "constrained": "constrained bonus",
+    "siren": "SIREN",
+    "wo_top_p": "SIREN without top-p",
+    "wo_peak": "SIREN without peaks",
+    "wo_anchor": "SIREN without anchor",
+    "anchor_only": "anchor only",
+}
+STYLES: dict[str, dict[str, Any]] = {
+    "base": {"color": "0.55", "linestyle": (0, (1, 1)), "marker": "x"},
+    "dr_grpo": {"color": "#000000", "linestyle": "--", "marker": "s"},
+    "siren": {"color": "#0059b3", "linestyle": "-", "marker": "o"},
+    "naive_bonus": {"color": "#cc79a7", "linestyle": "-.", "marker": "v"},
+    "naive_exploding": {"color": "#b35900", "linestyle": ":", "marker": "^"},
+    "anchor_only": {"color": "#009e73", "linestyle": (0, (5, 1)), "marker": "P"},
+}
+COLUMNS = ("method", "seed", "grade", "temperature", "avg@16", "maj@16", "pass@16", "distinct@16")
+COLUMNS += ("reward", "entropy", "h_agg", "useless_share")
+KINDS = ("fork", "fact", "forced")
+SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
+CLAIMED = ("dr_grpo", "wo_top_p", "wo_peak", "wo_anchor", "anchor_only", "constrained")
+
+
+# ------------------------------------------------------------------------------------ 1. statistics
+def bootstrap(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean over seeds and its 95 % interval: percentiles of the means of 10000 seeded resamples.
+
+    >>> bootstrap([1.0, 1.0])
+    (1.0, 1.0, 1.0)
+    """
+    x = np.array(list(values), dtype=float)
+    draws = np.random.default_rng(0).integers(len(x), size=(10_000, len(x)))
+    low, high = np.percentile(x[draws].mean(1), [2.5, 97.5])
+    return float(x.mean()), float(low), float(high)
+
+
+def sign_flip(differences: list[float]) -> float:
+    """Exact two-sided p-value of paired differences: the share of all choices of their signs whose
+    sum is at least as far from 0. (If there were no effect, each sign could as well be the other.)
+
+    >>> sign_flip([1.0, 2.0, 3.0])  # + + + and - - - of 8
+    0.25
+    """
+    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
+    sums = np.abs(signs @ np.array(differences))
+    return float((sums >= sums[0] - 1e-12).mean())
+
+
+def holm(values: dict[Any, float]) -> dict[Any, float]:
+    """Holm's correction of p-values: the smallest times n, the next times n - 1, ...
+
+    >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    {'a': 0.03, 'c': 0.06, 'b': 0.06}
+    """
+    adjusted, least = {}, 0.0
+    for i, (key, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(values) - i) * p))
+        adjusted[key] = least
+    return adjusted
+
+
+def text(values: Iterable[float], sign: str = "") -> str:
+    """Mean and interval.
+
+    >>> text([0.5, 0.5])
+    '.500 [.500, .500]'
+    """
+    mean, low, high = (re.sub(r"\b0\.", ".", f"{x:{sign}.3f}") for x in bootstrap(values))
+    return f"{mean} [{low}, {high}]"
+
+
+# ---------------------------------------------------------------------------------------- 2. rows
+def labelled(part: str, size: study.Size, store: study.Store) -> dict[str, list[Row]]:
+    """Label -> the rows of a part's jobs, in their order; {} if one is missing."""
+    if part != "tune" and store.missing(study.tune(size, store.rows)):
+        return {}
+    jobs = study.PARTS[part](size, store.rows)
+    if store.missing(jobs):
+        return {}
+    found: dict[str, list[Row]] = defaultdict(list)
+    for job in jobs:
+        found[job.label].append(store.rows[job.key])
+    return dict(found)
+
+
+def by_seed(rows: Iterable[Row]) -> dict[int, Row]:
+    """Seed -> row."""
+    return {row["config"]["seed"]: row for row in rows}
+
+
+def kinds(row: Row) -> dict[str, dict[str, float]]:
+    """Kind of token -> mean H, mean H' and share of all peaks, from the probe's positions.
+
+    A response is "term, term, sum, term, sum, ..., end". Which term is next is a fork, but for the
+    last; a sum is a fact; the last term and the end are forced. A token counts by its position.
+    """
+    places, total = row["probe"]["positions"], defaultdict(lambda: defaultdict(float))
+    length = 2 * study.TERMS
+    peaks = sum(places["peak"][:length])
+    for t in range(min(length, len(places["entropy"]))):
+        fact, forced = t % 2 == 0 and t > 0, t in (length - 3, length - 1)
+        kind = total["forced" if forced else "fact" if fact else "fork"]
+        kind["n"] += 1
+        kind["entropy"] += places["entropy"][t]
+        kind["nucleus_entropy"] += places["nucleus_entropy"][t]
+        kind["peaks"] += places["peak"][t] / max(peaks, 1e-9)
+    return {
+        name: {
+            "entropy": kind["entropy"] / kind["n"],
+            "nucleus_entropy": kind["nucleus_entropy"] / kind["n"],
+            "peaks": kind["peaks"],
+        }
+        for name, kind in total.items()
+    }
+
+
+def write_csv(rows: dict[str, list[Row]], path: Path) -> None:
+    """main.csv: a line for each method, seed, grade and temperature. reward, entropies and
+    useless_share are the probe's, so the same for each line of a run."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for label, some in rows.items():
+            for row in some:
+                shared = {"method": label, "seed": row["config"]["seed"], **row["probe"]}
+                writer.writerows({**shared, **scores} for scores in row["evals"])
+
+
+def read_csv(path: Path) -> dict[tuple[str, str, str], dict[int, dict[str, float]]]:
+    """(method, grade, temperature) -> seed -> the other columns."""
+    found: dict[tuple[str, str, str], dict[int, dict[str, float]]] = defaultdict(dict)
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            key = tuple(line.pop(name) for name in ("method", "grade", "temperature"))
+            found[key][int(line.pop("seed"))] = {name: float(value) for name, value in line.items()}
+    return found
+
+
+# -------------------------------------------------------------------------------------- 3. tables
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A table."""
+    head = list(head)
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return [*lines, ""]
+
+
+def score_tables(lines: dict) -> list[str]:
+    """Scores of every method, for each grade and temperature."""
+    out = []
+    for grade, temperature in (("hard", "0.6"), ("hard", "1.0"), ("easy", "0.6"), ("easy", "1.0")):
+        out += [f"### {grade} prompts, T = {temperature}", ""]
+        rows = []
+        for method, name in NAMES.items():
+            if seeds := lines.get((method, grade, temperature)):
+                scores = [text(line[score] for line in seeds.values()) for score in SCORES]
+                rows.append([name, *scores])
+        out += markdown(["method", *SCORES], rows)
+    return out
+
+
+def policy_table(lines: dict) -> list[str]:
+    """Reward, entropies and useless tokens by the probe."""
+    base, rows = lines["base", "hard", "0.6"], []
+    for method, name in NAMES.items():
+        if seeds := lines.get((method, "hard", "0.6")):
+            ratios = [
+                [line[key] / base[seed][key] for seed, line in seeds.items()]
+                for key in ("entropy", "h_agg")
+            ]
+            plain = [[line[key] for line in seeds.values()] for key in ("reward", "useless_share")]
+            rows.append([name, text(plain[0]), *map(text, ratios), text(plain[1])])
+    return markdown(["method", "reward", "H / base", "H_agg / base", "useless tokens"], rows)
+
+
+def differences(lines: dict, other: str, score: str, temperature: str) -> list[float]:
+    """SIREN minus another method on hard prompts, seed by seed."""
+    mine, theirs = lines["siren", "hard", temperature], lines[other, "hard", temperature]
+    return [mine[seed][score] - theirs[seed][score] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def claims(lines: dict) -> list[str]:
+    """SIREN against the others, with Holm's correction over all of this table's comparisons."""
+    others = [method for method in CLAIMED if (method, "hard", "0.6") in lines]
+    keys = list(itertools.product(others, SCORES[:3], ("0.6", "1.0")))
+    found = {key: differences(lines, *key) for key in keys}
+    adjusted = holm({key: sign_flip(values) for key, values in found.items()})
+    rows = []
+    for key, values in found.items():
+        other, score, temperature = key
+        p = f"{adjusted[key]:.3f}"
+        rows.append([f"SIREN - {NAMES[other]}", score, temperature, text(values, "+"), p])
+    return markdown(["hard prompts", "score", "T", "difference", "p, Holm"], rows)
+
+
+def mean_score(rows: Iterable[Row], score: str) -> float:
+    """The mean of a score on hard prompts at T = 0.6."""
+    return float(np.mean([study.score(row, score) for row in rows]))
+
+
+def settings(row: Row) -> str:
+    """What tells one candidate from another."""
+    config = row["config"]
+    names = {"lr": "lr", "beta": "beta", "top_p": "p", "peak_quantile": "tau"}
+    names |= {"max_tokens": "budget"}
+    plug = config["plug"].partition(":")[2]
+    return ", ".join([f"{new} {config[old]:g}" for old, new in names.items()] + [plug] * bool(plug))
+
+
+def group_table(rows: dict[str, list[Row]]) -> list[str]:
+    """Means over seeds for every setting of every label."""
+    lines = []
+    for label, some in rows.items():
+        settled: dict[str, list[Row]] = defaultdict(list)
+        for row in some:
+            settled[f"{settings(row)}, V {study.vocabulary(row)}"].append(row)
+        for what, own in settled.items():
+            scores = [f"{mean_score(own, score):.3f}" for score in SCORES]
+            held = np.mean([row["probe"]["h_agg"] for row in own])
+            useless = np.mean([row["probe"]["useless_share"] for row in own])
+            lines.append(
+                [NAMES.get(label, label), what, *scores, f"{held:.3f}", f"{100 * useless:.2f} %"]
+            )
+    return markdown(["method", "setting", *SCORES, "H_agg", "useless"], lines)
+
+
+def kinds_table(rows: dict[str, list[Row]]) -> list[str]:
+    """Where the entropy sits."""
+    lines = []
+    for label, some in rows.items():
+        found = [kinds(row) for row in some]
+        cells = [
+            f"{np.mean([k[kind][what] for k in found]):.3f}"
+            for what in ("entropy", "nucleus_entropy", "peaks")
+            for kind in KINDS
+        ]
+        lines.append([NAMES[label], *cells])
+    head = [f"{what}, {k}" for what in ("H", "H'", "peaks") for k in KINDS]
+    return markdown(["method", *head], lines)
+
+
+# ------------------------------------------------------------------------------------- 4. figures
+def panels(columns: int, rows: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure for a page 7 inches wide, and its panels."""
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), dpi=130, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def band(ax: Axes, label: str, x: list[float], values: list[list[float]], **style: Any) -> None:
+    """The mean over seeds with its interval: values[i] are all seeds' at x[i]."""
+    mean, low, high = zip(*map(bootstrap, values), strict=True)
+    style = {**STYLES.get(label, {}), "markersize": 3, "label": NAMES.get(label, label), **style}
+    ax.plot(x, mean, **style)
+    ax.fill_between(x, low, high, color=style.get("color", "0.5"), alpha=0.15, linewidth=0)
+
+
+def steps_figure(rows: dict[str, list[Row]]) -> Figure:
+    """What training does: four curves over steps, mean and interval over seeds."""
+    figure, axes = panels(2, 2)
+    names = {"reward": "reward", "entropy": "entropy H (nats)", "h_agg": "$H_{agg}$ / $H^*$"}
+    names |= {"useless_share": "share of useless tokens"}
+    for ax, (key, title) in zip(axes, names.items(), strict=True):
+        for label in ("dr_grpo", "naive_bonus", "naive_exploding", "siren"):
+            some = rows[label]
+            x = [record["step"] for record in some[0]["log"]]
+            values = [
+                [row["log"][i][key] / (row["anchor"] if key == "h_agg" else 1) for row in some]
+                for i in range(len(x))
+            ]
+            if key != "h_agg" or label in ("dr_grpo", "siren"):  # which have the same p and tau
+                band(ax, label, x, values, marker="")
+        ax.set(title=title, xlabel="step", ylim=(0, None))
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
+    """Where the entropy sits: H and H' by kind of token, and what share of the peaks each has."""
+    figure = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
+    titles = {"entropy": "H (nats)", "nucleus_entropy": "H' (nats)", "peaks": "share of the peaks"}
+    shades, labels = {"fork": "#0059b3", "fact": "#e69f00", "forced": "0.65"}, list(rows)
+    for ax, (what, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
+        for i, kind in enumerate(KINDS):
+            values = [bootstrap(kinds(row)[kind][what] for row in rows[label]) for label in labels]
+            mean, low, high = np.array(values).T
+            y = np.arange(len(labels)) + 0.27 * (i - 1)
+            style = {"color": shades[kind], "hatch": ("", "///", "")[i], "edgecolor": "white"}
+            ax.barh(y, mean, 0.25, xerr=(mean - low, high - mean), label=kind, **style)
+        ax.set(title=title, xlim=(0, None))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_yticks(range(len(labels)), [NAMES[label] for label in labels], fontsize=8)
+    ax.invert_yaxis()
+    ax.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def k_figure(rows: dict[str, list[Row]]) -> Figure:
+    """pass@k and maj@k on hard prompts, at both temperatures."""
+    figure, axes = panels(2, 2)
+    ks = [1, 2, 4, 8, 16, 32, 64]
+    for ax, (score, temperature) in zip(
+        axes, itertools.product(("pass", "maj"), (0.6, 1.0)), strict=True
+    ):
+        for label in ("base", "dr_grpo", "naive_bonus", "siren", "anchor_only"):
+            found = [
+                [study.score(row, f"{score}@{k}", "hard", temperature) for row in rows[label]]
+                for k in ks
+                if f"{score}@{k}" in rows[label][0]["evals"][0]
+            ]
+            band(ax, label, ks[: len(found)], found)
+        ax.set(title=f"{score}@k, hard, T = {temperature}", xlabel="k", xscale="log", ylim=(0, 1))
+        ax.set_xticks(ks, map(str, ks))
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def sweep(
+    ax: Axes, label: str, rows: list[Row], x: Callable, value: Callable, **style: Any
+) -> None:
+    """A value over settings, mean and interval over seeds."""
+    found: dict[float, list[float]] = defaultdict(list)
+    for row in rows:
+        found[x(row)].append(value(row))
+    band(ax, label, sorted(found), [found[key] for key in sorted(found)], **style)
+
+
+def vocabularies_figure(rows: dict[str, list[Row]]) -> Figure:
+    """What the vocabulary changes: votes, single samples, useless tokens."""
+    figure, axes = panels(3)
+    values = {"maj@16, hard, T = 0.6": lambda row: study.score(row, "maj@16")}
+    values |= {"avg@16, hard, T = 0.6": lambda row: study.score(row, "avg@16")}
+    values |= {"share of useless tokens": lambda row: row["probe"]["useless_share"]}
+    for ax, (title, value) in zip(axes, values.items(), strict=True):
+        for label, some in rows.items():
+            sweep(ax, label, some, study.vocabulary, value)
+        ax.set(title=title, xlabel="vocabulary", xscale="log", ylim=(0, None))
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def sensitivity_figure(rows: dict[str, list[Row]], base: dict[int, Row]) -> Figure:
+    """p, tau and beta, one at a time: the entropy that is kept, and the votes."""
+
+    def kept(row: Row) -> float:
+        return row["probe"]["entropy"] / base[row["config"]["seed"]]["probe"]["entropy"]
+
+    figure, axes = panels(3)
+    names = {"top_p": "p", "peak_quantile": r"$\tau$", "beta": r"$\beta$"}
+    for ax, (knob, name) in zip(axes, names.items(), strict=True):
+        some = rows[f"siren, {knob}"]
+        for label, value, style in (
+            ("H / base", kept, {"linestyle": "--"}),
+            ("maj@16", lambda r: study.score(r, "maj@16"), {"marker": "o"}),
+            ("avg@16", lambda r: study.score(r, "avg@16"), {"marker": "s", "linestyle": ":"}),
+        ):
+            sweep(ax, label, some, lambda r, k=knob: r["config"][k], value, **style)
+        ax.set(xlabel=name, ylim=(0, None), xscale="log" if knob == "beta" else "linear")
+    axes[0].set_title("SIREN, hard prompts, T = 0.6", fontsize=9)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def write(size: study.Size, store: study.Store, out: Path) -> None:
+    """main.csv, tables.md and the figures of every part that is complete."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = {part: labelled(part, size, store) for part in study.PARTS}
+    figures = {}
+    lines = ["# Tables", "", "Written by `python examples/study.py`; README.md says how.", ""]
+    if rows := found["main"]:
+        write_csv(rows, out / "main.csv")
+        table = read_csv(out / "main.csv")
+        lines += ["## The main table", "", *score_tables(table), *policy_table(table)]
+        lines += ["## SIREN against the others", "", *claims(table)]
+        lines += ["## Where the entropy sits", "", *kinds_table(rows)]
+        figures |= {"steps": steps_figure(rows), "kinds": kinds_figure(rows), "k": k_figure(rows)}
+    for part in ("tune", "vocabularies", "sensitivity", "scale", "official"):
+        if rows := found[part]:
+            lines += [f"## {part.capitalize()}", "", *group_table(rows)]
+    if rows := found["vocabularies"]:
+        figures["vocabularies"] = vocabularies_figure(rows)
+    if rows := found["sensitivity"]:
+        figures["sensitivity"] = sensitivity_figure(rows, by_seed(found["tune"]["base"]))
+    (out / "tables.md").write_text("\n".join(lines))
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png")
+    print(f"results: {out}")

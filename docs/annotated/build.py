@@ -44,6 +44,7 @@ class Note:
 
     function: str
     title: str
+    start: int  # of the code shown with it: of its function, if this is the function's first note
     first: int
     last: int
     text: str  # Markdown
@@ -88,7 +89,9 @@ def read_notes(text, source):
         for part in parts:
             title, anchor, body = part.split("\n", 2)
             span = find_lines(lines, known[name], anchor, f"notes.md: {title}")
-            notes.append(Note(name, title, *span, body))
+            begin = known[name].decorator_list or [known[name]]
+            start = span[0] if part is not parts[0] else begin[0].lineno
+            notes.append(Note(name, title, start, *span, body))
     for note, following in itertools.pairwise(notes):
         if following.first <= note.last:
             raise BuildError(f"notes.md: {following.title}: must come after {note.title!r}")
@@ -130,9 +133,9 @@ def line_html(number, code, indent, note):
 
 
 def row_html(note, body, lines, source_lines, end, heading):
-    """A note and the code from its first line to the line before the next note."""
+    """A note and the code that is shown with it, to the line before end."""
     out = []
-    for n in range(note.first, end):
+    for n in range(note.start, end):
         text = source_lines[n - 1]
         inside = note.first <= n <= note.last
         if n == note.first:
@@ -158,10 +161,10 @@ def build(source, notes_text, formulas_json):
     intro, notes = read_notes(notes_text, source)
     source_lines, lines = source.split("\n"), code_html(source)
     stop = find_line(source_lines, 1, len(source_lines), AFTER, "build.py")
-    if not notes or FIRST not in source_lines[notes[0].first - 2]:
+    if not notes or FIRST not in source_lines[notes[0].start - 2]:
         raise BuildError(f"notes.md: the first note must be about the line after {FIRST!r}")
     rows, seen = [], []
-    for note, end in zip(notes, [n.first for n in notes[1:]] + [stop]):
+    for note, end in zip(notes, [n.start for n in notes[1:]] + [stop]):
         heading = ""
         if note.function not in seen:
             seen.append(note.function)

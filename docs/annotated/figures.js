@@ -118,7 +118,8 @@ function drawPeaks() {
     const shown = token.replace("\n", "↵").replace("<|im_end|>", "end");
     const made = element("span", peak[t] ? "token peak" : "token", shown);
     made.style.setProperty("--share", h[t] / largest);
-    made.title = `H′ = ${h[t].toFixed(4)} nats`;
+    const options = data.options[t].map(([word, q]) => `${JSON.stringify(word)} ${q}`);
+    made.title = `H′ = ${h[t].toFixed(4)} nats; q: ${options.join(", ")}`;
     return made;
   });
   const columns = h.map((x, t) => {

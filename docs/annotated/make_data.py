@@ -4,7 +4,8 @@
     python docs/annotated/make_data.py       # a minute; needed only for another question or model
 
 The model answers a question 24 times. Stored are the logits of the twelve likeliest first tokens,
-and the first right answer that has at least MIN_TOKENS tokens, with the H' (nats) of each token.
+and the first right answer that has at least MIN_TOKENS tokens: the H' (nats) of each token, and the
+likeliest tokens of its nucleus with their q.
 The numbers are rounded: the page is computed from them, and not from the model.
 """
 
@@ -56,6 +57,7 @@ def figures(model, tokenizer):
         hidden, head = siren.forward(model, one), model.get_output_embeddings()
         stats = siren.token_stats(hidden, one.tokens, one.mask, TOP_P, TEMPERATURE, head)
         logits, ids = head(hidden[0, 0]).topk(12)
+        log_q, options = siren.nucleus(siren.log_softmax(head(hidden[0]), TEMPERATURE), TOP_P)
     length = int(one.mask.sum())
     return {
         "question": QUESTION,
@@ -64,6 +66,10 @@ def figures(model, tokenizer):
         "first": [tokenizer.decode([i]) for i in ids.tolist()],
         "logits": [round(z, 3) for z in logits.tolist()],
         "tokens": [tokenizer.decode([i]) for i in one.tokens[0, :length].tolist()],
+        "options": [
+            [[tokenizer.decode([i]), round(q, 2)] for i, q in zip(some[:4], share[:4]) if q > 0]
+            for some, share in zip(options[:length].tolist(), log_q[:length].exp().tolist())
+        ],
         "nucleus_entropy": [
             round(abs(h), 4) for h in stats["nucleus_entropy"][0, :length].tolist()
         ],

@@ -71,7 +71,8 @@ def test_build_stops_when_a_note_lost_its_line(old, new, message):
 def test_build_stops_when_notes_are_out_of_order():
     source, notes, formulas = build.read_sources()
     parts = notes.split("\n## ")
-    parts[1], parts[2] = parts[2], parts[1]  # two notes of group_advantages
+    i = next(i for i, part in enumerate(parts) if part.startswith("Fast, with"))
+    parts[i], parts[i + 1] = parts[i + 1], parts[i]  # two notes of nucleus
     with pytest.raises(build.BuildError, match="must come after"):
         build.build(source, "\n## ".join(parts), formulas)
 
@@ -92,7 +93,12 @@ def test_data_is_one_position_and_one_response():
     data = json.loads((SOURCES / "data.json").read_text("utf-8"))
     assert len(data["first"]) == len(data["logits"]) == 12
     assert data["logits"] == sorted(set(data["logits"]), reverse=True)  # no ties: the set is unique
-    assert len(data["tokens"]) == len(data["nucleus_entropy"]) >= 40
+    assert len(data["tokens"]) == len(data["nucleus_entropy"]) == len(data["options"]) >= 40
+    for h, options in zip(data["nucleus_entropy"], data["options"]):
+        share = torch.tensor([q for _, q in options], dtype=torch.float64)
+        assert (len(options) == 1) == (h == 0)
+        if share.sum() > 0.985:  # all of the nucleus is here, to two digits
+            assert h == pytest.approx(float(siren.entropy_of(share.log())), abs=0.02)
     assert data["question"] in (SOURCES / "notes.md").read_text("utf-8")
 
 

@@ -25,6 +25,7 @@ from common import (
     OVER_TOKENS,
     PROMPTS,
     REGULARIZERS,
+    SAMPLING,
     WITH_EMPTY,
     chi_square,
     logp_alone,
@@ -127,16 +128,18 @@ def test_position_ids_count_a_rows_own_tokens(impl):
 
 
 @pytest.mark.ex11
-def test_rollout_layout(impl):
-    out = sampled(impl, small_model())
+@pytest.mark.parametrize("options", [{"samples": 16}, {"max_tokens": 40}])
+def test_rollout_layout(impl, options):
+    out = impl.sample(small_model(), PROMPTS, generator=seeded(), **SAMPLING | options)
+    assert len(out.mask) == 3 * options.get("samples", 1), "a row per sample, by default one"
     shapes = {out.tokens.shape, out.mask.shape, out.logp.shape}
     assert len(shapes) == 1, f"tokens, mask and logp are [B, T], not {shapes}"
     for row, response in enumerate(out.responses()):
         left = out.mask[row, : len(response)].all() and not out.mask[row, len(response) :].any()
         assert left, "the mask is True from the first token on, then False"
         assert not set(response[:-1]) & {1, 2}, "a response goes on after EOS: it ends there"
-        whole = len(response) == 12 or set(response[-1:]) & {1, 2}
-        assert whole, "EOS belongs to the response: outside the mask it would never be trained"
+        whole = len(response) == options.get("max_tokens", 12) or set(response[-1:]) & {1, 2}
+        assert whole, "EOS belongs to the response, or is never trained; without, on to max_tokens"
         assert (out.tokens[row, len(response) :] == 1).all(), "after a response there are pads"
         assert not out.logp[row, len(response) :].any(), "padding has a logp of 0"
 
@@ -981,10 +984,8 @@ def test_ex2_gradient_with_rubbish_in_padding(impl):
     b = make(WITH_EMPTY, seed=4)
     grads = []
     for rubbish in (0.0, math.nan):
-        logp, old_logp = (x.masked_fill(~b.mask, rubbish) for x in (b.logp, b.old_logp))
-        logp.requires_grad_()
-        impl.policy_loss(logp, old_logp, b.adv, b.mask)[0].backward()
-        grads.append(logp.grad)
+        x, y = (x.masked_fill(~b.mask, rubbish).requires_grad_() for x in (b.logp, b.old_logp))
+        grads += torch.autograd.grad(impl.policy_loss(x, y, b.adv, b.mask)[0], x)
     idea = "NaN in padding reaches the gradient: select before computing, since NaN * 0 is NaN"
     same(grads[1], grads[0], idea)
 
@@ -1012,8 +1013,7 @@ def test_ex3_nucleus(impl):
     assert tied == 2, f"of 4 equally likely tokens 2 reach p = 0.5, not {tied}: no threshold on pi"
     every = impl.nucleus_mask(t([0.0, -800.0]), 1.0).tolist()  # exp(-800) is 0 in float64
     assert every == [True, True], "top_p = 1 keeps every token, even one whose pi is rounded to 0"
-    both = torch.stack([z, z.flip(0)])
-    idea = "every position has its own nucleus: work along the last dimension"
+    both, idea = torch.stack([z, z.flip(0)]), "every position apart: work along the last dimension"
     assert impl.nucleus_mask(both, 0.6).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]], idea
 
 
@@ -1046,8 +1046,7 @@ def test_ex4_nucleus_entropy(impl):
 
 @pytest.mark.ex5
 def test_ex5_peaks(impl):
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    peak = impl.peak_mask(t([[1, 2, 3, 4, 5], [10, 20, 30, 40, 50]]), mask, 0.8)
+    peak = impl.peak_mask(t([[1, 2, 3, 4, 5], [10, 20, 30, 40, 50]]), torch.ones(2, 5).bool(), 0.8)
     assert peak[0].any(), "your quantile is over the batch; every response has its own"
     H, mask = t([[1, 2, 3, 9, 9, 9]]), torch.tensor([[1, 1, 1, 0, 0, 0]]).bool()
     peak = impl.peak_mask(H, mask, 0.8)
@@ -1080,8 +1079,7 @@ def test_ex6_aggregation(impl):
     same(silent, 2.0, f"{idea} counts 0, and it counts", mistakes={f"{idea}: 0 / 0": math.nan})
     same(impl.aggregate_entropy(H, peak, mask), 2.0, "a response without a token is left out")
     same(impl.aggregate_entropy(H[3:], peak[3:], mask[3:]), 0.0, "no response at all: 0")
-    idea = "a peak outside the mask is padding: AND with the mask"
-    same(impl.aggregate_entropy(H, H >= 2, mask), 2.0, idea)
+    same(impl.aggregate_entropy(H, H >= 2, mask), 2.0, "no peak in padding: AND with the mask")
     H = torch.where(mask, H, math.nan).requires_grad_()
     got = impl.aggregate_entropy(H, peak, mask)
     assert got.requires_grad, "H_agg has no gradient: was the entropy detached?"

@@ -97,6 +97,16 @@ NOT_ASKED = {
         "peak.sum() / mask.sum().clamp(min=1)": METRIC,
         ".detach()": HARMLESS,
     },
+    "sample": {
+        "batch=1024": INPUT,
+        "max(1, batch // samples)": INPUT,
+        "config=model.config": INPUT,
+        ".long()": INPUT,
+        ".float()": INPUT,
+        "if logp.isnan().any():": INPUT,
+        "use_cache=True": "a model that is given a cache uses it",
+        "logits_to_keep=1": SPEED,
+    },
     "quantile_advantages": {
         "if algorithm == 'grpo':\n        adv = adv / (groups.std(1, keepdim=True) + 1e-06)": GRPO
     },
@@ -117,11 +127,14 @@ EQUIVALENT = {
     ],
     "of two dimensions the last is dimension 1, and of one column the last is the first": [
         "stats_of: log_pi.gather(-1, tokens[:, None]) -> log_pi.gather(1, tokens[:, None])",
-        "stats_of: (:, 0) -> (:, -1)",
+        "stats_of: log_pi.gather(-1, tokens[:, None])[:, 0]"
+        " -> log_pi.gather(-1, tokens[:, None])[:, -1]",
     ],
-    "comparisons have no gradient": [
-        "peak_mask: (entropy.detach(), mask.bool()) -> (entropy, mask.bool())"
+    "the first of two is the first of one, and the last of one is its first": [
+        "maj_at_k: c.most_common(1) -> c.most_common(2)",
+        "maj_at_k: c.most_common(1)[0] -> c.most_common(1)[-1]",
     ],
+    "comparisons have no gradient": ["peak_mask: entropy.detach() -> entropy"],
     "two ways to the same peaks; where they differ by rounding, float64 does not show it": [
         "peak_mask: torch.nanquantile(own, max(0, quantile - 1e-06), 1, True,"
         " interpolation='higher') -> torch.nanquantile(own, max(0, quantile - 1e-06), 1, True)",
@@ -238,10 +251,12 @@ def functions(tree: ast.Module) -> Iterator[tuple[int, ast.FunctionDef]]:
 
 
 def pieces(node: ast.AST, around: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST]]:
-    """A tree's nodes, each with the expression right around it, or else itself."""
+    """A tree's nodes, each with the expression that it is shown in."""
     yield node, around or node
+    if not isinstance(node, (ast.keyword, ast.Tuple, ast.UnaryOp, ast.Slice)):
+        around = node if isinstance(node, (ast.expr, ast.arguments)) else None
     for child in ast.iter_child_nodes(node):
-        yield from pieces(child, node if isinstance(node, ast.expr) else None)
+        yield from pieces(child, around)
 
 
 def copied(tree: ast.AST, old: ast.AST, new: ast.AST) -> ast.AST:

@@ -486,7 +486,7 @@ def slow_sampler(
         columns.append((token[:, 0].where(going, pad_id), kept, logp * kept))
         if slip != "on and on after EOS":
             going = going & ~ends
-        if not going.any():
+        if going.sum() <= (slip == "stops before the last row ends"):
             break
         inputs, ids = token, torch.cat([ids, token], 1)
         seen = torch.cat([seen, seen.new_ones(size, 1)], 1)
@@ -762,6 +762,7 @@ WRONG = [
             "EOS not trained": "EOS belongs to the response",
             "mask of tokens that are not pad": "EOS belongs",
             "on and on after EOS": "rows must end at EOS",
+            "stops before the last row ends": "on to max_tokens",
             "the likeliest token instead of a draw": "take the likeliest",
             "generator unused": "draw with the generator",
         },

@@ -124,21 +124,26 @@ def backward(rows: int, size: int, loss: Callable[[Tensor], Tensor]) -> None:
 
 
 class Plugged:
-    """A method in the place of siren.training_step, siren.update and, with a sampler, respond."""
+    """A method in the place of siren's training_step, update and, with a sampler, respond."""
 
     def __init__(self, method: Method, options: dict[str, Any]) -> None:
         self.method, self.options = method, SimpleNamespace(**options)
-        self.siren_step, self.siren_respond = siren.training_step, siren.respond
+        self.siren_load, self.siren_step = siren.load_task, siren.training_step
+        self.siren_respond = siren.respond
         self.base: torch.nn.Module | None = None
+
+    def load_task(self, cfg: siren.Config) -> Any:
+        """siren.load_task, where a run begins; ConfigError if there is a regulariser as well."""
+        if cfg.regularizer != "none":
+            rule = f"{self.method.title} comes in its place; add --regularizer none"
+            raise siren.ConfigError(f"--regularizer {cfg.regularizer}: {rule}")
+        return self.siren_load(cfg)
 
     def training_step(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Any,
         cfg: siren.Config, step: int, last: dict[str, float],
     ) -> dict[str, float]:  # fmt: skip
         """siren.training_step, with the state that the record before it leads to."""
-        if cfg.regularizer != "none":
-            rule = f"{self.method.title} comes in its place; add --regularizer none"
-            raise siren.ConfigError(f"--regularizer {cfg.regularizer}: {rule}")
         self.state, self.key, self.updates = self.state_after(last), f"{cfg.seed}/{step}", 0
         if self.base is None and (self.method.base_logp or self.method.rehearsal):
             self.base = task.build_model().to(model.device).eval()
@@ -262,6 +267,7 @@ def use(method: Method, **options: Any) -> None:
         if not low <= options[name] <= high:
             raise siren.ConfigError(f"{name}={value}: must be from {low} to {high}")
     plugged = Plugged(method, {**method.options, **options})
-    siren.training_step, siren.update = plugged.training_step, plugged.update
+    siren.load_task, siren.training_step = plugged.load_task, plugged.training_step
+    siren.update = plugged.update
     if method.respond:
         siren.respond = plugged.respond

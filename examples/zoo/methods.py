@@ -43,7 +43,7 @@ def largest_covariance(v: MiniBatch) -> Tensor:
 
     KL-Cov (5): of these tokens the loss is -A r + c |logp - old_logp|, an L1 distance rather than a
     KL; there is no PPO clip. Paper: rho 0.002 (7B) or 0.0002 (32B), c 1. In the toy a mini-batch
-    has 768 tokens, and rho 0.002 of them is one. Source: arXiv 2505.22617. Sure: high.
+    has less than 1000 tokens, and rho 0.002 of them is one. Source: arXiv 2505.22617. Sure: high.
     """
     cov = weights.covariance(v.adv, v.logp, v.mask)
     return v.options.c * weights.top_tokens(cov, v.mask, weights.how_many(v.options.rho, v.mask))

@@ -23,12 +23,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # siren.py, and common.py of the graders
-
-import siren  # noqa: E402
-from exercises import qae  # noqa: E402
-from exercises.grading import SOLUTION, failures  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the graders' common.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py
+import siren
+from exercises import qae
+from exercises.grading import SOLUTION, failures
 
 SECONDS = 20  # a mutant that runs longer hangs
 ENOUGH = 0.9  # the share of the mutants that the graders must kill
@@ -129,7 +128,21 @@ EQUIVALENT = {
         "stats_of: log_pi.gather(-1, tokens[:, None]) -> log_pi.gather(1, tokens[:, None])",
         "stats_of: log_pi.gather(-1, tokens[:, None])[:, 0]"
         " -> log_pi.gather(-1, tokens[:, None])[:, -1]",
+        "sample: model(ids, attention_mask=seen, position_ids=positions, past_key_values=cache,"
+        " use_cache=True, logits_to_keep=1).logits[:, -1]"
+        " -> model(ids, attention_mask=seen, position_ids=positions, past_key_values=cache,"
+        " use_cache=True, logits_to_keep=1).logits[:, -0]",
+        "sample: (logits / temperature).log_softmax(-1) -> (logits / temperature).log_softmax(1)",
+        "sample: ids[:, 0] -> ids[:, -1]",
+        "sample: log_pi.gather(1, ids)[:, 0] -> log_pi.gather(1, ids)[:, -1]",
+        "sample: (~torch.isin(ids[:, 0], eos)).nonzero()[:, 0]"
+        " -> (~torch.isin(ids[:, 0], eos)).nonzero()[:, -1]",
     ],
+    "a step with no row left, or a copy of the same rows, changes nothing": [
+        "sample: len(alive) == 0 -> len(alive) == -1",
+        "sample: len(alive) < len(rows) -> len(alive) <= len(rows)",
+    ],
+    "columns of padding at the end are allowed": ["sample: mask.any(0).sum -> mask.sum"],
     "the first of two is the first of one, and the last of one is its first": [
         "maj_at_k: c.most_common(1) -> c.most_common(2)",
         "maj_at_k: c.most_common(1)[0] -> c.most_common(1)[-1]",

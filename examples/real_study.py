@@ -90,7 +90,7 @@ def write_positions(path: Path, stats: dict[str, torch.Tensor], rollout: siren.R
     peak = siren.peak_mask(stats["nucleus_entropy"], rollout.mask, 0.8)
     names = ("entropy", "nucleus_entropy", "nucleus_size")
     columns = [*(stats[name][rollout.mask].tolist() for name in names), peak[rollout.mask].tolist()]
-    rows = [(f"{h:.3f}", f"{n:.3f}", int(size), int(p)) for h, n, size, p in zip(*columns)]
+    rows = [(f"{h:.3f}", f"{abs(n):.3f}", int(size), int(p)) for h, n, size, p in zip(*columns)]
     write_csv(path, [*names, "peak"], rows)
 
 
@@ -265,7 +265,7 @@ def tables(results: Path) -> str:
     lines += ["", "| held out | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|"]
     for method in ("base model", *(m for m in rows if m != "base model")):
         lines.append(f"| {method} | " + " | ".join(spread(rows[method][s]) for s in scores) + " |")
-    sure = mean(r["nucleus_entropy"] == 0 for r in positions)
+    sure = mean(r["nucleus_size"] == 1 for r in positions)
     sizes = sorted(int(r["nucleus_size"]) for r in positions)
     lines += [
         "",

@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,17 @@ def test_a_step_is_the_same_and_reads_each_token_once(monkeypatch):
     assert found[0].keys() == found[1].keys() and found[0]["grad_norm"] > 0
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_what_it_saves_is_a_table(capsys):
+    plain = siren.forward
+    shared_prompts.main(["--prompts", "3", "--mini-batches", "2", "--max-tokens", "4"])
+    assert siren.forward is plain
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["siren.forward", "examples.shared_prompts"]
+    for row in rows:
+        *parts, step = map(float, row[1:])
+        assert len(parts) == 3 and step == pytest.approx(sum(parts), abs=0.2)
 
 
 # ------------------------------------------------------------------------------------ real_task.py
@@ -208,6 +220,23 @@ def test_commands_are_the_jobs(tmp_path):
     assert not jobs[0].done and len(jobs[0].records) == jobs[0].cfg.steps
     (folder / engine.METRICS).write_text("".join(lines))
     assert jobs[0].done and jobs[0].records[-1]["step"] == jobs[0].cfg.steps
+
+
+def test_a_job_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    job, started = real_study.make_jobs(tmp_path, Path("data"), Path("models/x"))[0], []
+
+    def start(command, **how):
+        started.append(command[1:])
+        (job.folder / engine.METRICS).write_text('{"step": 0}\n')
+        return SimpleNamespace(returncode=130)
+
+    monkeypatch.setattr(real_study.subprocess, "run", start)
+    job.folder.mkdir(parents=True)
+    (job.folder / "rest").touch()  # of a run that was stopped before its first checkpoint
+    assert real_study.run(job) == 130 and not (job.folder / "rest").exists()
+    (job.folder / engine.CHECKPOINT).touch()
+    assert real_study.run(job) == 130 and (job.folder / engine.CHECKPOINT).exists()
+    assert started == [job.command, [*job.command, "--resume"]]
 
 
 def finish(job: real_study.Job, level: float) -> None:

@@ -1,6 +1,6 @@
 """How good are the graders? Change the right solution in one place: do they notice?
 
-    python exercises/mutate.py             # every change, a few minutes on one core
+    python exercises/mutate.py             # every change, about a minute on one core
     python exercises/mutate.py ex3 ex4     # of these exercises only
 
 A mutant is the right solution, siren.py or qae.py, with one small change: another operator or

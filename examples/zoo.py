@@ -1,8 +1,11 @@
-"""The zoo's command: SIREN's neighbours on the same toy; see examples/zoo and docs/zoo.md.
+"""The zoo's command: SIREN's neighbours on the same toy.
 
-python examples/zoo.py --list                       # the methods
-python examples/zoo.py --method par                 # trains one, with siren.py's flags
-python examples/zoo.py --method par:tau=0.6 --seed 3 --steps 100
+    python examples/zoo.py --list                       # the methods
+    python examples/zoo.py --method par                 # trains one, with siren.py's flags
+    python examples/zoo.py --method par:tau=0.6 --seed 3 --steps 100
+    python examples/zoo.py --table --plan               # all of them, over seeds: what it costs
+
+The methods are in the folder examples/zoo; docs/zoo.md says what each of them does.
 """
 
 from __future__ import annotations
@@ -49,8 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         if words == ["--list"]:
             print(listing())
             return 0
+        if words[:1] == ["--table"]:
+            from examples.zoo import table  # here, since it imports the whole study
+
+            return engine.run_tool("zoo.py", table.command, words[1:])
         if len(words) < 2 or words[0] != "--method":
-            raise siren.ConfigError("write --list, or --method NAME and then siren.py's flags")
+            raise siren.ConfigError("write --list, --table, or --method NAME and siren.py's flags")
         return siren.main(command_of(words[1], words[2:]))
     except siren.ConfigError as error:
         engine.say(f"error: {error}")

@@ -19,6 +19,7 @@ import torch
 from common import make, same, small_model, t
 
 import siren
+from examples import study
 from examples.engine import plugged
 from examples.zoo import (
     METHODS,
@@ -30,6 +31,7 @@ from examples.zoo import (
     sampler,
     settings,
     support,
+    table,
     terms,
     use,
     weights,
@@ -37,6 +39,7 @@ from examples.zoo import (
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = {**METHODS, **VARIANTS}
+SIZE = table.SIZE
 PLUGGED = [name for name, method in EVERY.items() if method.is_plugged]
 
 
@@ -535,7 +538,7 @@ def test_the_command_lists_and_trains(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "write --list, or --method NAME"),
+        ([], "write --list, --table, or --method NAME"),
         (["--method", "ppo"], "method ppo: must be one of dr_grpo, siren, "),
         (["--method", "qae:K=0.8"], "K=0.8: QAE has no such option, but quantile"),
         (["--method", "qae:quantile=x"], "--plug examples.zoo:method=qae,quantile=x: could not"),
@@ -573,6 +576,71 @@ def test_an_option_keeps_its_kind():
         use(method, k="3")
         made.append(siren.respond.__self__.options)
     assert made[0].k == 3 and type(made[0].k) is int and made[0].tails == 3
+
+
+def row_of(job, noise):
+    """A row as study.run_job makes it, from a policy that is best with the second candidate."""
+    found = table.candidates(job.label) if job.label in EVERY else [{}]
+    at = [c for c in found if all(getattr(job.cfg, k) == x for k, x in c.items())]
+    good = 0.5 if len(found) > 1 and at[0] == found[1] else 0.25
+    good += 0.25 * (job.label == "siren") + noise.uniform(0, 0.01)
+    scores = dict.fromkeys(("avg@16", "maj@16", "pass@16", "distinct@16"), good)
+    evals = [
+        {"grade": grade, "temperature": temperature, **scores, "solved": "1100"}
+        for grade in ("easy", "hard")
+        for temperature in job.final.temperatures
+    ]
+    if job.label == "siren":
+        evals = [{**e, "solved": "1010"} for e in evals]
+    entropy = 2.0 if job.label == "base" else 0.5
+    policy = {"reward": 0.5, "entropy": entropy, "h_agg": 1.0, "useless_share": 0.0}
+    settings = {"config": dataclasses.asdict(job.cfg), "final": job.final._asdict()}
+    return {**settings, "seconds": [10.0, 1.0], "probe": policy, "evals": evals}
+
+
+def test_the_table_from_made_up_rows(tmp_path):
+    """Each method's second candidate is chosen; the page, the file and the figure say so."""
+    size = study.Size(test_seeds=(0, 1, 2), validation_seeds=(100,))
+    store, noise = study.Store(tmp_path), random.Random(0)
+    jobs = table.tune(size)
+    assert len(jobs) == 4 * len(EVERY) - 3 and len(store.missing(jobs)) == len(jobs)
+    store.rows |= {job.key: row_of(job, noise) for job in jobs}
+    chosen = table.choose(size, store)
+    for name, change in chosen.items():
+        assert change == table.candidates(name)[min(1, len(table.candidates(name)) - 1)]
+    jobs = table.final(size, chosen)
+    assert len(jobs) == 3 * (len(EVERY) + 1)
+    assert all("split=test" in job.cfg.task for job in jobs)
+    store.rows |= {job.key: row_of(job, noise) for job in jobs}
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
+    table.write(size, store, tmp_path, page)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- results: begin -->\nMean over 3 test seeds")
+    assert text.endswith("<!-- results: end -->\nafter\n") and "old" not in text
+    starts = [row.startswith("| `qae` | quantile 0.2 | .50") for row in text.splitlines()]
+    assert sum(starts) == 2, "once for each temperature"
+    lines = [row for row in text.splitlines() if row.startswith("| `siren` |")]
+    assert "| beta 0.06 | .75" in lines[0] and "| .250 [.250, .250] |" in lines[2]
+    assert "| 0.500 | 0.500 | 0.000 | 1.00 |" in lines[2], "P = E = S = 1 of four prompts"
+    assert re.match(r"\| `siren` \| \+\.(49|50).* 1\.000 \|", lines[3]), "three seeds prove nothing"
+    head, *cells = (tmp_path / "zoo.csv").read_text().splitlines()
+    assert head.startswith("method,seed") and len(cells) == len(jobs) * 4
+    assert (tmp_path / "zoo.png").stat().st_size > 10_000
+
+
+def test_the_table_shares_jobs_with_the_study():
+    shared = {job.key for job in study.tune(study.Size(), {})} & {
+        job.key for job in table.tune(SIZE)
+    }
+    assert len(shared) >= 3 * 5, "SIREN's betas and the bonus's, at least"
+
+
+def test_a_job_of_the_table_runs():
+    (job,) = study.each(study.SMOKE, [("par", table.changes("par", 0.4))])[:1]
+    row = study.run_job(job)
+    assert study.key_of(row) == job.key and row["log"][-1]["coefficient"] > 0
+    assert 0 <= table.evaluation(row)["maj@16"] <= 1
 
 
 def test_the_page_has_a_place_for_the_results():

@@ -1,0 +1,222 @@
+"""The zoo's table: every method in the study's world, tuned alike, on the same test seeds.
+
+    python examples/zoo.py --table            # run what is missing, then docs/zoo.md and the rest
+    python examples/zoo.py --table --plan     # what would run, and its cost
+    python examples/zoo.py --table --report   # run nothing: the page, results/zoo.csv and zoo.png
+
+Jobs, rows and statistics are those of examples/study.py, so both share jobs. A method's main
+coefficient has four candidates; the one with the best avg@16 + maj@16 on hard validation prompts
+goes to the test seeds. Rows are in results/raw/zoo.jsonl.gz, each written when its job is done.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import siren
+from examples import study, study_report
+from examples.engine import Parser, RunFolder
+from examples.zoo.methods import METHODS, VARIANTS
+from examples.zoo.support import support
+
+EVERY = {**METHODS, **VARIANTS}
+SIZE = study.Size(test_seeds=tuple(range(12)), validation_seeds=(100, 101, 102))
+PAGE = study.ROOT / "docs" / "zoo.md"
+PLACE = re.compile(r"(<!-- results: begin -->\n).*(<!-- results: end -->)", re.DOTALL)
+REFERENCES = ("dr_grpo", "siren")
+HARD = {"grade": "hard", "temperature": 0.6}
+Row = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------- the jobs
+def changes(name: str, value: float | None) -> dict[str, Any]:
+    """The method's settings with this value of its main coefficient, as the study writes them."""
+    from examples.zoo import settings
+
+    chosen = settings(name, **({} if value is None else {EVERY[name].coefficient: value}))
+    return {"beta": 0.0, **chosen} if chosen.get("regularizer") == "none" else chosen
+
+
+def candidates(name: str) -> list[dict[str, Any]]:
+    """The method's settings with each candidate; one alone if it has nothing to tune."""
+    return [changes(name, value) for value in EVERY[name].candidates or (None,)]
+
+
+def tune(size: study.Size) -> list[study.Job]:
+    """Every candidate of every method, on the validation seeds."""
+    return study.each(size, [(name, change) for name in EVERY for change in candidates(name)])
+
+
+def choose(size: study.Size, store: study.Store) -> dict[str, dict[str, Any]]:
+    """Method -> its best candidate, by avg@16 + maj@16 on hard validation prompts at T = 0.6; the
+    first one as long as a row of its candidates is missing."""
+
+    def goodness(name: str, change: dict[str, Any]) -> float:
+        found = [store.rows.get(job.key) for job in study.each(size, [(name, change)])]
+        if None in found:
+            return float("-inf")
+        return sum(study.score(row, "avg@16") + study.score(row, "maj@16") for row in found)
+
+    return {
+        name: max(candidates(name), key=lambda change: goodness(name, change)) for name in EVERY
+    }
+
+
+def final(size: study.Size, chosen: dict[str, dict[str, Any]]) -> list[study.Job]:
+    """The base model and every method as chosen, on the test seeds."""
+    return study.each(size, [("base", study.BASE), *chosen.items()], test=True)
+
+
+# --------------------------------------------------------------------------------------- the report
+def evaluation(row: Row, grade: str = "hard", temperature: float = 0.6) -> Row:
+    """One of the row's evaluations."""
+    at = {(e["grade"], e["temperature"]): e for e in row["evals"]}
+    return at[grade, temperature]
+
+
+def what(name: str, change: dict[str, Any]) -> str:
+    """The chosen value of a method's coefficient, with a mark at the end of its grid."""
+    method = EVERY[name]
+    if not method.coefficient:
+        return "-"
+    i = candidates(name).index(change)
+    edge = "" if 0 < i < len(method.candidates) - 1 else " (end of the grid)"
+    return f"{method.coefficient} {method.candidates[i]}{edge}"
+
+
+def kept(rows: list[Row], base: dict[int, Row]) -> list[float]:
+    """H of the policy / H of the base model, for each seed."""
+    seeds = study_report.by_seed(rows).items()
+    return [row["probe"]["entropy"] / base[seed]["probe"]["entropy"] for seed, row in seeds]
+
+
+def policy_cells(rows: list[Row], base: dict[int, Row], usual: float) -> list[str]:
+    """Entropy kept, useless tokens, support metrics and seconds per step of a method."""
+    useless = [row["probe"]["useless_share"] for row in rows]
+    cells = [study_report.text(kept(rows, base)), study_report.text(useless)]
+    found = []
+    for seed, row in study_report.by_seed(rows).items():
+        marks = [evaluation(r).get("solved", "") for r in (base[seed], row)]  # "0", "1" a prompt
+        found.append(support(*([mark == "1" for mark in some] for some in marks)))
+    cells += [f"{np.mean([x[name] for x in found]):.3f}" for name in ("SRR", "NDR", "NSCR")]
+    return [*cells, f"{step_seconds(rows) / usual:.2f}"]
+
+
+def step_seconds(rows: list[Row]) -> float:
+    """Seconds of a training step: the median over the runs."""
+    return float(np.median([row["seconds"][0] / row["config"]["steps"] for row in rows]))
+
+
+def differences(rows: dict[str, list[Row]], score: str) -> list[str]:
+    """Every method against each reference on hard prompts at T = 0.6, paired by seed."""
+    scores = {
+        name: {s: evaluation(r)[score] for s, r in study_report.by_seed(some).items()}
+        for name, some in rows.items()
+    }
+    found = {
+        (name, other): [scores[name][s] - scores[other][s] for s in scores[other]]
+        for name in METHODS
+        for other in REFERENCES
+        if name not in (other, "dr_grpo")  # Dr.GRPO against SIREN is SIREN against Dr.GRPO
+    }
+    p = study_report.holm({key: study_report.sign_flip(x) for key, x in found.items()})
+    lines = []
+    for name in METHODS:
+        cells = []
+        for other in REFERENCES:
+            if (key := (name, other)) in found:
+                cells += [study_report.text(found[key], "+"), f"{p[key]:.3f}"]
+            else:
+                cells += ["", ""]
+        if any(cells):
+            lines.append([f"`{name}`", *cells])
+    head = [cell for other in REFERENCES for cell in (f"minus {METHODS[other].title}", "p, Holm")]
+    return study_report.markdown([score, *head], lines)
+
+
+def page(size: study.Size, rows: dict[str, list[Row]], chosen: dict[str, dict]) -> list[str]:
+    """What goes between the marks of docs/zoo.md."""
+    base, seeds = study_report.by_seed(rows["base"]), len(size.test_seeds)
+    lines = [f"Mean over {seeds} test seeds and its 95 % interval; hard held-out prompts."]
+    lines += [f"In this world SIREN has p = {study.P} and tau = {study.TAU}.", ""]
+    for names, title in ((METHODS, "All methods"), (VARIANTS, "As the SIREN repository runs them")):
+        lines += [f"### {title}", ""]
+        for temperature in size.test.temperatures:
+            cells = [["base model", "", *score_cells(rows["base"], temperature)]]
+            for name in names:
+                own = score_cells(rows[name], temperature)
+                cells.append([f"`{name}`", what(name, chosen[name]), *own])
+            head = [f"T = {temperature}", "chosen", *study_report.SCORES]
+            lines += study_report.markdown(head, cells)
+        usual = step_seconds(rows["dr_grpo"])
+        cells = [[f"`{name}`", *policy_cells(rows[name], base, usual)] for name in names]
+        head = ["", "H / base", "useless tokens", "SRR", "NDR", "NSCR", "seconds / Dr.GRPO's"]
+        lines += study_report.markdown(head, cells)
+    lines += ["### Differences, seed by seed", ""]
+    lines += ["p: an exact sign-flip test, with Holm's correction over the whole table.", ""]
+    for score in ("maj@16", "pass@16"):
+        lines += differences(rows, score)
+    return lines
+
+
+def score_cells(rows: list[Row], temperature: float) -> list[str]:
+    """The scores of a method on hard prompts."""
+    found = [evaluation(row, temperature=temperature) for row in rows]
+    return [study_report.text(e[score] for e in found) for score in study_report.SCORES]
+
+
+def figure(rows: dict[str, list[Row]]) -> Any:
+    """maj@16 and pass@16 against the entropy kept: a point for each method, with its intervals."""
+    base = study_report.by_seed(rows["base"])
+    drawing, axes = study_report.panels(2)
+    for ax, score in zip(axes, ("maj@16", "pass@16"), strict=True):
+        for name in METHODS:
+            x = study_report.bootstrap(kept(rows[name], base))
+            y = study_report.bootstrap(evaluation(row)[score] for row in rows[name])
+            known = study_report.STYLES.get(name, {})
+            style = {"color": known.get("color", "0.4"), "marker": known.get("marker", ".")}
+            bars = {"xerr": [[x[0] - x[1]], [x[2] - x[0]]], "yerr": [[y[0] - y[1]], [y[2] - y[0]]]}
+            ax.errorbar(x[0], y[0], **bars, linewidth=0.6, markersize=4, **style)
+            ax.annotate(name, (x[0], y[0]), (3, 3), textcoords="offset points", fontsize=5)
+        ax.set(xlabel="entropy / base model's", ylabel=f"{score}, hard prompts, T = 0.6")
+    return drawing
+
+
+def write(size: study.Size, store: study.Store, out: Path, target: Path) -> None:
+    """zoo.csv and zoo.png in `out`, and the tables between the marks of the page `target`."""
+    chosen = choose(size, store)
+    rows: dict[str, list[Row]] = {name: [] for name in ("base", *EVERY)}
+    for job in final(size, chosen):
+        rows[job.label].append(store.rows[job.key])
+    study_report.write_csv(rows, out / "zoo.csv")
+    figure(rows).savefig(out / "zoo.png")
+    text = "\n".join(page(size, rows, chosen))
+    target.write_text(PLACE.sub(lambda found: found[1] + text + found[2], target.read_text()))
+    print(f"results: {target}, {out / 'zoo.csv'}")
+
+
+def command(argv: list[str] | None) -> int:
+    """--table and what follows it."""
+    parser = Parser("python examples/zoo.py --table", allow_abbrev=False)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")
+    parser.add_argument("--plan", action="store_true", help="print what would run and its cost")
+    parser.add_argument("--report", action="store_true", help="run nothing: page, table, figure")
+    args, out = parser.parse_args(argv), study.ROOT / "results"
+    if not 1 <= args.workers <= 64:
+        raise siren.ConfigError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
+    # no two studies in one folder
+    with RunFolder(siren.Config(out=str(out)), resume=False), study.pool_of(args.workers) as pool:
+        store = study.Store(out)
+        for part in ("tune", "test"):
+            jobs = tune(SIZE) if part == "tune" else final(SIZE, choose(SIZE, store))
+            missing = store.missing(jobs)
+            print(f"{part}: {study.hours(missing.values())}")
+            if not (args.plan or args.report):
+                study.run_jobs("zoo", missing, store, pool)
+        if not store.missing(final(SIZE, choose(SIZE, store))) and not args.plan:
+            write(SIZE, store, out, PAGE)
+    return 0

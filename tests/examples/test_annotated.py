@@ -129,6 +129,7 @@ def open_page(browser, width, scheme):
     """The page, whose messages and requests are kept and must be none but itself."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, messages, requests = context.new_page(), [], []
+    context.set_default_timeout(120_000)  # milliseconds; a busy machine takes tens of seconds
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))

@@ -62,8 +62,8 @@ class Config:
     # SIREN
     regularizer: str = knob("anchor", ("anchor", "bonus", "none"), "see siren_loss")
     beta: float = knob(0.2, (0, 10**6), "weight of the regulariser (paper: 0.005 with 3072 tokens)")
-    top_p: float = knob(0.8, (1e-6, 1), "p of the policy nucleus; 1 = no top-p mask")
-    peak_quantile: float = knob(0.8, (0, 1), "tau of the peak-entropy mask; 0 = no peak mask")
+    top_p: float = knob(0.85, (1e-6, 1), "p of the nucleus; 1 = no top-p mask (paper: 0.8)")
+    peak_quantile: float = knob(0.6, (0, 1), "tau; 0 = no peak-entropy mask (paper: 0.8)")
     anchor: float | None = knob(
         None, (0, 100), "H* itself, in nats; None = H_agg of the first batch"
     )

@@ -3,26 +3,27 @@
 One token is one number. The prompt lists terms; the response starts with any of them, then writes
 "next term, running sum" until all are used. It is right if its last number is the right total:
 
-    prompt      8 3 1 5 2 6 =                        token ids  11 6 4 8 5 9 2
-    response    8 5 13 1 14 3 17 6 23 2 25 <eos>     token ids  11 8 16 4 17 6 20 9 26 5 28 1
+    prompt      8 3 1 5 2 =                     token ids  11 6 4 8 5 2
+    response    8 2 10 5 15 1 16 3 19 <eos>     token ids  11 5 13 8 18 4 19 6 22 1
 
-The response reads: 8, + 5 = 13, + 1 = 14, and so on. (0 is <pad>, 1 is <eos>, 2 is `=`, and the
-number n is n + 3.) Which term comes next is a real choice with many right ways; the sums are facts.
-Most tokens are numbers that no terms add up to. They are the useless part of a large vocabulary,
-and a naive entropy bonus leads there.
+The response reads: 8, + 2 = 10, + 5 = 15, and so on. (0 is <pad>, 1 is <eos>, 2 is `=`, and the
+number n is n + 3.) Which term comes next is a fork, a real choice with many right ways; the sums
+are facts. 4 of the 10 tokens are forks: tau = 0.6. p = 0.85 is above the 4/5 that hold four of five
+equal terms, and below the 0.9 with which a sum does not slip, so that a sum's nucleus is one token
+and H' is 0. (The paper's p = tau = 0.8 suits text, where about a fifth of the tokens fork.) Most of
+the 1024 tokens are numbers that no terms add up to, and a naive entropy bonus leads to these.
 
 The base model learns from a teacher who makes two kinds of mistakes. A *slip* is a wrong sum that
 happens by chance, now and then. A *gap* is a fixed pair (running sum, next term) for which the
-teacher always writes the same wrong sum, such as 14 for 8 + 5. The model hardly ever samples the
-right sum there, so reinforcement learning can't teach it. The policy can only go round the gap: it
-can add in another order. That is why diversity is worth something. A policy that has collapsed onto
-one order per prompt meets the gap of that order in every sample. A policy that has kept several
-orders meets different gaps, and in a vote their wrong totals differ while right totals agree.
+teacher always writes the same wrong sum, such as 23 for 8 + 5. The model hardly ever samples the
+right sum there, so reinforcement learning can't teach it. The policy can only go round the gap, by
+adding in another order. That is why diversity is worth something. A policy that has collapsed onto
+one order per prompt meets the gap of that order in every sample. One that has kept several orders
+meets different gaps, and in a vote their wrong totals differ while right totals agree.
 
-    python toy_env.py                            a problem, a demonstration and the world's sizes
-    python toy_env.py --gap-share 0.3 --seed 3   the same for another world
-    python toy_env.py --rebuild-base             teach the base model again (1-2 minutes), store it
-    python toy_env.py --check-base               is a newly taught one as good as the stored one?
+    python toy_env.py                    a problem, a demonstration and the world's sizes
+    python toy_env.py --rebuild-base     teach the base model again (1-2 minutes), store it
+    python toy_env.py --check-base       is a newly taught one as good as the stored one?
 """
 
 import math
@@ -62,7 +63,7 @@ class Problem(NamedTuple):
 def split_of(terms: Iterable[int]) -> str:
     """The part of the world that a prompt belongs to, whatever the order of its terms.
 
-    >>> split_of([8, 3, 1, 5, 2, 6]), split_of([1, 2, 3, 5, 6, 8])
+    >>> split_of([8, 3, 1, 5, 2]), split_of([1, 2, 3, 5, 8])
     ('test', 'test')
     """
     text = " ".join(map(str, sorted(terms)))
@@ -88,14 +89,14 @@ class ToyWorld(Stored):
     """
 
     # prompts
-    min_terms: int = knob(6, (2, 16), "fewest terms in a prompt")
-    max_terms: int = knob(6, (2, 16), "most terms in a prompt")
+    min_terms: int = knob(5, (2, 16), "fewest terms in a prompt")
+    max_terms: int = knob(5, (2, 16), "most terms in a prompt")
     max_term: int = knob(9, (1, 1000), "the terms are numbers from 1 to this")
-    min_total: int = knob(20, (0, 10**5), "smallest total of a prompt")
-    max_total: int = knob(38, (1, 10**5), "largest total; policies fail at rare, larger ones")
-    vocab: int = knob(256, (1, 10**6), "number of tokens; most of them are useless numbers")
+    min_total: int = knob(15, (0, 10**5), "smallest total of a prompt")
+    max_total: int = knob(33, (1, 10**5), "largest total; policies fail at rare, larger ones")
+    vocab: int = knob(1024, (1, 10**6), "number of tokens; most of them are useless numbers")
     # the teacher
-    gap_share: float = knob(0.25, (0, 1), "share of the pairs (running sum, term) that are gaps")
+    gap_share: float = knob(0.3, (0, 1), "share of the pairs (running sum, term) that are gaps")
     slip: float = knob(0.1, (0, 1), "probability that another sum is off by 1, 2 or 10")
     noise: float = knob(0.005, (0, 1), "probability that a number is replaced by any number")
     # the base model
@@ -116,8 +117,8 @@ class ToyWorld(Stored):
     def problem(self, terms: Sequence[int]) -> Problem:
         """The problem of adding up these terms.
 
-        >>> ToyWorld().problem([8, 3, 1, 5, 2, 6])
-        Problem(prompt=[11, 6, 4, 8, 5, 9, 2], answer='25')
+        >>> ToyWorld().problem([8, 3, 1, 5, 2])
+        Problem(prompt=[11, 6, 4, 8, 5, 2], answer='19')
         """
         return Problem([term + ZERO for term in terms] + [EQUALS], str(sum(terms)))
 
@@ -132,8 +133,8 @@ class ToyWorld(Stored):
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, the inverse of `decode`.
 
-        >>> ToyWorld().encode("8 3 1 5 2 6 =")
-        [11, 6, 4, 8, 5, 9, 2]
+        >>> ToyWorld().encode("8 3 1 5 2 =")
+        [11, 6, 4, 8, 5, 2]
         """
         ids = {self.decode([token]): token for token in range(self.vocab)}
         return [ids[word] for word in text.split()]
@@ -169,7 +170,7 @@ class ToyWorld(Stored):
         """(running sum, next term) -> the wrong sum that the teacher always writes.
 
         >>> ToyWorld().gaps[8, 5]
-        14
+        23
         """
         rng = random.Random(f"gaps {self.seed}")
         pairs = list(product(range(1, self.max_sum + 1), range(1, self.max_term + 1)))
@@ -182,7 +183,7 @@ class ToyWorld(Stored):
 
         >>> world = ToyWorld(slip=0, noise=0)  # the gaps are this teacher's only mistakes
         >>> world.decode(world.demonstration([8, 5, 1], random.Random(4)))
-        '8 5 14 1 15 <eos>'
+        '8 5 23 1 26 <eos>'
         """
         total, *rest = rng.sample(list(terms), len(terms))
         numbers = [total]
@@ -204,7 +205,7 @@ class ToyWorld(Stored):
         Any of them may come last. Such an order meets no gap if the order of the others meets none
         and the pair (sum of the others, last term) is not a gap.
 
-        >>> ToyWorld().gap_free_share([8, 5, 1])  # 2 of 6 meet one: 8 + 5 in 8 5 1, 5 + 1 in 5 1 8
+        >>> ToyWorld().gap_free_share([8, 5, 1])  # 2 of 6 meet one: 8 + 5 in 8 5 1, 1 + 8 in 1 8 5
         Fraction(2, 3)
         """
         key = tuple(sorted(terms))
@@ -280,7 +281,7 @@ class ToyWorld(Stored):
     # --------------------------------------------------------------------------- the base model
 
     def new_model(self) -> torch.nn.Module:
-        """A tiny Qwen2 with random weights: 124 thousand parameters by default."""
+        """A tiny Qwen2 with random weights: 173 thousand parameters by default."""
         from transformers import Qwen2Config, Qwen2ForCausalLM  # here: it takes three seconds
 
         config = Qwen2Config(

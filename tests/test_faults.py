@@ -462,7 +462,7 @@ HOSTILE = [
     # weights
     (("model", FIRST), torch.ones(2)),
     (("model", FIRST), None),
-    (("model", FIRST), torch.ones(256, 64, dtype=torch.long)),
+    (("model", FIRST), torch.ones(1024, 64, dtype=torch.long)),
     (("model", FIRST), "text"),
     (("model", "more"), torch.ones(2)),
     (("model",), [1]),

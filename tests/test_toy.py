@@ -58,11 +58,11 @@ def test_gap_free_share_against_all_orders_and_the_verifier(terms):
 def test_demonstrations_are_the_teachers_rules():
     sure, rng, orders = toy.ToyWorld(slip=0, noise=0), random.Random(0), set()
     for _ in range(300):
-        words = sure.decode(sure.demonstration([8, 3, 1, 5, 2, 6], rng)).split()
+        words = sure.decode(sure.demonstration([8, 3, 1, 5, 2], rng)).split()
         orders.add(order := (int(words[0]), *map(int, words[1:-1:2])))
-        assert sorted(order) == [1, 2, 3, 5, 6, 8]
+        assert sorted(order) == [1, 2, 3, 5, 8]
         assert " ".join(words) == written_by_the_teacher(sure, order)[0]
-    assert len(orders) > 200, "the order is drawn anew each time"
+    assert len(orders) > 90, "the order is drawn anew each time"
 
     slipping, slips = toy.ToyWorld(gap_share=0, noise=0), []
     for _ in range(2000):
@@ -73,7 +73,7 @@ def test_demonstrations_are_the_teachers_rules():
 
     noisy = toy.ToyWorld(slip=0, noise=1)
     drawn = [token for _ in range(500) for token in noisy.demonstration([1, 2, 3, 4], rng)[:-1]]
-    assert min(drawn) == 3 and max(drawn) == 255, "noise is a number, never <pad>, <eos> or ="
+    assert min(drawn) == 3 and max(drawn) > 1000, "noise is a number, never <pad>, <eos> or ="
 
 
 def test_splits_share_no_multiset_and_grades_hold():
@@ -87,7 +87,7 @@ def test_splits_share_no_multiset_and_grades_hold():
                 share = world.gap_free_share(terms)
                 low, high = (0.3, 1) if name == "easy" else (1e-9, 0.12)
                 assert low <= share <= high
-                assert sum(terms) == int(problem.answer) and 20 <= sum(terms) <= 38
+                assert sum(terms) == int(problem.answer) and 15 <= sum(terms) <= 33
                 terms_of.setdefault(split, set()).add(tuple(sorted(terms)))
     trained = world.train_problems(3000, "0/1")
     terms_of["train"] = {tuple(sorted(t - 3 for t in p.prompt[:-1])) for p in trained}
@@ -101,7 +101,7 @@ def test_toy_problems_are_functions_of_the_seed():
     assert world.train_problems(50, "a") == toy.load(seed="1").train_problems(50, "a")
     assert world.train_problems(50, "a") != world.train_problems(50, "b")
     assert world.gaps != toy.ToyWorld().gaps
-    text = "8 3 1 5 2 6 = <pad> <eos> 252"
+    text = "8 3 1 5 2 = <pad> <eos> 1020"
     assert world.decode(world.encode(text)) == text
     with pytest.raises(ValueError, match="no such option"):
         toy.load(colour="red")
@@ -110,14 +110,14 @@ def test_toy_problems_are_functions_of_the_seed():
 def test_the_default_world_is_the_one_of_the_results():
     """Raise toy_tools.FORMAT, teach the base model again and run the study again if this fails."""
     world, rng = toy.ToyWorld(), random.Random(7)
-    assert world.fingerprint == "25b3ad4beff65ed6"
-    assert len(world.gaps) == 122 and digest(sorted(world.gaps.items())) == "4ae63847c78da77b"
-    assert digest([tuple(p) for p in world.train_problems(100, "0/1")]) == "0e88b210940886e2"
-    for split, expected in (("test", "5f2af4d4d9c5d4c4"), ("validation", "62b3d9c34d25a731")):
+    assert world.fingerprint == "f2bc525a2c8e43aa"
+    assert len(world.gaps) == 122 and digest(sorted(world.gaps.items())) == "6d9ae8ebec7ba95f"
+    assert digest([tuple(p) for p in world.train_problems(100, "0/1")]) == "2246ee6bda0e7cbc"
+    for split, expected in (("test", "df4ecde988fca918"), ("validation", "8798caba80c81036")):
         problems = [tuple(p) for group in world.heldout(50, split).values() for p in group]
         assert digest(problems) == expected
-    shown = [world.demonstration([8, 3, 1, 5, 2, 6], rng) for _ in range(100)]
-    assert digest(shown) == "bb67a06df04325b1"
+    shown = [world.demonstration([8, 3, 1, 5, 2], rng) for _ in range(100)]
+    assert digest(shown) == "7495416332634ba9"
 
 
 def test_training_prompts_are_drawn_as_uniform_terms_with_a_total_in_range():
@@ -149,7 +149,7 @@ def test_split_is_an_option_but_no_part_of_the_world():
 
 def test_every_other_field_changes_the_fingerprint():
     world, seen = toy.ToyWorld(), set()
-    changes = {"min_terms": 5, "max_terms": 7, "hidden": 72, "max_total": 37}
+    changes = {"min_terms": 4, "max_terms": 6, "hidden": 72, "max_total": 32}
     for field in dataclasses.fields(world):
         value = changes.get(field.name, getattr(world, field.name))
         if field.name not in changes and field.name != "split":
@@ -182,10 +182,10 @@ hidden=60             | hidden=60: needs a multiple of 8
 hidden=0              | hidden=0: needs a number from 8 to
 min_terms=1           | min_terms=1: needs a number from 2 to 16
 max_terms=17          | max_terms=17: needs a number from 2 to 16
-max_terms=5           | min_terms=6, max_terms=5: needs min_terms <= max_terms
-max_term=30           | max_terms=6, max_term=30: needs at most 200000 multisets
-vocab=92              | vocab=92: needs at least 93, for all that the teacher writes
-max_total=7           | min_total=20, max_total=7, max_term=9: needs a training prompt of 6 terms
+max_terms=4           | min_terms=5, max_terms=4: needs min_terms <= max_terms
+max_term=30           | max_terms=5, max_term=30: needs at most 200000 multisets
+vocab=77              | vocab=77: needs at least 78, for all that the teacher writes
+max_total=7           | min_total=15, max_total=7, max_term=9: needs a training prompt of 5 terms
 split=train           | split=train: needs test or validation
 """
 
@@ -202,14 +202,14 @@ def test_bad_options_are_one_line(line, capsys):
 
 
 def test_a_budget_that_does_not_fit_the_model_is_refused(capsys, tmp_path):
-    assert toy.load(siren.Config(max_tokens=249)) == toy.ToyWorld()  # 7 + 249 = 256
-    message = "--max-tokens 250: with a prompt of 7 tokens it must fit the model's 256 tokens"
+    assert toy.load(siren.Config(max_tokens=250)) == toy.ToyWorld()  # 6 + 250 = 256
+    message = "--max-tokens 251: with a prompt of 6 tokens it must fit the model's 256 tokens"
     with pytest.raises(siren.ConfigError, match=message):
-        toy.load(siren.Config(max_tokens=250))
+        toy.load(siren.Config(max_tokens=251))
     with pytest.raises(siren.ConfigError, match="with a prompt of 8 tokens"):
         toy.load(siren.Config(max_tokens=249), max_terms="7")
     for flags, text in (
-        (["--max-tokens=250"], message),
+        (["--max-tokens=251"], message),
         (["--eval-prompts=100000"], "100000 held-out problems: must be 1 to"),
         (["--eval-prompts=8", "--gap-share=0"], "8 held-out problems: must be 1 to 0"),
     ):
@@ -256,7 +256,7 @@ def test_teaching_learns_repeats_and_leaves_the_random_state_alone():
     model, loss = world.teach()
     assert torch.equal(torch.rand(3), expected) and torch.get_num_threads() == threads
     again, same_loss = world.teach()
-    assert loss == same_loss < math.log(256)
+    assert loss == same_loss < math.log(1024)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     other = dataclasses.replace(world, seed=1).teach()[0]
     assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
@@ -360,15 +360,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_teaching(place, monke
 
 
 def test_show_prints_an_example_that_holds(capsys):
-    assert toy_tools.main(["--seed=3", "--gap-share", "0.3"]) == 0
+    assert toy_tools.main(["--seed=3", "--gap-share", "0.2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    world = toy.ToyWorld(seed=3, gap_share=0.3)
+    world = toy.ToyWorld(seed=3, gap_share=0.2)
     rows = [(line[:15].strip(), line[15:]) for line in lines]
     values = dict(rows)
     problem = world.train_problems(1, "show")[0]
     assert values["prompt"] == world.decode(problem.prompt)
     assert values["demonstration"].endswith(f"(right: {problem.answer})")
-    assert values["gaps"] == f"{round(0.3 * 486)} of 486 pairs"
+    assert values["gaps"] == f"{round(0.2 * 405)} of 405 pairs"
     for name, text in rows:
         if name == "gap":
             words = text.replace(",", "").split()

@@ -210,12 +210,10 @@ class Plugged:
     ) -> dict[str, float]:  # fmt: skip
         """siren.update with the method's advantages, term and rehearsal."""
         method, total = self.method, defaultdict(float, regularizer_loss=0.0)
+        plain = dataclasses.replace(cfg, top_p=1.0)  # nothing here needs a nucleus
         one_pass = len(rewards) <= cfg.micro_batch_size  # then it is also the first look
-        if one_pass:
-            now = look(model, rollout, cfg)
-        else:
-            now = siren.score(model, rollout, dataclasses.replace(cfg, top_p=1.0))
-        batch = self.mini_batch(rollout, old_logp, rewards, now, cfg)
+        now = look(model, rollout, cfg) if one_pass else siren.score(model, rollout, plain)
+        batch = self.mini_batch(rollout, old_logp, rewards, now, plain)
         adv = method.advantages(batch) if method.advantages else batch.adv
         weights = method.term_weights(batch) if method.term_weights else 1.0
         weights = torch.as_tensor(weights, device=adv.device).expand(adv.shape)

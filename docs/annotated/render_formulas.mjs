@@ -16,9 +16,10 @@ const inlined = FONTS.map((name) => {
   return face.replace(/src:[^}]*/, `src:url(data:font/woff2;base64,${data}) format("woff2")`);
 });
 
+const licence = "/* KaTeX and its fonts: MIT licence, copyright (c) 2013-2020 Khan Academy and other contributors */\n";
 const html = {};
 for (const [tex, display] of JSON.parse(readFileSync(0, "utf8"))) {
   const mark = display ? "$$" : "$";
   html[mark + tex + mark] = katex.renderToString(tex, { displayMode: display, throwOnError: true, strict: "error" });
 }
-console.log(JSON.stringify({ katex: katex.version, html, css: inlined.join("") + rules }, null, 1));
+console.log(JSON.stringify({ katex: katex.version, html, css: licence + inlined.join("") + rules }, null, 1));

@@ -422,7 +422,7 @@ class Store:
 
     def add(self, part: str, row: dict[str, Any]) -> None:
         """Keep a row; the same rows in any order make the same file."""
-        rows = self.files.setdefault(part, {})
+        rows, row = self.files.setdefault(part, {}), json.loads(json.dumps(row))
         rows[key_of(row)] = self.rows[key_of(row)] = row
         text = "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows))
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,30 @@ def toy_parts(cfg: siren.Config, problems: list[Any] | None = None) -> dict[str,
     return {**parts, "train_dataset": Dataset.from_list(rows)}
 
 
+def options(cfg: siren.Config) -> dict[str, Any]:
+    """What siren.py does with this cfg, as options of GRPOConfig: Dr.GRPO, without a log."""
+    return {
+        "per_device_train_batch_size": cfg.prompts * cfg.group_size // cfg.mini_batches,
+        "steps_per_generation": cfg.mini_batches,
+        "max_steps": cfg.steps * cfg.mini_batches,
+        "num_generations": cfg.group_size,
+        "max_completion_length": cfg.max_tokens,
+        "temperature": cfg.temperature,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+        "epsilon": cfg.clip_low,
+        "epsilon_high": cfg.clip_high,
+        "learning_rate": cfg.lr,
+        "max_grad_norm": cfg.grad_clip,
+        "seed": cfg.seed,
+        "use_cpu": True,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def text_parts(model: str, data: str, prompt: str = text_env.PROMPT) -> dict[str, Any]:
     """The same for a language model (folder or hub id) and a .jsonl file of question and answer.
 

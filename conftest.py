@@ -28,7 +28,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the module of --impl; one line if it can't be."""
-    config.addinivalue_line("markers", "ex12: a drop-in of your own")
     if not (path := config.getoption("--impl")):
         return
     if not Path(path).is_file() or not path.endswith(".py"):

@@ -185,12 +185,13 @@ def is_right(task: Any, ids: list[int], answer: str) -> bool:
 
 def evaluate(
     model: torch.nn.Module, task: Any, problems: list, cfg: siren.Config, n: int, temperature: float
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """siren.evaluate with n samples, for each k = 1, 2, 4, ... up to n.
 
-    avg@16 is estimated with all samples; maj@k and distinct@k are means over blocks of k.
+    avg@16 is estimated with all samples; maj@k and distinct@k are means over blocks of k. solved:
+    a 1 for each problem that any sample solves, else a 0.
     """
-    total: Counter[str] = Counter()
+    total, solved = Counter(), ""
     rollout = siren.respond(model, task, problems, cfg, f"{cfg.seed}/eval", n, temperature)
     responses = rollout.responses()
     for i, problem in enumerate(problems):
@@ -203,12 +204,13 @@ def evaluate(
             for ok, text in zip(right, given, strict=True)
         ]
         total["avg@16"] += sum(right) / n
+        solved += "01"[any(right)]
         for k in (2**power for power in range(n.bit_length())):
             blocks = [set(map(tuple, own[b : b + k])) for b in range(0, n - k + 1, k)]
             total[f"maj@{k}"] += siren.maj_at_k(votes, answer, k)
             total[f"pass@{k}"] += siren.pass_at_k(n, sum(right), k)
             total[f"distinct@{k}"] += sum(map(len, blocks)) / k / len(blocks)
-    return {name: value / len(problems) for name, value in total.items()}
+    return {**{name: value / len(problems) for name, value in total.items()}, "solved": solved}
 
 
 def thin(records: list[dict[str, float]], points: int = 30) -> list[dict[str, float]]:

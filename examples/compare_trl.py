@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
 from examples import trl_data
-from examples.trl_siren import TOY, SirenGRPOConfig, SirenGRPOTrainer
+from examples.trl_siren import SirenGRPOConfig, SirenGRPOTrainer
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "trl_vs_siren.json"
 SHOWN = {"reward": "reward", "H_agg": "h_agg"}  # the file's names of the metrics
@@ -55,24 +55,21 @@ def siren_curves(cfg: siren.Config) -> dict[str, list[float]]:
 
 def trl_curves(cfg: siren.Config) -> dict[str, list[float]]:
     """The curves of one run of TRL with siren.py's settings, prompts and learning rates."""
-    task, size = siren.load_task(cfg), cfg.prompts * cfg.group_size // cfg.mini_batches
+    task = siren.load_task(cfg)
     draws = [task.train_problems(cfg.prompts, f"{cfg.seed}/{n + 1}") for n in range(cfg.steps)]
     parts = trl_data.toy_parts(cfg, list(itertools.chain(*draws)))
-    model = parts["model"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    weights = parts["model"].parameters()
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
     def warm_up(update: int) -> float:
         return min(1.0, (update // cfg.mini_batches + 1) / max(1, cfg.warmup_steps))
 
-    options = {"per_device_train_batch_size": size, "steps_per_generation": cfg.mini_batches}
-    options |= {"max_completion_length": cfg.max_tokens, "num_generations": cfg.group_size}
-    options |= {"siren_beta": cfg.beta, "siren_top_p": cfg.top_p, "learning_rate": cfg.lr}
-    options |= {"peak_quantile": cfg.peak_quantile, "regularizer": cfg.regularizer}
-    options |= {"temperature": cfg.temperature, "epsilon": cfg.clip_low, "shuffle_dataset": False}
-    options |= {"epsilon_high": cfg.clip_high, "max_grad_norm": cfg.grad_clip, "seed": cfg.seed}
-    options |= {"max_steps": cfg.steps * cfg.mini_batches, "output_dir": f"{cfg.out}-trl"}
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
-    args = SirenGRPOConfig(**{**TOY, **options})
+    args = SirenGRPOConfig(
+        f"{cfg.out}-trl", **trl_data.options(cfg), shuffle_dataset=False, bf16=False,
+        gradient_checkpointing=False, siren_beta=cfg.beta, siren_top_p=cfg.top_p,
+        peak_quantile=cfg.peak_quantile, regularizer=cfg.regularizer,
+    )  # fmt: skip
     trainer = RecordingTrainer(args=args, optimizers=(optimizer, schedule), **parts)
     trainer.train()
     return trainer.curves

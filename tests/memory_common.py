@@ -6,18 +6,16 @@ given on the CPU. The plan never sees it.
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import siren
 from examples import memory_plan, text_env
+from examples.bench import allocated_peak
 
 # initializer_range: a policy that knows what it wants, as language models do
 BODY = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -35,28 +33,6 @@ MEASURED = 0.15  # the plan allows for more, as no GPU was measured
 def make_run(model: dict[str, Any], flags: dict[str, Any], **options: Any) -> memory_plan.Run:
     """A run of a small model."""
     return memory_plan.Run(siren.Config(**FLAGS | flags), BODY | model, PROMPT, **options)
-
-
-def allocated_peak(ready: Callable[[], Any], run: Callable[[Any], object]) -> int:
-    """The most bytes in use at one time during run(ready()), with what ready() left there."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as log:
-        made = ready()
-        with torch.profiler.record_function("measured"):
-            run(made)
-        del made
-    events = log.profiler.kineto_results.events()
-    start = next(e.start_ns() for e in events if e.name() == "measured")
-    end = next(e.end_ns() for e in events if e.name() == "measured")
-    live = peak = 0
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    for when, size in sorted(changes, key=lambda change: change[0]):
-        if when > end:
-            break
-        live += size
-        assert live >= 0, "freed what was there before"
-        peak = max(peak, live) if when >= start else live
-    return peak
 
 
 class Trainer:
@@ -114,7 +90,7 @@ def check(run: memory_plan.Run) -> None:
         planned = memory_plan.total(phases[name])
         if name == "sampling":
             planned = max(planned, memory_plan.total(phases["prompts"]))
-        peak = allocated_peak(lambda: Trainer(run), lambda t, name=name: getattr(t, name)())
+        peak = allocated_peak(getattr(Trainer, name), lambda: (Trainer(run),))
         part = peak - exact[name]
         assert part > 0 and planned - exact[name] == pytest.approx(part, rel=memory_plan.ERROR), (
             name

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import siren
 from examples import engine, memory_plan
-from tests.memory_common import BODY, MEASURED, WIDE, Trainer, allocated_peak, check, make_run
+from examples.bench import allocated_peak
+from tests.memory_common import BODY, MEASURED, WIDE, Trainer, check, make_run
 
 torch.set_num_threads(1)
 # name -> changes of the model, changes of the flags, of the task's options
@@ -68,7 +69,7 @@ def test_flags_save_what_the_plan_says(flag: str) -> None:
         after = make_run(WIDE, {"regularizer": "none", flag: 2})
     runs = (before, after)
     planned = [memory_plan.total(memory_plan.plan(run)[phase]) for run in runs]
-    real = [allocated_peak(lambda r=r: Trainer(r), lambda t: getattr(t, phase)()) for r in runs]
+    real = [allocated_peak(getattr(Trainer, phase), lambda r=r: (Trainer(r),)) for r in runs]
     assert real[0] > real[1]
     saved = real[0] - real[1]
     assert planned[0] - planned[1] == pytest.approx(saved, rel=MEASURED)

@@ -163,6 +163,7 @@ def make_jobs(runs: Path, data: Path, model: Path, **changes: Any) -> list[Job]:
     task = f"examples.text_env:model={model},{files},prompt={{question}},answer_form=last-number"
     how = {"task": f"{task},lora_rank=16", "plug": "examples.real_study", "steps": STEPS}
     how |= {"prompts": 4, "mini_batches": 2, "max_tokens": 64, "lr": 5e-4, "device": "cpu"}
+    how |= {"top_p": 0.8, "peak_quantile": 0.8}  # the paper's
     how |= {"eval_prompts": 32, "eval_samples": 8, **changes}
     jobs = []
     for seed in (0, 1, 2):

@@ -189,10 +189,17 @@ def test_a_run_with_the_plug(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--plug examples.refill trains."""
-    monkeypatch.setattr(siren, "sample", siren.sample)  # put back afterwards
+    own, calls = refill.sample, []
+
+    def counted(*args: Any, **kwargs: Any) -> siren.Rollout:
+        calls.append(args)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(refill, "sample", counted)
+    before = siren.sample
     flags = "--plug examples.refill --steps 1 --prompts 4 --eval-prompts 2 --eval-samples 2"
     code = siren.main([*flags.split(), "--sample-batch", "6", "--out", str(tmp_path / "run")])
-    assert code == 0 and siren.sample is refill.sample
+    assert code == 0 and len(calls) >= 5 and siren.sample is before  # a step, four evaluations
     assert "reward" in capsys.readouterr().out
 
 

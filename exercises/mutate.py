@@ -62,6 +62,7 @@ NOT_ASKED = {
         "ratio - 1 - log_ratio": METRIC,
         "x.detach()": HARMLESS,
         "max(1, mask.shape": INPUT,
+        "adv if adv.dim() == 2 else ": INPUT,
     },
     "nucleus": {
         "log_pi.detach()": SPEED,

@@ -62,7 +62,8 @@ def policy_loss(
 
         loss = -(1 / R) sum_i (1 / max_tokens) sum_t gain_t
 
-    over the tokens in the mask. R is the number of responses that have a token. max_tokens, the
+    over the tokens in the mask. R is the number of responses that have a token: B, unless a row of
+    the batch is empty. max_tokens, the
     response budget, is the same for all responses (None: T), so a token weighs the same in a
     short response as in a long one. The loss is 0 if there is no token at all. Padding may hold any
     number, NaN too, and must reach neither the loss nor its gradient.
@@ -82,8 +83,9 @@ def nucleus_mask(logits: Tensor, top_p: float) -> Tensor:
 
     pi = softmax(logits). Take the likeliest token, then the next, ... and stop as soon as the sum
     of their probabilities reaches top_p. The token that crosses top_p is inside, so the set is
-    never empty; of equally likely tokens only as many as needed. top_p = 1 keeps every token,
-    however unlikely (sums are rounded, so this needs care).
+    never empty; of equally likely tokens only as many as needed. A sum of exactly top_p has reached
+    it: with 0.5, 0.3, 0.2 and top_p = 0.5 one token is inside. top_p = 1 keeps every token, however
+    unlikely (sums are rounded, so this needs care).
 
     logits [..., V], any number of leading dimensions -> bool [..., V], True inside, in the order of
     the token ids.
@@ -171,7 +173,9 @@ def siren_loss(
     log-softmax of logits[:, t] at tokens[:, t]. tokens (ids), old_logp, mask [B, T], adv [B].
     Returns (loss, stats); stats has "policy_loss", "regularizer_loss" (the penalty) and "h_agg"
     (H_agg). top_p is for the nucleus, peak_quantile for the peak mask, max_tokens for the policy
-    loss. With no token in the batch policy_loss and H_agg are 0, and no gradient is NaN.
+    loss. Their defaults here are the paper's; the toy world has its own, 0.85 and 0.6. On padding,
+    old_logp may be NaN, while logits are finite numbers. With no token in the batch policy_loss and
+    H_agg are 0, the penalty is any finite number, and the gradient is 0, not NaN.
 
     >>> logits, tokens = torch.zeros(1, 2, 4), torch.tensor([[0, 1]])
     >>> old_logp, mask = torch.full((1, 2), 0.25).log(), torch.ones(1, 2).bool()

@@ -321,18 +321,18 @@ def test_solved_is_pass_at_k():
 
 # ---------------------------------------------------------------------------- the update they share
 @pytest.mark.parametrize("algorithm", ["dr_grpo", "grpo"])
-def test_policy_loss_is_sirens_with_an_advantage_a_token(batch, algorithm):
-    b, cfg = batch, siren.Config(clip_high=0.3, max_tokens=9, algorithm=algorithm)
+def test_policy_loss_takes_an_advantage_for_each_token(batch, algorithm):
+    b, how = batch, (0.2, 0.3, 9, algorithm)
     adv = siren.group_advantages(b.rewards, 4)
-    due, stats = siren.policy_loss(b.logp, b.old_logp, adv, b.mask, 0.2, 0.3, 9, algorithm)
-    got, ours = core.policy_loss(b.logp, b.old_logp, b.adv, b.mask, cfg)
+    due, stats = siren.policy_loss(b.logp, b.old_logp, adv, b.mask, *how)
+    got, ours = siren.policy_loss(b.logp, b.old_logp, b.adv, b.mask, *how)
     assert got == due and ours == stats, "the same to the last bit"
     # a weight of the loss is a factor of the advantage
     w = torch.rand(b.mask.shape, dtype=torch.float64)
     ratio = (b.logp - b.old_logp).exp()
     gain = w * torch.min(ratio * b.adv, ratio.clamp(0.8, 1.3) * b.adv)
     due = -core.per_response(gain, b.mask, 9, algorithm)
-    same(core.policy_loss(b.logp, b.old_logp, w * b.adv, b.mask, cfg)[0], due, "weights")
+    same(siren.policy_loss(b.logp, b.old_logp, w * b.adv, b.mask, *how)[0], due, "weights")
 
 
 OFF = {  # options with which a method is Dr.GRPO

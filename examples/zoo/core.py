@@ -97,18 +97,6 @@ def per_response(x: Tensor, mask: Tensor, max_tokens: int, algorithm: str = "dr_
     return (torch.where(mask, x, 0.0).sum(1) / length).sum() / mask.any(1).sum().clamp(min=1)
 
 
-def policy_loss(
-    logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, cfg: siren.Config
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """siren.policy_loss with an advantage for each token, adv [B, T]."""
-    log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-20, 20)
-    ratio = log_ratio.exp()
-    free, clipped = ratio * adv, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * adv
-    loss = -per_response(torch.min(free, clipped), mask, cfg.max_tokens, cfg.algorithm)
-    stats = {"clip_fraction": (clipped < free) & mask, "approx_kl": ratio - 1 - log_ratio}
-    return loss, {name: x.detach().sum() / mask.sum().clamp(min=1) for name, x in stats.items()}
-
-
 def look(model: torch.nn.Module, rollout: siren.Rollout, cfg: siren.Config) -> dict[str, Tensor]:
     """logp and the full entropy H of a rollout's tokens [B, T], both with a gradient."""
     hidden, head = siren.forward(model, rollout), model.get_output_embeddings()
@@ -221,7 +209,10 @@ class Plugged:
 
         def loss_of(rows: Tensor) -> Tensor:
             part, seen = batch.rows(rows), now if one_pass else look(model, rollout.rows(rows), cfg)
-            loss, stats = policy_loss(seen["logp"], part.old_logp, adv[rows], part.mask, cfg)
+            loss, stats = siren.policy_loss(
+                seen["logp"], part.old_logp, adv[rows], part.mask,
+                cfg.clip_low, cfg.clip_high, cfg.max_tokens, cfg.algorithm,
+            )  # fmt: skip
             stats = {name: x * part.mask.sum() / batch.mask.sum() for name, x in stats.items()}
             share = len(rows) / len(rewards)
             stats["policy_loss"] = share * loss.detach()

@@ -37,7 +37,7 @@ import torch
 
 import siren
 from examples import get_smollm2, real_task, shared_prompts
-from examples.engine import CHECKPOINT, METRICS, write_whole
+from examples.engine import CHECKPOINT, METRICS, Parser, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "results" / "real", ROOT / "docs" / "real_model.md"
@@ -358,9 +358,9 @@ def study(args: argparse.Namespace) -> None:
     print(figure(results))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 0: done, 1: a job failed, 2: bad input, 130: interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def command(argv: list[str] | None) -> None:
+    """Read the flags and run the study."""
+    parser = Parser("real_study.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     for name, text in {
         "--plan": "print the commands and their cost",
         "--report": "run nothing: CSV files, figure and page",
@@ -370,19 +370,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")
     args = parser.parse_args(argv)
     if not 1 <= args.workers <= 64:
-        parser.error(f"--workers {args.workers}: must be 1 to 64; the default is 2")
-    try:
-        study(args)
-        return 0
-    except ValueError as error:
-        print(f"real_study.py: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"real_study.py: stopped: {error}; run it again", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("real_study.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        raise siren.ConfigError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
+    study(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit codes as run_tool says."""
+    return run_tool("real_study.py", command, argv)
 
 
 if __name__ == "__main__":

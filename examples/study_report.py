@@ -45,6 +45,8 @@ COLUMNS = ("method", "seed", "grade", "temperature", "avg@16", "maj@16", "pass@1
 COLUMNS += ("reward", "entropy", "h_agg", "useless_share")
 KINDS = ("fork", "fact", "forced")
 SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
+HEADLINE = {"base": "base model", "dr_grpo": "Dr.GRPO", "siren": "SIREN"}
+HEADLINE |= {"naive_exploding": "exploding bonus"}
 CLAIMED = ("dr_grpo", "wo_top_p", "wo_peak", "wo_anchor", "anchor_only", "constrained")
 
 
@@ -185,18 +187,33 @@ def score_tables(lines: dict) -> list[str]:
     return out
 
 
+def kept(lines: dict, method: str, key: str) -> str:
+    """An entropy / that of the base model, over seeds."""
+    base, own = lines["base", "hard", "0.6"], lines[method, "hard", "0.6"]
+    return text(line[key] / base[seed][key] for seed, line in own.items())
+
+
 def policy_table(lines: dict) -> list[str]:
     """Reward, entropies and useless tokens by the probe."""
-    base, rows = lines["base", "hard", "0.6"], []
+    rows = []
     for method, name in NAMES.items():
         if seeds := lines.get((method, "hard", "0.6")):
-            ratios = [
-                [line[key] / base[seed][key] for seed, line in seeds.items()]
-                for key in ("entropy", "h_agg")
-            ]
-            plain = [[line[key] for line in seeds.values()] for key in ("reward", "useless_share")]
-            rows.append([name, text(plain[0]), *map(text, ratios), text(plain[1])])
+            reward, useless = (
+                text(line[key] for line in seeds.values()) for key in ("reward", "useless_share")
+            )
+            ratios = [kept(lines, method, key) for key in ("entropy", "h_agg")]
+            rows.append([name, reward, *ratios, useless])
     return markdown(["method", "reward", "H / base", "H_agg / base", "useless tokens"], rows)
+
+
+def headline(lines: dict) -> list[str]:
+    """README's table: hard prompts, T = 0.6."""
+    rows = []
+    for method, name in HEADLINE.items():
+        seeds = lines[method, "hard", "0.6"].values()
+        scores = [text(line[score] for line in seeds) for score in SCORES[:3]]
+        rows.append([name, *scores, kept(lines, method, "h_agg")])
+    return markdown(["", *SCORES[:3], "H_agg / base"], rows)
 
 
 def differences(lines: dict, other: str, score: str, temperature: str) -> list[float]:
@@ -399,6 +416,7 @@ def write(size: study.Size, store: study.Store, out: Path) -> None:
     if rows := found["main"]:
         write_csv(rows, out / "main.csv")
         table = read_csv(out / "main.csv")
+        lines += ["## README's table", "", *headline(table)]
         lines += ["## The main table", "", *score_tables(table), *policy_table(table)]
         lines += ["## SIREN against the others", "", *claims(table)]
         lines += ["## Where the entropy sits", "", *kinds_table(rows)]

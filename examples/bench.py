@@ -163,12 +163,13 @@ def bench_head(sizes):
         for pair, (a, b) in PAIRS.items():
             found[kind][f"{pair}_time"] = ratios(times[a], times[b])
             found[kind][f"{pair}_memory"] = ratios(peaks[a], peaks[b])
-    keys = {}
-    for key, (part, _, _, less) in ROWS.items():
-        if part == "a":
-            both = found["peaked"][key], found["zipf"][key]
-            keys[key] = (max if less else min)(both, key=lambda values: values["median"])
-    return {**keys, "a": found}
+    keys = {"nucleus_vs_floor_time": max, "nucleus_vs_floor_memory": max}
+    keys |= {"nucleus_vs_sort_time": min}
+    likely = found["peaked"], found["zipf"]
+    return {"a": found} | {
+        key: worse((kind[key] for kind in likely), key=lambda values: values["median"])
+        for key, worse in keys.items()
+    }
 
 
 # ---------------------------------------------------------------------------------- b: the sampler
@@ -205,19 +206,19 @@ def bench_sampler(sizes):
     model, budget = make_model(Scripted, SAMPLE_VOCAB, layers=4), sizes["response"]
     prompts = [torch.randint(2, SAMPLE_VOCAB, (n,)) for n in torch.randint(24, 65, (PROMPTS,))]
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
-    plain = {"do_sample": True, "eos_token_id": Scripted.EOS, "pad_token_id": 0}
-    plain |= {"top_k": 0, "max_new_tokens": budget, "num_return_sequences": GROUP}
+    lists = [prompt.tolist() for prompt in prompts]
+    ours = {"max_tokens": budget, "samples": GROUP, "eos_ids": [Scripted.EOS], "pad_id": 0}
+    plain = {"max_new_tokens": budget, "num_return_sequences": GROUP, "eos_token_id": Scripted.EOS}
+    plain |= {"do_sample": True, "top_k": 0, "attention_mask": (ids > 0).long()}
 
     def by_us(lengths):
         model.lengths, model.step = lengths, 0
-        lists = [prompt.tolist() for prompt in prompts]
-        ends = {"eos_ids": [Scripted.EOS], "pad_id": 0, "max_tokens": budget}
-        return siren.sample(model, lists, samples=GROUP, **ends).mask.sum(1).tolist()
+        return siren.sample(model, lists, **ours).mask.sum(1).tolist()
 
     def by_generate(lengths):
         model.lengths, model.step = lengths, 0
-        out = model.generate(ids, attention_mask=(ids > 0).long(), **plain)
-        return [1 + row.index(Scripted.EOS) for row in out[:, ids.shape[1] :].tolist()]
+        out = model.generate(ids, **plain)[:, ids.shape[1] :]
+        return [1 + row.index(Scripted.EOS) for row in out.tolist()]
 
     # long responses are rare: a quarter of the budget on average, one uses all of it
     mixed = 2 + torch.empty(PROMPTS * GROUP).exponential_(4 / budget).long().clamp(max=budget - 2)
@@ -302,10 +303,11 @@ def bench_trl(sizes):
 
     from examples import trl_data
 
-    found, plain = {}, {"bf16": False, "gradient_checkpointing": False}
-    for name, options in {"equal arithmetic": plain, "TRL's defaults": {}}.items():
+    found = {}
+    for name, usual in {"equal arithmetic": False, "TRL's defaults": True}.items():
         toy = Toy(2 * sizes["rounds"] + 1)  # the first is not counted
-        args = GRPOConfig("runs/bench-trl", **trl_data.options(toy.cfg), **options)
+        options = trl_data.options(toy.cfg) | {"bf16": usual, "gradient_checkpointing": usual}
+        args = GRPOConfig("runs/bench-trl", **options)
         GRPOTrainer(args=args, callbacks=[toy], **trl_data.toy_parts(toy.cfg)).train()
         ours, theirs = [record["seconds"] for record in toy.records[2:]], toy.trl_seconds[1:]
         found[name] = {"ratio": ratios(theirs, ours), "seconds": {"ours": ours, "trl": theirs}}
@@ -314,19 +316,17 @@ def bench_trl(sizes):
 
 # ----------------------------------------------------------------- e: a step and its own passes
 def record_passes(model, run):
-    """The calls of the model (in sampling), of its network and of its head during run(): name,
-    whether with gradient, arguments."""
+    """The calls of the model's network and of its head during run(): which, with gradient or not,
+    arguments."""
     calls = []
 
-    def keep(name, _, args, kwargs):
+    def keep(module, args, kwargs):
         args = tuple(x.detach() for x in args)
         # a copy, since the cache of a decoding step grows
-        calls.append((name, torch.is_grad_enabled(), *copy.deepcopy((args, kwargs))))
+        calls.append((module, torch.is_grad_enabled(), *copy.deepcopy((args, kwargs))))
 
-    modules = {"model": model, "network": model.base_model, "head": model.get_output_embeddings()}
-    hooks = []
-    for name, module in modules.items():
-        hooks.append(module.register_forward_pre_hook(partial(keep, name), with_kwargs=True))
+    parts = model.base_model, model.get_output_embeddings()
+    hooks = [part.register_forward_pre_hook(keep, with_kwargs=True) for part in parts]
     run()
     for hook in hooks:
         hook.remove()
@@ -335,18 +335,14 @@ def record_passes(model, run):
 
 def replay_passes(model, calls):
     """The same passes with nothing around them; backward too where there was a gradient."""
-    calls = iter(calls)
-    for name, with_grad, args, kwargs in calls:
+    for module, with_grad, args, kwargs in calls:
         with torch.set_grad_enabled(with_grad):
-            if name == "model":
-                model(*args, **kwargs)
-                next(calls), next(calls)  # the model's own calls of its network and its head
-            elif name == "network":
-                hidden = model.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)
-            else:  # of as many tokens as there were
-                logits = model.get_output_embeddings()(hidden[: len(args[0])])
-                if with_grad:
-                    logits.backward(torch.ones_like(logits))
+            if module is model.base_model:
+                hidden = module(*args, **kwargs).last_hidden_state.flatten(0, 1)
+                continue
+            logits = module(hidden[: len(args[0])])  # of as many tokens as there were
+            if with_grad:
+                logits.backward(torch.ones_like(logits))
 
 
 def bench_passes(sizes):

@@ -10,7 +10,6 @@ So the curves can agree only as far as those of two seeds of one engine do.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import sys
@@ -25,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
 from examples import trl_data
-from examples.trl_siren import SirenGRPOConfig, SirenGRPOTrainer
+from examples.trl_siren import SirenGRPOConfig, SirenGRPOTrainer, siren_options
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "trl_vs_siren.json"
 SHOWN = {"reward": "reward", "H_agg": "h_agg"}  # the file's names of the metrics
@@ -34,10 +33,6 @@ SETTINGS = "steps prompts group_size mini_batches max_tokens beta top_p peak_qua
 
 class RecordingTrainer(SirenGRPOTrainer):
     """Keeps reward and H_agg of each whole rollout before its first update, as siren.py does."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.curves: dict[str, list[float]] = {name: [] for name in SHOWN}
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
@@ -65,12 +60,9 @@ def trl_curves(cfg: siren.Config) -> dict[str, list[float]]:
         return min(1.0, (update // cfg.mini_batches + 1) / max(1, cfg.warmup_steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
-    args = SirenGRPOConfig(
-        f"{cfg.out}-trl", **trl_data.options(cfg), shuffle_dataset=False, bf16=False,
-        gradient_checkpointing=False, siren_beta=cfg.beta, siren_top_p=cfg.top_p,
-        peak_quantile=cfg.peak_quantile, regularizer=cfg.regularizer,
-    )  # fmt: skip
+    args = SirenGRPOConfig(f"{cfg.out}-trl", **siren_options(cfg), shuffle_dataset=False)
     trainer = RecordingTrainer(args=args, optimizers=(optimizer, schedule), **parts)
+    trainer.curves = {name: [] for name in SHOWN}
     trainer.train()
     return trainer.curves
 
@@ -90,12 +82,15 @@ def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     halves = [h for h in itertools.combinations(range(2 * n), n) if h[0] == 0][1:]
     others = [gap(runs[list(h)], np.delete(runs, list(h), 0)) for h in halves]
     pairs = [(e[i], e[j]) for e in (ours, theirs) for i in range(n) for j in range(i)]
-    tails = {"siren": ours[:, -10:].mean(1), "trl": theirs[:, -10:].mean(1)}
-    found = {f"{name}_last10": [round(float(x), 4) for x in tail] for name, tail in tails.items()}
     apart, spread = gap(ours, theirs), float(np.mean([np.abs(a - b) for a, b in pairs]))
-    wider = f"{sum(other > apart for other in others)} of {len(others)}"
-    found |= {"gap": round(apart, 4), "spread": round(spread, 4), "wider_splits": wider}
-    return found | {"within": apart < spread}
+    return {
+        "siren_last10": ours[:, -10:].mean(1).round(4).tolist(),
+        "trl_last10": theirs[:, -10:].mean(1).round(4).tolist(),
+        "gap": round(apart, 4),
+        "spread": round(spread, 4),
+        "wider_splits": f"{sum(other > apart for other in others)} of {len(others)}",
+        "within": apart < spread,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,16 +104,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--seeds must be at least 2 and --steps at least 1")
     torch.set_num_threads(1)  # part of what makes the figures repeat
     settings = {"steps": given.steps, "threads": 1, "eval_prompts": 1, "eval_samples": 1}
-    curves: dict[str, list[dict[str, list[float]]]] = {"siren": [], "trl": []}
+    curves = {"siren": [], "trl": []}
     for seed in range(given.seeds):
         with tempfile.TemporaryDirectory() as folder:
             cfg = siren.Config(seed=seed, out=f"{folder}/run", **settings)
             curves["siren"].append(siren_curves(cfg))
             curves["trl"].append(trl_curves(cfg))
-    arrays = {name: [np.array([c[name] for c in curves[e]]) for e in curves] for name in SHOWN}
-    summary = {name: compare(*pair) for name, pair in arrays.items()}
+    summary = {}
+    for name in SHOWN:
+        ours, theirs = (np.array([curve[name] for curve in curves[e]]) for e in curves)
+        summary[name] = compare(ours, theirs)
     packages = {name: version(name) for name in ("torch", "transformers", "trl")}
-    shown = {name: dataclasses.asdict(cfg)[name] for name in SETTINGS.split()}
+    shown = {name: getattr(cfg, name) for name in SETTINGS.split()}
     record = {"versions": packages, "settings": shown, "summary": summary, "curves": curves}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=1) + "\n")

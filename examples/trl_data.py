@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
 from examples import text_env
 
@@ -42,7 +39,7 @@ def toy_parts(cfg: siren.Config, problems: list[Any] | None = None) -> dict[str,
 
 
 def options(cfg: siren.Config) -> dict[str, Any]:
-    """What siren.py does with this cfg, as options of GRPOConfig: Dr.GRPO, without a log."""
+    """What siren.py does with this cfg, as options of GRPOConfig: Dr.GRPO, no log."""
     return {
         "per_device_train_batch_size": cfg.prompts * cfg.group_size // cfg.mini_batches,
         "steps_per_generation": cfg.mini_batches,
@@ -58,6 +55,8 @@ def options(cfg: siren.Config) -> dict[str, Any]:
         "max_grad_norm": cfg.grad_clip,
         "seed": cfg.seed,
         "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 import types
 from dataclasses import dataclass, field
@@ -35,6 +36,11 @@ from siren import ConfigError
 TESTED_WITH = "1.16."  # the trl versions that tests/examples/test_trl_siren.py has run with
 STATE = "siren_state.json"  # a checkpoint holds it beside TRL's files
 MEASURE = ("siren_top_p", "peak_quantile", "temperature")  # H* belongs to these
+KINDS = ("anchor", "bonus", "none")  # of regularizer, see siren_loss
+# TRL's options that must keep their defaults; docs/trl.md says why
+USUAL = ("beta", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs")
+USUAL += ("entropy_coef", "use_adaptive_entropy", "entropy_target", "top_entropy_quantile")
+USUAL += ("use_liger_kernel",)
 
 
 def knob(default: Any, doc: str, **more: Any) -> Any:
@@ -52,39 +58,28 @@ class SirenGRPOConfig(GRPOConfig):
     siren_beta: float = knob(0.005, "weight of SIREN's regulariser")
     siren_top_p: float = knob(0.8, "p of the policy nucleus, in (0, 1]")
     peak_quantile: float = knob(0.8, "tau of the peak-entropy mask, in [0, 1]; 0 = no peak mask")
-    regularizer: str = knob("anchor", "see siren.py", choices=["anchor", "bonus", "none"])
+    regularizer: str = knob("anchor", "see siren.py", choices=KINDS)
     anchor: float | None = knob(None, "H* in nats; default: that of the first global rollout")
     entropy_chunk: int = knob(256, "tokens whose logits are in memory at once; 0 = by size")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        nucleus = "changes what is sampled and not what is scored; SIREN's nucleus is --siren_top_p"
-        own = "TRL's own entropy regularisation would add to SIREN's; leave it out"
-        finite = self.anchor is None or 0 <= self.anchor < float("inf")
-        micro = f"must divide --steps_per_generation {self.steps_per_generation}; change one"
-        ga, kinds = self.gradient_accumulation_steps, ("anchor", "bonus", "none")
-        for name, ok, rule in (
-            ("siren_beta", 0 <= self.siren_beta < float("inf"), "must be >= 0; paper: 0.005"),
-            ("anchor", finite, "must be >= 0 nats; left out, it is measured"),
-            ("siren_top_p", 0 < self.siren_top_p <= 1, "must be in (0, 1]; the paper's is 0.8"),
-            ("peak_quantile", 0 <= self.peak_quantile <= 1, "must be in [0, 1]; paper: 0.8"),
-            ("entropy_chunk", self.entropy_chunk >= 0, "must be >= 0; 0 = by size"),
-            ("regularizer", self.regularizer in kinds, "must be anchor, bonus or none"),
-            ("beta", self.beta == 0, "SIREN has no KL term; its own weight is --siren_beta"),
-            ("top_p", self.top_p == 1, nucleus),
-            ("top_k", not self.top_k, nucleus),
-            ("min_p", not self.min_p, nucleus),
-            ("repetition_penalty", self.repetition_penalty == 1, nucleus),
-            ("generation_kwargs", not self.generation_kwargs, nucleus),
-            ("entropy_coef", self.entropy_coef == 0, own),
-            ("use_adaptive_entropy", not self.use_adaptive_entropy, own),
-            ("entropy_target", self.entropy_target == GRPOConfig.entropy_target, own),
-            ("top_entropy_quantile", self.top_entropy_quantile == 1, own),
-            ("gradient_accumulation_steps", self.steps_per_generation % ga == 0, micro),
-            ("use_liger_kernel", not self.use_liger_kernel, "not supported; leave it out"),
-        ):
-            if not ok:
-                raise ConfigError(f"--{name} {getattr(self, name)}: {rule}")
+        whole = self.steps_per_generation % self.gradient_accumulation_steps == 0
+        rules = {  # option -> whether it is fine, and what it must be
+            "siren_beta": (0 <= self.siren_beta < math.inf, ">= 0"),
+            "anchor": (0 <= (self.anchor or 0) < math.inf, ">= 0 nats; left out, it is measured"),
+            "siren_top_p": (0 < self.siren_top_p <= 1, "in (0, 1]"),
+            "peak_quantile": (0 <= self.peak_quantile <= 1, "in [0, 1]"),
+            "entropy_chunk": (self.entropy_chunk >= 0, ">= 0; 0 = by size"),
+            "regularizer": (self.regularizer in KINDS, " or ".join(KINDS)),
+            "gradient_accumulation_steps": (whole, "a divisor of --steps_per_generation"),
+        }
+        for name in USUAL:
+            usual, rule = getattr(GRPOConfig, name), "TRL's default, as docs/trl.md explains"
+            rules[name] = (getattr(self, name) == usual, f"{usual}, {rule}")
+        for name, (fine, rule) in rules.items():
+            if not fine:
+                raise ConfigError(f"--{name} {getattr(self, name)}: must be {rule}")
 
 
 def check_version(found: str) -> None:
@@ -101,34 +96,33 @@ def check_supported(trainer: GRPOTrainer) -> None:
     if trainer._is_vlm:
         raise ConfigError("vision inputs: not supported; pass a tokenizer instead of a processor")
     if trainer.aux_loss_enabled:
-        rule = "the auxiliary loss of mixtures of experts is not supported; set it to 0"
-        raise ConfigError(f"--router_aux_loss_coef {trainer.router_aux_loss_coef}: {rule}")
-    config = trainer.model.config.get_text_config()
-    for name in text_env.HEAD_FIELDS:  # token_stats has logits = head(hidden), and nothing more
-        if (value := getattr(config, name, None)) not in (None, 1):
-            rule = "capped or scaled logits are not supported; use another model"
-            raise ConfigError(f"{config.model_type}, {name} {value}: {rule}")
+        value = trainer.router_aux_loss_coef
+        raise ConfigError(f"--router_aux_loss_coef {value}: no auxiliary loss here; set it to 0")
     deepspeed = trainer.accelerator.state.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ConfigError("DeepSpeed ZeRO stage 3: not supported; use FSDP or stage 2")
+    config = trainer.model.config.get_text_config()
+    for name in text_env.HEAD_FIELDS:  # token_stats has logits = head(hidden), and nothing more
+        if (value := getattr(config, name, None)) not in (None, 1):
+            raise ConfigError(f"{name} {value}: capped or scaled logits are not supported")
     for module in trainer.model.modules():  # both passes of a step must see the same policy
+        own = {"p"} if isinstance(module, torch.nn.Dropout) else set()
         for name, value in vars(module).items():
-            dropout = "drop" in name or "jitter" in name
-            dropout |= name == "p" and isinstance(module, torch.nn.Dropout)
-            if dropout and isinstance(value, float) and value > 0:
-                where = f"{type(module).__name__}.{name} {value}"
-                fix = "--disable_dropout true or a 0 in the model's (or LoRA's) configuration"
-                raise ConfigError(f"{where}: must be 0, the policy that was sampled; set {fix}")
+            named = name in own or "drop" in name or "jitter" in name
+            if named and isinstance(value, float) and value > 0:
+                where, fix = f"{type(module).__name__}.{name} {value}", "--disable_dropout true"
+                raise ConfigError(
+                    f"{where}: must be 0, as in sampling; {fix}, or in (LoRA's) config"
+                )
 
 
 class Head:
     """A model's head as token_stats calls it: in its own precision, and whole if FSDP splits it."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.module, self.weight, self.whole = module, module.weight, {}
-        for name, parameter in module.named_parameters():
-            if hasattr(parameter, "full_tensor"):  # gathered once, not for every chunk
-                self.whole[name] = parameter.full_tensor()
+        self.module, self.weight = module, module.weight
+        named = module.named_parameters()  # gathered once, not for every chunk
+        self.whole = {n: p.full_tensor() for n, p in named if hasattr(p, "full_tensor")}
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden.to(self.weight.dtype)
@@ -136,22 +130,19 @@ class Head:
 
 
 def add_head(model: torch.nn.Module, **options: Any) -> None:
-    """Let model(..., response=(tokens, mask)) return siren.token_stats of its last T positions.
+    """Let model(rollout=...) return siren.token_stats of a siren.Rollout.
 
-    tokens, mask [B, T]. Done inside forward, as TRL does, since DDP, FSDP and autocast wrap that.
+    Done inside forward, as TRL does, since DDP, FSDP and autocast wrap that.
     """
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments by this signature
-    def forward(self: Any, *args: Any, response: Any = None, **kwargs: Any) -> Any:
-        if response is None:
+    def forward(self: Any, *args: Any, rollout: Any = None, **kwargs: Any) -> Any:
+        if rollout is None:
             return original(*args, **kwargs)
-        tokens, mask = response
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        hidden = hidden[:, -tokens.shape[1] - 1 : -1]  # position t - 1 predicts token t
-        head = Head(self.get_output_embeddings())
+        hidden, head = siren.forward(self, rollout), Head(self.get_output_embeddings())
         with torch.autocast(hidden.device.type, enabled=False):  # rounded logits shift entropies
-            return siren.token_stats(hidden, tokens, mask, head=head, **options)
+            return siren.token_stats(hidden, rollout.tokens, rollout.mask, head=head, **options)
 
     model.forward = types.MethodType(forward, model)
 
@@ -179,14 +170,13 @@ class SirenGRPOTrainer(GRPOTrainer):
         given = {name for name, value in others.items() if value is not None}
         if vision := given - {"compute_entropy", "compute_aux_loss"}:
             raise ConfigError(f"vision inputs ({min(vision)}): not supported; train on text")
-        parts = []
+        halves = []
+        for half in (slice(0, -logits_to_keep), slice(-logits_to_keep, None)):
+            halves += [input_ids[:, half], attention_mask[:, half]]
+        rollout, parts = siren.Rollout(*halves, logp=attention_mask), []  # logp is not looked at
         for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
-            ids, seen = input_ids[rows], attention_mask[rows]
-            # TRL leaves the positions to the model, which counts the padding on the left
-            inputs = {"position_ids": (seen.cumsum(1) - 1).clamp(min=0), "attention_mask": seen}
-            response = ids[:, -logits_to_keep:], seen[:, -logits_to_keep:]
             with self.accelerator.autocast():
-                parts.append(model(input_ids=ids, **inputs, response=response))
+                parts.append(model(rollout=rollout.rows(rows)))
         stats = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         self._h = stats["nucleus_entropy"]
         return stats["logp"], stats["entropy"], None
@@ -254,22 +244,21 @@ class SirenGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            how = {name: getattr(self.args, name) for name in MEASURE}
-            (folder / STATE).write_text(json.dumps({"anchor": self.anchor, **how}))
+            state = {"anchor": self.anchor} | {name: getattr(self.args, name) for name in MEASURE}
+            (folder / STATE).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            if not (path := Path(checkpoint) / STATE).exists():
-                raise ConfigError(f"{path}: does not exist; resume a checkpoint of this trainer")
-            saved = json.loads(path.read_text())
-            for name in MEASURE:
-                if (now := getattr(self.args, name)) != saved[name]:
-                    raise ConfigError(f"--{name} {now}: H* was measured with {saved[name]}; use it")
-            if self.args.anchor not in (None, saved["anchor"]):
-                rule = f"H* of the checkpoint is {saved['anchor']}; leave it out"
-                raise ConfigError(f"--anchor {self.args.anchor}: {rule}")
-            self.anchor = saved["anchor"]
+        if checkpoint is None:
+            return
+        if not (path := Path(checkpoint) / STATE).exists():
+            raise ConfigError(f"{path}: does not exist; resume a checkpoint of this trainer")
+        saved = json.loads(path.read_text())
+        for name, was in saved.items():
+            now = getattr(self.args, name)
+            if now != was and (name, now) != ("anchor", None):
+                raise ConfigError(f"--{name} {now}: the checkpoint has {was}; leave it as it was")
+        self.anchor = saved["anchor"]
 
 
 # --- the script ---
@@ -290,18 +279,19 @@ class Parser(engine.Parser, HfArgumentParser):
     """HfArgumentParser whose errors are one line."""
 
 
-# without --model: what siren.py does on the toy
-TOY = {"max_completion_length": 16, "per_device_train_batch_size": 64, "steps_per_generation": 4}
-TOY |= {"siren_beta": 0.2, "learning_rate": 3e-4, "max_steps": 40, "logging_steps": 4}
-TOY |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
-TOY |= {"output_dir": "runs/trl-toy", "save_strategy": "no"}
+def siren_options(cfg: siren.Config) -> dict[str, Any]:
+    """What siren.py does with this cfg, as options of SirenGRPOConfig."""
+    own = {"siren_beta": cfg.beta, "siren_top_p": cfg.top_p, "peak_quantile": cfg.peak_quantile}
+    return {**trl_data.options(cfg), **own, "regularizer": cfg.regularizer}
 
 
 def make_trainer(argv: list[str]) -> SirenGRPOTrainer:
     """The trainer that a command line asks for. ConfigError for bad input."""
     parser = Parser((Script, SirenGRPOConfig), description=__doc__, allow_abbrev=False)
-    if not any(word.split("=")[0] == "--model" for word in argv):
-        parser.set_defaults(**TOY)
+    if not any(word.split("=")[0] == "--model" for word in argv):  # ten rollouts of the toy
+        shown = {"logging_strategy": "steps", "logging_steps": 4, "disable_tqdm": False}
+        toy = siren_options(siren.Config(steps=10)) | shown
+        parser.set_defaults(**toy, output_dir="runs/trl-toy")
     try:
         script, args = parser.parse_args_into_dataclasses(argv)
         if script.model:
@@ -316,21 +306,21 @@ def make_trainer(argv: list[str]) -> SirenGRPOTrainer:
             parts["peft_config"] = LoraConfig(target_modules="all-linear", **lora)
         return SirenGRPOTrainer(args=args, **parts)
     except (ImportError, OSError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def train(argv: list[str] | None) -> None:
+    """Train, then save the model."""
+    trainer = make_trainer(sys.argv[1:] if argv is None else argv)
+    if (last := trainer.args.resume_from_checkpoint) and not Path(last).is_dir():
+        raise ConfigError(f"--resume_from_checkpoint {last}: no such folder; name a checkpoint")
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 0: done, 2: bad input."""
-    try:
-        trainer = make_trainer(sys.argv[1:] if argv is None else argv)
-        if (last := trainer.args.resume_from_checkpoint) and not Path(last).is_dir():
-            raise ConfigError(f"--resume_from_checkpoint {last}: no such folder; name a checkpoint")
-        trainer.train(resume_from_checkpoint=last)
-        trainer.save_model()
-    except ConfigError as error:
-        print(f"trl_siren.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    """The command. Exit code 0: done, 1: stopped, 2: bad input, 130: interrupted."""
+    return engine.run_tool("trl_siren.py", train, argv)
 
 
 if __name__ == "__main__":

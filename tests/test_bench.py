@@ -85,15 +85,16 @@ def test_replayed_passes_are_the_recorded_ones():
         model.get_output_embeddings()(hidden).sum().backward()
 
     calls = bench.record_passes(model, run)
-    names, steps = [name for name, *_ in calls], rollout[0].tokens.shape[1]
-    assert names == ["model", "network", "head"] * steps + ["network", "head"]
-    assert [with_grad for _, with_grad, *_ in calls] == [False] * 3 * steps + [True, True]
+    modules, steps = [module for module, *_ in calls], rollout[0].tokens.shape[1]
+    head = model.get_output_embeddings()
+    assert modules == [model.base_model, head] * (steps + 1)
+    assert [with_grad for _, with_grad, *_ in calls] == [False] * 2 * steps + [True, True]
     model.zero_grad()
     seen = []
-    hook = model.register_forward_hook(lambda _, __, out: seen.append(out.logits))
+    hook = head.register_forward_hook(lambda _, __, logits: seen.append(len(logits)))
     bench.replay_passes(model, calls)
     hook.remove()
-    assert len(seen) == steps
+    assert len(seen) == steps + 1 and seen[-1] == rollout[0].mask.numel()
     grads = [p.grad for p in model.parameters()]
     assert all(g is not None and torch.isfinite(g).all() for g in grads)
     assert sum(float(g.abs().sum()) for g in grads) > 0

@@ -7,8 +7,6 @@ draws its own, and so do the mini-batches: siren.py's hold whole groups, TRL shu
 So the curves can agree only as far as those of two seeds of one engine do.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import random
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -219,13 +218,6 @@ def run(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit code 0: done; 1: failed; 2: bad input; 130: interrupted."""
-    try:
-        return run(argv)
-    except ConfigError as error:
-        code, text = 2, f"error: {error}"
-    except OSError as error:
-        code, text = 1, f"stopped: {error}"
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted; nothing was stored"
-    print(f"toy_env.py: {text}", file=sys.stderr)
-    return code
+    from examples.engine import run_tool
+
+    return run_tool("toy_env.py", run, argv)

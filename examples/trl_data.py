@@ -1,7 +1,5 @@
 """What trl_siren.py trains on, in the form TRL wants: model, tokenizer, data, reward function."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from datasets import Dataset

@@ -12,8 +12,6 @@ the anchor of siren.micro_batch_anchor, and losses and gradients add up exactly.
 methods are private to TRL and change from version to version: see TESTED_WITH.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -106,14 +104,12 @@ def check_supported(trainer: GRPOTrainer) -> None:
         if (value := getattr(config, name, None)) not in (None, 1):
             raise ConfigError(f"{name} {value}: capped or scaled logits are not supported")
     for module in trainer.model.modules():  # both passes of a step must see the same policy
-        own = {"p"} if isinstance(module, torch.nn.Dropout) else set()
         for name, value in vars(module).items():
-            named = name in own or "drop" in name or "jitter" in name
-            if named and isinstance(value, float) and value > 0:
-                where, fix = f"{type(module).__name__}.{name} {value}", "--disable_dropout true"
-                raise ConfigError(
-                    f"{where}: must be 0, as in sampling; {fix}, or in (LoRA's) config"
-                )
+            dropout = "drop" in name or "jitter" in name or name == "p"
+            if dropout and isinstance(value, float) and value > 0:
+                where = f"{type(module).__name__}.{name} {value}"
+                fix = "--disable_dropout true, or 0 in the model's (or LoRA's) configuration"
+                raise ConfigError(f"{where}: must be 0, the policy that was sampled; {fix}")
 
 
 class Head:
@@ -202,8 +198,7 @@ class SirenGRPOTrainer(GRPOTrainer):
                 responses = mask.any(1).sum()
                 h_sum = siren.aggregate_entropy(h, peak, mask) * responses
                 sums.append(torch.stack([h_sum, responses, peak.sum(), mask.sum()]))
-        everywhere = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
-        h_sum, responses, peaks, tokens = everywhere
+        h_sum, responses, peaks, tokens = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
         return h_sum / responses.clamp(min=1), peaks / tokens.clamp(min=1), responses.clamp(min=1)
 
     def _regularizer(self, h_agg: torch.Tensor, anchor: torch.Tensor | float) -> torch.Tensor:

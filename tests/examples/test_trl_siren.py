@@ -195,8 +195,8 @@ def oracle_policy_loss(now, old):
     return loss
 
 
-def oracle(runs, accumulation, *, lora=None, untied=False, temperature=1.0, **penalty):
-    """The whole run again: the weights after it and the values of each step."""
+def oracle(runs, accumulation, *, steps=STEPS, lora=None, untied=False, temperature=1.0, **penalty):
+    """The run again, or its first steps: the weights after it and the values of each step."""
     measure = temperature, penalty.pop("peak_quantile", 0.8)
     options = {"regularizer": "anchor", "anchor": None, "siren_beta": BETA} | penalty
     regularizer, anchor, beta = options.values()
@@ -211,7 +211,7 @@ def oracle(runs, accumulation, *, lora=None, untied=False, temperature=1.0, **pe
         for s in range(STEPS)
     ]
     log, old = [], []
-    for step, window in enumerate(windows):
+    for step, window in enumerate(windows[:steps]):
         if step % 2 == 0:  # a new rollout
             with torch.no_grad():
                 both = [
@@ -262,8 +262,9 @@ def check_against_oracle(runs, case):
     for expected, found in zip(log, runs[0]["log"], strict=True):  # the first process logs
         for name, value in expected.items():  # trl adds up its losses in float32
             assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
-    plain = oracle(runs, accumulation, **known | {"siren_beta": 0.0})[0]
-    assert largest_difference(plain, weights) > 1e-4, "the regulariser makes no difference here"
+    plain = oracle(runs, accumulation, steps=2, **known | {"siren_beta": 0.0})[1]
+    gap = abs(plain[1]["siren/h_agg"] - log[1]["siren/h_agg"])
+    assert gap > 1e-4, "the regulariser makes no difference here"
 
 
 # === exactness ===

@@ -449,19 +449,25 @@ def run_command(train: Callable, argv: list[str] | None = None) -> int:
     return code
 
 
-def run_tool(name: str, function: Callable, argv: list[str] | None = None) -> int:
+def run_tool(
+    name: str,
+    function: Callable,
+    argv: list[str] | None = None,
+    again: str = "what is done is kept; the same command goes on",
+) -> int:
     """A command beside siren.py: function(argv). Whatever goes wrong is one line.
 
-    Exit code 0 or what function returns: done; 1: stopped; 2: bad input; 130: interrupted.
+    again: what to do after a stop. Exit code 0 or what function returns: done; 1: stopped; 2: bad
+    input; 130: interrupted.
     """
     try:
         return function(argv) or 0
     except ConfigError as error:
         code, text = 2, f"error: {error}"
     except (RuntimeError, OSError) as error:
-        code, text = 1, f"stopped: {one_line(error)}; what is done is kept, run it again"
+        code, text = 1, f"stopped: {one_line(error)}; {again}"
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; the same command goes on from here"
+        code, text = 130, f"interrupted; {again}"
     print(f"{name}: {text}", file=sys.stderr)
     return code
 

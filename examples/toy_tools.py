@@ -220,4 +220,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit code 0: done; 1: failed; 2: bad input; 130: interrupted."""
     from examples.engine import run_tool
 
-    return run_tool("toy_env.py", run, argv)
+    return run_tool("toy_env.py", run, argv, "nothing was stored; run it again")

@@ -105,7 +105,8 @@ def check_supported(trainer: GRPOTrainer) -> None:
             raise ConfigError(f"{name} {value}: capped or scaled logits are not supported")
     for module in trainer.model.modules():  # both passes of a step must see the same policy
         for name, value in vars(module).items():
-            dropout = "drop" in name or "jitter" in name or name == "p"
+            dropout = "drop" in name or "jitter" in name
+            dropout |= name == "p" and isinstance(module, torch.nn.Dropout)
             if dropout and isinstance(value, float) and value > 0:
                 where = f"{type(module).__name__}.{name} {value}"
                 fix = "--disable_dropout true, or 0 in the model's (or LoRA's) configuration"
@@ -314,8 +315,13 @@ def train(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 0: done, 1: stopped, 2: bad input, 130: interrupted."""
-    return engine.run_tool("trl_siren.py", train, argv)
+    """The command. Exit code 0: done, 2: bad input."""
+    try:
+        train(argv)
+    except ConfigError as error:  # what TRL itself raises keeps its traceback
+        print(f"trl_siren.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

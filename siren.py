@@ -381,9 +381,8 @@ def policy_loss(
         gain_t = min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
         ratio_t = exp(logp_t - old_logp_t), how much likelier the token has become
 
-    logp, old_logp, mask [B, T], adv (A) [B], or [B, T] for one per token -> (loss, stats).
-    max_tokens: the response budget, by default T; "grpo" has each response's length there.
-    stats: clip_fraction; approx_kl(old || new).
+    logp, old_logp, mask [B, T], adv (A) [B] or [B, T] -> (loss, stats). max_tokens: the budget, by
+    default T; "grpo" has each response's length there. stats: clip_fraction; approx_kl(old || new).
 
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
     >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]  # clipped to 1.2
@@ -391,8 +390,7 @@ def policy_loss(
     """
     mask = mask.bool()
     log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-20, 20)  # so that exp is finite
-    ratio = log_ratio.exp()  # [B, T]
-    adv = adv if adv.dim() == 2 else adv[:, None]
+    ratio, adv = log_ratio.exp(), adv if adv.dim() == 2 else adv[:, None]  # [B, T]
     free, clipped = ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv
     gain = torch.where(mask, torch.min(free, clipped), 0.0).sum(1)  # [B]
     budget = max_tokens or max(1, mask.shape[1])

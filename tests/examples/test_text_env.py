@@ -800,18 +800,18 @@ def test_smollm2_reads_its_chat_template(spec):
 
 
 @pytest.mark.parametrize("rank", [0, 16])
-def test_six_steps_of_smollm2(spec, tmp_path, rank, monkeypatch):
+def test_four_steps_of_smollm2(spec, tmp_path, rank, monkeypatch):
     spec += f",lora_rank={rank}"
     how = {"task": spec, "prompts": 2, "group_size": 4, "max_tokens": 8, "temperature": 0.7}
-    how |= {"mini_batches": 1, "warmup_steps": 1, "lr": 3e-4 if rank else 1e-5, "save_every": 4}
-    how |= {"eval_prompts": 2, "eval_samples": 2, "steps": 6}
+    how |= {"mini_batches": 1, "warmup_steps": 1, "lr": 3e-4 if rank else 1e-5, "save_every": 2}
+    how |= {"eval_prompts": 2, "eval_samples": 2, "steps": 4}
     checked, write_whole = [], engine.write_whole
 
-    def keep_step_4(path: Path, data: bytes) -> None:
+    def keep_step_2(path: Path, data: bytes) -> None:
         write_whole(path, data)
         metrics = path.parent / engine.METRICS
-        at_4 = metrics.exists() and metrics.read_bytes().count(b"\n") == 4  # steps 0 to 3
-        if path.name == engine.CHECKPOINT and at_4 and not (tmp_path / "b").exists():
+        at_2 = metrics.exists() and metrics.read_bytes().count(b"\n") == 2  # steps 0 and 1
+        if path.name == engine.CHECKPOINT and at_2 and not (tmp_path / "b").exists():
             shutil.copytree(path.parent, tmp_path / "b")
 
     def score(model: object, rollout: siren.Rollout, cfg: siren.Config) -> dict:
@@ -821,15 +821,15 @@ def test_six_steps_of_smollm2(spec, tmp_path, rank, monkeypatch):
 
     siren_score = siren.score
     monkeypatch.setattr(siren, "score", score)
-    monkeypatch.setattr(engine, "write_whole", keep_step_4)
+    monkeypatch.setattr(engine, "write_whole", keep_step_2)
     records = siren.train(siren.Config(**how, out=str(tmp_path / "a")))
-    assert len(checked) == 6 and max(checked) < 1e-3  # the cache's log-probs are the full pass's
-    assert [record["step"] for record in records] == list(range(7))
+    assert len(checked) == 4 and max(checked) < 1e-3  # the cache's log-probs are the full pass's
+    assert [record["step"] for record in records] == list(range(5))
     for record in records[1:]:
         assert 0 <= record["reward"] <= 1 and record["skipped_updates"] == 0
         assert all(math.isfinite(v) for v in record.values())
     # a step without one is possible: all rewards alike and H_agg at its anchor
-    assert sum(record["grad_norm"] > 0 for record in records[1:]) >= 3
+    assert sum(record["grad_norm"] > 0 for record in records[1:]) >= 2
     assert {"heldout/avg@2", "heldout/pass@2"} <= records[0].keys() & records[-1].keys()
     again = siren.train(siren.Config(**how, out=str(tmp_path / "b")), resume=True)
     plain = [[{k: v for k, v in r.items() if k != "seconds"} for r in x] for x in (records, again)]

@@ -241,29 +241,35 @@ def mean_score(rows: Iterable[Row], score: str) -> float:
     return float(np.mean([study.score(row, score) for row in rows]))
 
 
-def settings(row: Row) -> str:
+def settings(row: Row) -> dict[str, str]:
     """What tells one candidate from another."""
     config = row["config"]
     names = {"lr": "lr", "beta": "beta", "top_p": "p", "peak_quantile": "tau"}
     names |= {"max_tokens": "budget"}
-    plug = config["plug"].partition(":")[2]
-    return ", ".join([f"{new} {config[old]:g}" for old, new in names.items()] + [plug] * bool(plug))
+    found = {new: f"{new} {config[old]:g}" for old, new in names.items()}
+    return {
+        **found,
+        "vocabulary": f"V {study.vocabulary(row)}",
+        "plug": config["plug"].partition(":")[2],
+    }
 
 
 def group_table(rows: dict[str, list[Row]]) -> list[str]:
-    """Means over seeds for every setting of every label."""
+    """Means over seeds for every setting of every label; what is the same in all is left out."""
+    all_settings = [settings(row) for some in rows.values() for row in some]
+    varied = [name for name in all_settings[0] if len({some[name] for some in all_settings}) > 1]
     lines = []
     for label, some in rows.items():
         settled: dict[str, list[Row]] = defaultdict(list)
         for row in some:
-            settled[f"{settings(row)}, V {study.vocabulary(row)}"].append(row)
+            own = settings(row)
+            settled[", ".join(own[name] for name in varied if own[name])].append(row)
         for what, own in settled.items():
             scores = [f"{mean_score(own, score):.3f}" for score in SCORES]
             held = np.mean([row["probe"]["h_agg"] for row in own])
             useless = np.mean([row["probe"]["useless_share"] for row in own])
-            lines.append(
-                [NAMES.get(label, label), what, *scores, f"{held:.3f}", f"{100 * useless:.2f} %"]
-            )
+            name = NAMES.get(label, label).removesuffix(", best")
+            lines.append([name, what, *scores, f"{held:.3f}", f"{100 * useless:.2f} %"])
     return markdown(["method", "setting", *SCORES, "H_agg", "useless"], lines)
 
 
@@ -316,13 +322,22 @@ def steps_figure(rows: dict[str, list[Row]]) -> Figure:
             ]
             if key != "h_agg" or label in ("dr_grpo", "siren"):  # which have the same p and tau
                 band(ax, label, x, values, marker="")
-        ax.set(title=title, xlabel="step", ylim=(0, None))
+        ax.set(title=title, xlabel="step")
+        if key == "entropy":  # so that collapse and explosion can both be read
+            ax.set_yscale("log")
+            ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+            ax.minorticks_off()
+        else:
+            ax.set_ylim(0, None)
     axes[0].legend(fontsize=7)
     return figure
 
 
 def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
-    """Where the entropy sits: H and H' by kind of token, and what share of the peaks each has."""
+    """Where the entropy sits: H and H' by kind of token, and what share of the peaks each has.
+
+    What explodes leaves the figure on the right: its entropies are written there.
+    """
     figure = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
     titles = {"entropy": "H (nats)", "nucleus_entropy": "H' (nats)", "peaks": "share of the peaks"}
     shades, labels = {"fork": "#0059b3", "fact": "#e69f00", "forced": "0.65"}, list(rows)
@@ -333,7 +348,11 @@ def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
             y = np.arange(len(labels)) + 0.27 * (i - 1)
             style = {"color": shades[kind], "hatch": ("", "///", "")[i], "edgecolor": "white"}
             ax.barh(y, mean, 0.25, xerr=(mean - low, high - mean), label=kind, **style)
-        ax.set(title=title, xlim=(0, None))
+            for at, value in zip(y, mean, strict=True):
+                if value > 2:
+                    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                    ax.text(1.2, at, f"{value:.1f}", fontsize=6, ha="right", va="center", bbox=box)
+        ax.set(title=title, xlim=(0, 1 if what == "peaks" else 1.3))
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_yticks(range(len(labels)), [NAMES[label] for label in labels], fontsize=8)
     ax.invert_yaxis()

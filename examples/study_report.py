@@ -360,8 +360,25 @@ def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
     return figure
 
 
-def k_figure(rows: dict[str, list[Row]]) -> Figure:
-    """pass@k and maj@k on hard prompts, at both temperatures."""
+def constrained_figure(rows: dict[str, list[Row]], base: dict[int, Row]) -> Figure:
+    """Entropy over steps, a line for each seed: an adaptive bonus that aims at the entropy of the
+    base model, and SIREN."""
+    figure, axes = panels(2)
+    for ax, label in zip(axes, ("constrained", "siren"), strict=True):
+        for row in rows[label]:
+            entropy = [record["entropy"] for record in row["log"]]
+            start = base[row["config"]["seed"]]["probe"]["entropy"]
+            steps = [record["step"] for record in row["log"]]
+            ax.plot(steps, np.array(entropy) / start, color="#0059b3", lw=0.8)
+        ax.axhline(1, color="0", linestyle=":")
+        ax.set(title=NAMES[label], xlabel="step", ylabel="H / base", yscale="log", ylim=(0.2, 12))
+        ax.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
+        ax.minorticks_off()
+    return figure
+
+
+def k_figure(rows: dict[str, list[Row]], grade: str) -> Figure:
+    """pass@k and maj@k at both temperatures."""
     figure, axes = panels(2, 2)
     ks = [1, 2, 4, 8, 16, 32, 64]
     for ax, (score, temperature) in zip(
@@ -369,12 +386,13 @@ def k_figure(rows: dict[str, list[Row]]) -> Figure:
     ):
         for label in ("base", "dr_grpo", "naive_bonus", "siren", "anchor_only"):
             found = [
-                [study.score(row, f"{score}@{k}", "hard", temperature) for row in rows[label]]
+                [study.score(row, f"{score}@{k}", grade, temperature) for row in rows[label]]
                 for k in ks
                 if f"{score}@{k}" in rows[label][0]["evals"][0]
             ]
             band(ax, label, ks[: len(found)], found)
-        ax.set(title=f"{score}@k, hard, T = {temperature}", xlabel="k", xscale="log", ylim=(0, 1))
+        title = f"{score}@k, {grade}, T = {temperature}"
+        ax.set(title=title, xlabel="k", xscale="log", ylim=(0, 1))
         ax.set_xticks(ks, map(str, ks))
     axes[0].legend(fontsize=7)
     return figure
@@ -439,7 +457,9 @@ def write(size: study.Size, store: study.Store, out: Path) -> None:
         lines += ["## The main table", "", *score_tables(table), *policy_table(table)]
         lines += ["## SIREN against the others", "", *claims(table)]
         lines += ["## Where the entropy sits", "", *kinds_table(rows)]
-        figures |= {"steps": steps_figure(rows), "kinds": kinds_figure(rows), "k": k_figure(rows)}
+        figures |= {"steps": steps_figure(rows), "kinds": kinds_figure(rows)}
+        figures |= {"k": k_figure(rows, "hard"), "k_easy": k_figure(rows, "easy")}
+        figures["constrained"] = constrained_figure(rows, by_seed(rows["base"]))
     for part in ("tune", "vocabularies", "sensitivity", "scale", "official"):
         if rows := found[part]:
             lines += [f"## {part.capitalize()}", "", *group_table(rows)]

@@ -236,7 +236,7 @@ def test_smoke_writes_everything(smoke):
     for heading in ("The main table", "SIREN against the others", "Where the entropy sits"):
         assert f"## {heading}\n" in text
     assert all(f"## {part.capitalize()}\n" in text for part in study.PARTS if part != "main")
-    for name in ("steps", "kinds", "k", "vocabularies", "sensitivity"):
+    for name in ("steps", "kinds", "k", "k_easy", "constrained", "vocabularies", "sensitivity"):
         assert (smoke / f"{name}.png").stat().st_size > 10_000, name
     with open(smoke / "main.csv", newline="") as file:
         lines = list(csv.DictReader(file))

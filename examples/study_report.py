@@ -212,7 +212,7 @@ def headline(lines: dict) -> list[str]:
     for method, name in HEADLINE.items():
         seeds = lines[method, "hard", "0.6"].values()
         scores = [text(line[score] for line in seeds) for score in SCORES[:3]]
-        rows.append([name, *scores, kept(lines, method, "h_agg")])
+        rows.append([name, *scores, "1" if method == "base" else kept(lines, method, "h_agg")])
     return markdown(["", *SCORES[:3], "H_agg / base"], rows)
 
 

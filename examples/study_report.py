@@ -47,7 +47,8 @@ KINDS = ("fork", "fact", "forced")
 SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
 HEADLINE = {"base": "base model", "dr_grpo": "Dr.GRPO", "siren": "SIREN"}
 HEADLINE |= {"naive_exploding": "exploding bonus"}
-CLAIMED = ("dr_grpo", "wo_top_p", "wo_peak", "wo_anchor", "anchor_only", "constrained")
+CLAIMED = ("dr_grpo", "naive_bonus", "constrained")
+CLAIMED += ("wo_top_p", "wo_peak", "wo_anchor", "anchor_only")
 
 
 # ------------------------------------------------------------------------------------ 1. statistics

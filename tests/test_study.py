@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -307,3 +308,38 @@ def test_two_studies_in_one_folder(tmp_path, capsys):
     with RunFolder(siren.Config(out=str(tmp_path)), resume=False):
         assert study.main(["--plan", "--out", str(tmp_path)]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_readme_says_what_main_csv_says():
+    """README's table and every difference in it, computed again from the stored file."""
+    lines = study_report.read_csv(study.ROOT / "results" / "main.csv")
+    text = (study.ROOT / "README.md").read_text()
+    for row in study_report.headline(lines)[2:-1]:
+        assert row in text
+    found = re.findall(r"[+-]\.\d{3} \[[+-]\.\d{3}, [+-]\.\d{3}\]", text)
+    due = {
+        study_report.text(study_report.differences(lines, other, score, "0.6"), "+")
+        for other in study_report.CLAIMED
+        for score in study_report.SCORES[:3]
+    }
+    assert len(found) >= 7 and set(found) <= due
+
+
+def test_readmes_claims_in_words():
+    """Collapse, explosion, an anchor that holds; the masked bonus explodes at 3 x its best."""
+    store = study.Store(study.ROOT / "results")
+    rows = study_report.labelled("main", SIZE, store)
+
+    def mean(method, value):
+        return np.mean([value(row) for row in rows[method]])
+
+    def passes(row):
+        return study.score(row, "pass@16")
+
+    assert mean("dr_grpo", passes) < mean("base", passes) < mean("siren", passes)
+    assert all(map(study.exploded, rows["naive_exploding"]))
+    held = mean("siren", lambda row: row["probe"]["h_agg"] / row["anchor"])
+    assert 0.8 < held < 1 and not any(map(study.exploded, rows["siren"]))
+    best = study.choose(SIZE, store.rows)["wo_anchor"]
+    for job in study.each(SIZE, [("", {**best, "beta": 3 * best["beta"]})]):
+        assert study.exploded(store.rows[job.key])

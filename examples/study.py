@@ -326,7 +326,8 @@ def exploded(row: dict[str, Any]) -> bool:
 def choose(size: Size, rows: Rows) -> dict[str, dict[str, Any]]:
     """Row of the main table -> its changes: the candidate with the best mean of avg@16 and maj@16
     on hard validation prompts at T = 0.6. naive_exploding is the smallest coefficient with which
-    the naive bonus explodes on every validation seed (the largest, if none does)."""
+    the naive bonus explodes on every validation seed (the largest, if none does); dr_grpo_same_lr
+    is Dr.GRPO at the learning rate of the others, which is not tuned."""
     chosen, exploding = {}, []
     for method, candidates in METHODS.items():
         goodness = []
@@ -337,7 +338,8 @@ def choose(size: Size, rows: Rows) -> dict[str, dict[str, Any]]:
                 exploding.append(changes)
         chosen[method] = candidates[goodness.index(max(goodness))]
     naive = METHODS["naive_bonus"][size.candidates - 1]
-    return {**chosen, "naive_exploding": [*exploding, naive][0]}
+    same_lr = {**chosen["dr_grpo"], "lr": siren.Config().lr}
+    return {**chosen, "naive_exploding": [*exploding, naive][0], "dr_grpo_same_lr": same_lr}
 
 
 def main_table(size: Size, rows: Rows) -> list[Job]:

@@ -24,6 +24,7 @@ Row = dict[str, Any]
 NAMES = {
     "base": "base model",
     "dr_grpo": "Dr.GRPO",
+    "dr_grpo_same_lr": "Dr.GRPO, same lr",
     "naive_bonus": "naive bonus, best",
     "naive_exploding": "naive bonus, exploding",
     "constrained": "constrained bonus",
@@ -47,7 +48,7 @@ KINDS = ("fork", "fact", "forced")
 SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
 HEADLINE = {"base": "base model", "dr_grpo": "Dr.GRPO", "siren": "SIREN"}
 HEADLINE |= {"naive_exploding": "exploding bonus"}
-CLAIMED = ("dr_grpo", "naive_bonus", "constrained")
+CLAIMED = ("dr_grpo", "dr_grpo_same_lr", "naive_bonus", "constrained")
 CLAIMED += ("wo_top_p", "wo_peak", "wo_anchor", "anchor_only")
 
 

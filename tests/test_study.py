@@ -114,6 +114,7 @@ def test_choose_takes_the_best_mean_over_the_validation_seeds():
     chosen = study.choose(SIZE, rows)
     assert {name: chosen[name] for name in best} == best
     assert chosen["naive_exploding"]["beta"] == naive[4]
+    assert chosen["dr_grpo_same_lr"] == {**chosen["dr_grpo"], "lr": siren.Config().lr}
 
 
 def test_key_holds_all_that_changes_numbers_and_nothing_else():
@@ -242,7 +243,7 @@ def test_smoke_writes_everything(smoke):
     with open(smoke / "main.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert tuple(lines[0]) == study_report.COLUMNS
-    labels = {"base", "naive_exploding", *study.METHODS}
+    labels = {"base", "naive_exploding", "dr_grpo_same_lr", *study.METHODS}
     assert {line["method"] for line in lines} == labels
     assert len(lines) == len(labels) * 4  # grades and temperatures
 
@@ -267,7 +268,7 @@ def test_a_lost_row_is_made_again_and_is_the_same(smoke, capsys):
 
 def test_again_compares_row_by_row(smoke, capsys):
     path = smoke / "raw" / "main.jsonl.gz"
-    before, wanted = path.read_bytes(), len(study.METHODS) + 2
+    before, wanted = path.read_bytes(), len(study.METHODS) + 3  # choose adds two
     assert study.main(["--smoke", "--again", "0", "--out", str(smoke)]) == 0
     assert f"{wanted} of {wanted} rows are the same to the last digit" in capsys.readouterr().out
     rows = [json.loads(line) for line in gzip.decompress(before).splitlines()]

@@ -171,8 +171,8 @@ def read_csv(path: Path) -> dict[tuple[str, str, str], dict[int, dict[str, float
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """A table."""
     head = list(head)
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return [*lines, ""]
+    first, *others = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [first, "|---" * len(head) + "|", *others, ""]
 
 
 def score_tables(lines: dict) -> list[str]:
@@ -273,6 +273,30 @@ def group_table(rows: dict[str, list[Row]]) -> list[str]:
             name = NAMES.get(label, label).removesuffix(", best")
             lines.append([name, what, *scores, f"{held:.3f}", f"{100 * useless:.2f} %"])
     return markdown(["method", "setting", *SCORES, "H_agg", "useless"], lines)
+
+
+def vocabulary_differences(
+    rows: dict[str, list[Row]], other: str, score: str, vocab: int
+) -> list[float]:
+    """SIREN minus another method on hard prompts at T = 0.6 in worlds of this size, by seed."""
+    mine, theirs = (
+        by_seed(row for row in rows[label] if study.vocabulary(row) == vocab)
+        for label in ("siren", other)
+    )
+    return [study.score(mine[s], score) - study.score(theirs[s], score) for s in sorted(mine)]
+
+
+def vocabulary_table(rows: dict[str, list[Row]]) -> list[str]:
+    """What the size of the vocabulary changes in SIREN minus the others."""
+    lines = []
+    for other in ("dr_grpo", "anchor_only"):
+        for vocab in sorted(set(map(study.vocabulary, rows["siren"]))):
+            cells = [
+                text(vocabulary_differences(rows, other, score, vocab), "+")
+                for score in SCORES[:3]
+            ]
+            lines.append([f"SIREN - {NAMES[other]}", str(vocab), *cells])
+    return markdown(["hard prompts, T = 0.6", "vocabulary", *SCORES[:3]], lines)
 
 
 def kinds_table(rows: dict[str, list[Row]]) -> list[str]:
@@ -420,6 +444,8 @@ def vocabularies_figure(rows: dict[str, list[Row]]) -> Figure:
         for label, some in rows.items():
             sweep(ax, label, some, study.vocabulary, value)
         ax.set(title=title, xlabel="vocabulary", xscale="log", ylim=(0, None))
+        ax.set_xticks(study.Size().vocabularies, map(str, study.Size().vocabularies))
+        ax.minorticks_off()
     axes[0].legend(fontsize=7)
     return figure
 
@@ -466,6 +492,7 @@ def write(size: study.Size, store: study.Store, out: Path) -> None:
         if rows := found[part]:
             lines += [f"## {part.capitalize()}", "", *group_table(rows)]
     if rows := found["vocabularies"]:
+        lines += ["## SIREN against the others, by vocabulary", "", *vocabulary_table(rows)]
         figures["vocabularies"] = vocabularies_figure(rows)
     if rows := found["sensitivity"]:
         figures["sensitivity"] = sensitivity_figure(rows, by_seed(found["tune"]["base"]))

@@ -292,11 +292,37 @@ def vocabulary_table(rows: dict[str, list[Row]]) -> list[str]:
     for other in ("dr_grpo", "anchor_only"):
         for vocab in sorted(set(map(study.vocabulary, rows["siren"]))):
             cells = [
-                text(vocabulary_differences(rows, other, score, vocab), "+")
-                for score in SCORES[:3]
+                text(vocabulary_differences(rows, other, score, vocab), "+") for score in SCORES[:3]
             ]
             lines.append([f"SIREN - {NAMES[other]}", str(vocab), *cells])
     return markdown(["hard prompts, T = 0.6", "vocabulary", *SCORES[:3]], lines)
+
+
+def held_by_beta(rows: list[Row]) -> dict[float, float]:
+    """beta -> H_agg / anchor at the end of training, by the p and tau of the run; the seeds' mean.
+
+    The end is the last block of the log.
+    """
+    found: dict[float, list[float]] = defaultdict(list)
+    for row in rows:
+        found[row["config"]["beta"]].append(row["log"][-1]["h_agg"] / row["anchor"])
+    return {beta: float(np.mean(values)) for beta, values in sorted(found.items())}
+
+
+def scale_table(rows: dict[str, list[Row]], reference: list[Row]) -> list[str]:
+    """Does beta scale as docs/beta.md predicts? The beta that holds as much entropy in the usual
+    runs (`reference`, between whose betas it is interpolated, on a log scale), and the predicted
+    one."""
+    usual = held_by_beta(reference)
+    lines = []
+    for label, factor in (("budget 64", 4), ("half the peaks", 2)):
+        for beta, held in held_by_beta(rows[label]).items():
+            same = np.exp(np.interp(held, list(usual.values()), np.log(list(usual))))
+            ratio = max(same / (factor * beta), factor * beta / same)
+            cells = f"{held:.3f}", f"{same:.3f}", f"{factor * beta:g}", f"{ratio:.2f}"
+            lines.append([label, f"{beta:g}", *cells])
+    head = ["", "beta", "H_agg / anchor", "the usual beta that holds as much", "predicted"]
+    return markdown([*head, "apart by a factor of"], lines)
 
 
 def kinds_table(rows: dict[str, list[Row]]) -> list[str]:
@@ -491,6 +517,9 @@ def write(size: study.Size, store: study.Store, out: Path) -> None:
     for part in ("tune", "vocabularies", "sensitivity", "scale", "official"):
         if rows := found[part]:
             lines += [f"## {part.capitalize()}", "", *group_table(rows)]
+    if found["scale"] and found["sensitivity"]:
+        lines += ["## Does beta scale as predicted?", ""]
+        lines += scale_table(found["scale"], found["sensitivity"]["siren, beta"])
     if rows := found["vocabularies"]:
         lines += ["## SIREN against the others, by vocabulary", "", *vocabulary_table(rows)]
         figures["vocabularies"] = vocabularies_figure(rows)

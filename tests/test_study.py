@@ -51,6 +51,34 @@ def test_text_of_negative_and_large_numbers():
     assert study_report.text([10.25]) == "10.250 [10.250, 10.250]"
 
 
+def run_of(beta, held, seed=0, task="toy_env", **scores):
+    """A row with what the tables read."""
+    evals = [{"grade": "hard", "temperature": 0.6, **scores}]
+    log, config = [{"h_agg": 9.0}, {"h_agg": 2 * held}], {"beta": beta, "seed": seed, "task": task}
+    return {"config": config, "log": log, "anchor": 2.0, "evals": evals}
+
+
+def test_scale_table_by_hand():
+    """Usual runs hold .5 with beta .1 and .7 with 1; so .6 is held by the root of .1, .316."""
+    usual = [run_of(0.1, 0.4), run_of(0.1, 0.6), run_of(1.0, 0.7)]
+    rows = {"budget 64": [run_of(0.1, 0.6)], "half the peaks": [run_of(0.05, 0.5)]}
+    assert study_report.scale_table(rows, usual)[2:4] == [
+        "| budget 64 | 0.1 | 0.600 | 0.316 | 0.4 | 1.26 |",  # 4 x .1 was predicted; .4 / .316
+        "| half the peaks | 0.05 | 0.500 | 0.100 | 0.1 | 1.00 |",
+    ]
+
+
+def test_vocabulary_differences_pair_seeds_of_the_same_world():
+    small, large = "toy_env:vocab=96", "toy_env:vocab=256"
+    score = "maj@16"
+    rows = {
+        "siren": [run_of(1, 1, seed, task=small, **{score: 0.5 + seed}) for seed in (1, 2)],
+        "dr_grpo": [run_of(1, 1, seed, task=small, **{score: 0.25 * seed}) for seed in (2, 1)],
+    }
+    rows["siren"] += [run_of(1, 1, 1, task=large, **{score: 9.0})]
+    assert study_report.vocabulary_differences(rows, "dr_grpo", score, 96) == [1.25, 2.0]
+
+
 # ------------------------------------------------------------------------------- jobs and choices
 
 

@@ -408,7 +408,7 @@ def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_yticks(range(len(labels)), [NAMES[label] for label in labels], fontsize=8)
     ax.invert_yaxis()
-    ax.legend(fontsize=7, loc="lower right")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return figure
 
 
@@ -505,6 +505,7 @@ def write(size: study.Size, store: study.Store, out: Path) -> None:
     figures = {}
     lines = ["# Tables", "", "Written by `python examples/study.py`; README.md says how.", ""]
     if rows := found["main"]:
+        rows = {label: rows[label] for label in NAMES}  # in the order of the tables
         write_csv(rows, out / "main.csv")
         table = read_csv(out / "main.csv")
         lines += ["## README's table", "", *headline(table)]

@@ -126,7 +126,7 @@ METHODS: dict[str, Method] = {
     "naive_bonus": Method(
         "naive bonus", 1, "the SIREN repository, type naive_entropy_reg",
         config={"regularizer": "bonus", "top_p": 1.0, "peak_quantile": 0.0, "beta": 0.02},
-        coefficient="beta", candidates=BONUS,
+        coefficient="beta", candidates=(0.001, *BONUS[:3]),
     ),
     "clip_higher": Method(
         "clip-higher (DAPO)", 3, "arXiv 2503.14476",

@@ -165,9 +165,8 @@ def bench_head(sizes):
             found[kind][f"{pair}_memory"] = ratios(peaks[a], peaks[b])
     keys = {"nucleus_vs_floor_time": max, "nucleus_vs_floor_memory": max}
     keys |= {"nucleus_vs_sort_time": min}
-    likely = found["peaked"], found["zipf"]
     return {"a": found} | {
-        key: worse((kind[key] for kind in likely), key=lambda values: values["median"])
+        key: worse((found[kind][key] for kind in ("peaked", "zipf")), key=lambda x: x["median"])
         for key, worse in keys.items()
     }
 
@@ -375,9 +374,8 @@ def table(found):
     """The results in Markdown: every key, the details, and what it was measured on."""
     lines = ["| | measured | median | min - max | bound |", "|---|---|---|---|---|"]
     for key, (part, text, aim, less) in ROWS.items():
-        figures = "not measured |"
-        if key in found:
-            figures = "{median:.3g} | {min:.3g} - {max:.3g}".format(**found[key])
+        form = "{median:.3g} | {min:.3g} - {max:.3g}" if key in found else "not measured |"
+        figures = form.format(**found.get(key, {}))
         lines.append(f"| {part} | {text} | {figures} | at {'most' if less else 'least'} {aim:g} |")
     lines.append("")
     for part in PARTS:

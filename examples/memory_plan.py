@@ -59,14 +59,9 @@ class Run:
             what = f"no {missing[0]}" if missing else f"{experts[0]}, a mixture"
             raise siren.ConfigError(f"--model: its config has {what}; the plan knows Llama's shape")
         context = self.model.get("max_position_embeddings") or math.inf
-        if self.prompt < 1 or self.prompt + self.tokens > context:
+        if self.prompt < 1 or self.prompt + self.cfg.max_tokens > context:
             rule = f"must leave room for a prompt in the model's context of {context}; lower it"
-            raise siren.ConfigError(f"--max-tokens {self.tokens}: {rule}")
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.cfg.max_tokens
+            raise siren.ConfigError(f"--max-tokens {self.cfg.max_tokens}: {rule}")
 
     @property
     def e(self) -> int:
@@ -104,14 +99,12 @@ class Run:
 
     def at_once(self, refill: bool) -> list[tuple[int, int]]:
         """(prompts, responses) that are sampled at once, in training and in evaluation."""
-        cfg, found = self.cfg, []
-        for n, samples in (cfg.prompts, cfg.group_size), (cfg.eval_prompts, cfg.eval_samples):
-            if refill:
-                found.append((1, min(cfg.sample_batch, n * samples)))
-            else:  # the responses to a prompt stay together
-                some = min(n, max(1, cfg.sample_batch // samples))
-                found.append((some, some * samples))
-        return found
+        cfg = self.cfg
+        pairs = (cfg.prompts, cfg.group_size), (cfg.eval_prompts, cfg.eval_samples)
+        if refill:
+            return [(1, min(cfg.sample_batch, n * samples)) for n, samples in pairs]
+        whole = [(min(n, max(1, cfg.sample_batch // samples)), samples) for n, samples in pairs]
+        return [(n, n * samples) for n, samples in whole]  # those to a prompt stay together
 
 
 # ---------------------------------------------------------------------------------------- 1. memory
@@ -151,7 +144,7 @@ def logits_at_once(run: Run, rows: int, update: bool = False) -> float:
     to nine where the policy is so flat that all of the vocabulary is sorted)."""
     V, D, *_ = run.sizes
     chunk = run.cfg.chunk or max(1, (1 << (21 if device_of(run.cfg) == "cpu" else 26)) // V)
-    tensor, tokens = F32 * V * min(chunk, rows * run.tokens), rows * run.tokens
+    tensor, tokens = F32 * V * min(chunk, rows * run.cfg.max_tokens), rows * run.cfg.max_tokens
     if not update or run.lora_rank:
         return 5 * tensor
     head = V * D * run.e  # the gradient of a head that is trained: of a chunk, so far, their sum
@@ -163,7 +156,7 @@ def logits_at_once(run: Run, rows: int, update: bool = False) -> float:
 def plan(run: Run) -> dict[str, dict[str, float]]:
     """Phase -> part -> bytes at the phase's peak."""
     V, D, _, L, _, K = run.sizes
-    cfg, length, e = run.cfg, run.prompt + run.tokens, run.e
+    cfg, length, e = run.cfg, run.prompt + run.cfg.max_tokens, run.e
     adapters = run.trained * F32 if run.lora_rank else 0
     size = adapters or run.base * e  # of what is trained
     static = {"weights": run.base * e + adapters, "gradients": size, "optimiser state": 2 * size}
@@ -175,7 +168,9 @@ def plan(run: Run) -> dict[str, dict[str, float]]:
 
     micro = min(cfg.micro_batch_size, run.mini)
     scored = min(cfg.micro_batch_size, cfg.prompts * cfg.group_size)
-    hidden = 2 * run.tokens * D * e  # the last hidden states, and those of the response alone
+    hidden = (
+        2 * run.cfg.max_tokens * D * e
+    )  # the last hidden states, and those of the response alone
     one, several = layer_kept(run, length), run.mini > micro
     kept, again = (L * D * e, one) if run.recompute else (L * one, 0)
     phases = {
@@ -212,14 +207,12 @@ def total(parts: dict[str, float]) -> float:
 def needs(run: Run) -> tuple[float, float]:
     """GB that the run needs, at least and at most, by ERROR."""
     reserve, lost = (0.0, 0.0) if device_of(run.cfg) == "cpu" else RESERVE
-    found = []
-    for error in (-ERROR, ERROR):
-        most = 0.0
-        for parts in plan(run).values():
-            exact = sum(parts[name] for name in ROWS[:3])
-            most = max(most, exact + (1 + error) * (total(parts) - exact))
-        found.append(reserve + (1 + lost) * most / 1e9)
-    return found[0], found[1]
+    both = [(sum(p[name] for name in ROWS[:3]), total(p)) for p in plan(run).values()]
+    low, high = (
+        max(exact + (1 + error) * (whole - exact) for exact, whole in both)
+        for error in (-ERROR, ERROR)
+    )
+    return reserve + (1 + lost) * low / 1e9, reserve + (1 + lost) * high / 1e9
 
 
 def fits(run: Run, gb: float) -> str:
@@ -269,11 +262,9 @@ def advise(run: Run, gb: float) -> tuple[Run, str]:
     """
     changes: list[dict[str, Any]] = [{}]
     if "model=" in run.cfg.task:  # these are options of examples.text_env
-        changes += [{"recompute": True}, {"lora_rank": 64, "dtype": "bfloat16"}]
+        changes += [{"recompute": True}, {"lora_rank": run.lora_rank or 64, "dtype": "bfloat16"}]
     cfg, options = run.cfg, {}
     for change in changes:
-        if run.lora_rank:
-            change.pop("lora_rank", None)
         change = {name: value for name, value in change.items() if getattr(run, name) != value}
         run = dataclasses.replace(run, cfg=cfg, **change)  # with the batches of before
         options |= change
@@ -336,9 +327,8 @@ def memory_table(run: Run) -> str:
     lines = [f"{'GB':<28}" + "".join(f"{name:>10}" for name in PHASES)]
     for part in (*ROWS, *WORK):
         sizes = [phases[name].get(part, 0) / 1e9 for name in PHASES]
-        star = "* " if part in WORK else ""
         cells = "".join(f"{size:>10.2f}" if size else f"{'-':>10}" for size in sizes)
-        lines.append(f"{star + part:<28}{cells}")
+        lines.append(f"{'* ' * (part in WORK) + part:<28}{cells}")
     sums = "".join(f"{total(phases[name]) / 1e9:>10.2f}" for name in PHASES)
     return "\n".join([*lines, f"{'total':<28}{sums}", "* never together: the larger one counts"])
 
@@ -364,26 +354,24 @@ def verdict(run: Run, gb: float | None) -> str:
 def time_table(run: Run) -> str:
     """Seconds of a training step, and what they are made of."""
     took, (without, refill) = seconds(run), decode_steps(run)
-    kind, mean = device_of(run.cfg), MEAN_LENGTH * run.tokens
+    kind, mean = device_of(run.cfg), MEAN_LENGTH * run.cfg.max_tokens
     layer, bandwidth, *flops = SPEED[kind]
-    responses = run.cfg.prompts * run.cfg.group_size
-    rate = responses * (run.prompt + mean)
-    return "\n".join(
-        [
-            f"time of a training step, assumed and not measured: {layer * 1e3:g} ms per layer of a",
-            f"decode step, memory at {bandwidth / 1e9:g} GB/s, {flops[0] / 1e12:g} TFLOP/s "
-            f"(bfloat16: {flops[1] / 1e12:g}), responses of {mean:.0f} tokens",
-            f"{'sampling':<28}{without:>12,.0f} decode steps x {took['decode'] * 1e3:.1f} ms"
-            f" = {readable(took['sampling'])}",
-            f"{'with --plug examples.refill':<28}{refill:>12,.0f} decode steps"
-            f" x {took['decode'] * 1e3:.1f} ms = {readable(took['refill'])}",
-            *(
-                f"{name:<28}{rate:>12,.0f} tokens / {rate / took[name]:,.0f} per second"
-                f" = {readable(took[name])}"
-                for name in ("scoring", "update")
-            ),
-        ]
-    )
+    tokens = run.cfg.prompts * run.cfg.group_size * (run.prompt + mean)
+    lines = [
+        f"time of a training step, assumed and not measured: {layer * 1e3:g} ms per layer of a",
+        f"decode step, memory at {bandwidth / 1e9:g} GB/s, {flops[0] / 1e12:g} TFLOP/s "
+        f"(bfloat16: {flops[1] / 1e12:g}), responses of {mean:.0f} tokens",
+    ]
+    for name, n, key in (
+        ("sampling", without, "sampling"),
+        ("with --plug examples.refill", refill, "refill"),
+    ):
+        work = f"{n:>12,.0f} decode steps x {took['decode'] * 1e3:.1f} ms"
+        lines.append(f"{name:<28}{work} = {readable(took[key])}")
+    for name in ("scoring", "update"):
+        work = f"{tokens:>12,.0f} tokens / {tokens / took[name]:,.0f} per second"
+        lines.append(f"{name:<28}{work} = {readable(took[name])}")
+    return "\n".join(lines)
 
 
 def readable(seconds: float) -> str:
@@ -402,37 +390,29 @@ def describe(cfg: siren.Config, gb: float | None) -> str:
     run = make_run(cfg)
     how = f"adapters of rank {run.lora_rank}" if run.lora_rank else "all of them"
     head = f"{run.base:,} parameters in {run.dtype}, {run.trained:,} trained ({how})"
-    lengths = f"prompts of {run.prompt} tokens and responses of {run.tokens}, none shorter"
+    lengths = f"prompts of {run.prompt} tokens and responses of {run.cfg.max_tokens}, none shorter"
     _, rows = (max(both) for both in zip(*run.at_once("refill" in cfg.plug)))
     batches = f"{rows} responses sampled, {min(cfg.micro_batch_size, run.mini)} updated at once"
     where = "a CPU" if device_of(cfg) == "cpu" else "a GPU"
-    parts = (
-        f"{head}\n{lengths}\n{batches}, on {where}",
-        memory_table(run),
-        verdict(run, gb),
-        time_table(run),
-    )
-    return "\n\n".join(parts)
+    parts = f"{head}\n{lengths}\n{batches}, on {where}", memory_table(run), verdict(run, gb)
+    return "\n\n".join([*parts, time_table(run)])
+
+
+def command(argv: list[str] | None) -> None:
+    """Read the flags and print the plan."""
+    parser = engine.Parser("memory_plan.py", allow_abbrev=False, add_help=False)
+    parser.add_argument("--gpu-gb", type=float)
+    own, rest = parser.parse_known_args(argv)
+    if own.gpu_gb is not None and not 0 < own.gpu_gb < 1e6:
+        raise siren.ConfigError(f"--gpu-gb {own.gpu_gb}: must be above 0; write such as 24")
+    if "--help" in rest:
+        print("python examples/memory_plan.py --gpu-gb X ...; the other flags are siren.py's:\n")
+    print(describe(engine.read_flags(rest)[0], own.gpu_gb))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit code 0: a plan was printed, 2: bad input."""
-    try:
-        parser = engine.Parser("memory_plan.py", allow_abbrev=False, add_help=False)
-        parser.add_argument("--gpu-gb", type=float)
-        own, rest = parser.parse_known_args(argv)
-        if own.gpu_gb is not None and not 0 < own.gpu_gb < 1e6:
-            raise siren.ConfigError(f"--gpu-gb {own.gpu_gb}: must be above 0; write such as 24")
-        if "--help" in rest:
-            print(
-                "python examples/memory_plan.py --gpu-gb X ...; the other flags are siren.py's:\n"
-            )
-        cfg, _ = engine.read_flags(rest)
-        print(describe(cfg, own.gpu_gb))
-        return 0
-    except siren.ConfigError as error:
-        print(f"memory_plan.py: error: {error}", file=sys.stderr)
-        return 2
+    return engine.run_tool("memory_plan.py", command, argv)
 
 
 if __name__ == "__main__":

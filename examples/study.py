@@ -3,7 +3,7 @@
     python examples/study.py                        # run what is missing, then tables and figures
     python examples/study.py --part main --plan     # what would run, and its cost
     python examples/study.py --report               # tables and figures again; runs nothing
-    python examples/study.py --again 0-1            # two test seeds once more: the same digits?
+    python examples/study.py --again 0 1            # two test seeds once more: the same digits?
     python examples/study.py --smoke                # all of it, tiny, in a temporary folder
 
 A job is one training run, by siren.train, and the evaluation of its policy: one row, a line of
@@ -387,17 +387,12 @@ def scale(size: Size, rows: Rows) -> list[Job]:
 
 def official(size: Size, rows: Rows) -> list[Job]:
     """SIREN as chosen by siren.py's rules, and by one or all of the official code's."""
-    rules = ("exclusive=1", "strict=1", "per_micro_batch=1")
-    variants = {"siren.py's rules": {}, **{rule: {"plug": rule} for rule in rules}}
-    variants["all three"] = {"plug": ",".join(rules)}
-    settings = []
-    for label, changes in variants.items():
-        changes = {**choose(size, rows)["siren"], **changes}
-        if "plug" in changes:
-            changes["plug"] = f"examples.official:{changes['plug']}"
-        if "micro" in changes.get("plug", ""):  # where the rule makes a difference
-            changes["micro_batch_size"] = 8
-        settings.append((label, changes))
+    rules, chosen = ("exclusive=1", "strict=1", "per_micro_batch=1"), choose(size, rows)["siren"]
+    settings = [("siren.py's rules", chosen)]
+    for label, rule in (*zip(rules, rules, strict=True), ("all three", ",".join(rules))):
+        # the square per micro-batch makes a difference where there are several
+        smaller = {"micro_batch_size": 8} if "micro" in rule else {}
+        settings.append((label, {**chosen, **smaller, "plug": f"examples.official:{rule}"}))
     return each(size, settings)
 
 
@@ -490,6 +485,9 @@ def hours(jobs: Iterable[Job]) -> str:
 
 def again(size: Size, seeds: list[int], store: Store, pool: ProcessPoolExecutor) -> int:
     """Run the main table's jobs of these seeds again; return how many rows differ."""
+    if unknown := set(seeds) - set(size.test_seeds):
+        last = size.test_seeds[-1]
+        raise siren.ConfigError(f"--again {min(unknown)}: must be a test seed, from 0 to {last}")
     jobs = [job for job in main_table(size, store.rows) if job.cfg.seed in seeds]
     with tempfile.TemporaryDirectory() as folder:
         fresh = Store(Path(folder))
@@ -501,18 +499,6 @@ def again(size: Size, seeds: list[int], store: Store, pool: ProcessPoolExecutor)
 
 
 # ------------------------------------------------------------------------------ 5. the command line
-def parse_seeds(text: str) -> list[int]:
-    """The seeds of a range.
-
-    >>> parse_seeds("8-10")
-    [8, 9, 10]
-    """
-    first, _, last = text.partition("-")
-    if not (first + last).isdecimal() or not int(first) <= int(last or first) < 1000:
-        raise siren.ConfigError(f"{text}: must be a seed or a range of seeds below 1000; try 0-1")
-    return list(range(int(first), int(last or first) + 1))
-
-
 def make_parser() -> Parser:
     """The flags."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -521,7 +507,8 @@ def make_parser() -> Parser:
     parser.add_argument("--out", default="", help="folder [results; --smoke: a temporary one]")
     parser.add_argument("--plan", action="store_true", help="print what would run and its cost")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and figures")
-    parser.add_argument("--again", metavar="SEEDS", help="test seeds once more: the same digits?")
+    again = {"type": int, "nargs": "+", "metavar": "SEED"}
+    parser.add_argument("--again", **again, help="test seeds once more: the same digits?")
     parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
     return parser
 
@@ -540,7 +527,7 @@ def study(argv: list[str] | None) -> int:
     with RunFolder(siren.Config(out=str(out)), resume=False), pool_of(args.workers) as pool:
         store = Store(out)
         if args.again:
-            return min(1, again(size, parse_seeds(args.again), store, pool))
+            return min(1, again(size, args.again, store, pool))
         for name in PARTS if args.part == "all" else [args.part]:
             if name != "tune" and store.missing(tune(size, store.rows)):
                 print(f"{name}: not before tune is complete")

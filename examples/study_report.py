@@ -119,29 +119,33 @@ def by_seed(rows: Iterable[Row]) -> dict[int, Row]:
     return {row["config"]["seed"]: row for row in rows}
 
 
+def grouped(rows: Iterable[Row], key: Callable, value: Callable) -> dict[Any, list]:
+    """key(row) -> value(row) of all rows that have this key; in the order of the keys."""
+    found = defaultdict(list)
+    for row in rows:
+        found[key(row)].append(value(row))
+    return dict(sorted(found.items()))
+
+
 def kinds(row: Row) -> dict[str, dict[str, float]]:
     """Kind of token -> mean H, mean H' and share of all peaks, from the probe's positions.
 
     A response is "term, term, sum, term, sum, ..., end". Which term is next is a fork, but for the
     last; a sum is a fact; the last term and the end are forced. A token counts by its position.
     """
-    places, total = row["probe"]["positions"], defaultdict(lambda: defaultdict(float))
-    length = 2 * study.TERMS
-    peaks = sum(places["peak"][:length])
-    for t in range(min(length, len(places["entropy"]))):
-        fact, forced = t % 2 == 0 and t > 0, t in (length - 3, length - 1)
-        kind = total["forced" if forced else "fact" if fact else "fork"]
-        kind["n"] += 1
-        kind["entropy"] += places["entropy"][t]
-        kind["nucleus_entropy"] += places["nucleus_entropy"][t]
-        kind["peaks"] += places["peak"][t] / max(peaks, 1e-9)
+    places, length = row["probe"]["positions"], 2 * study.TERMS
+    kind = np.array(["fork", *["fork", "fact"] * (study.TERMS - 1), "forced"])
+    kind[length - 3] = "forced"
+    values = {name: np.array(some[:length]) for name, some in places.items()}
+    kind = kind[: len(values["peak"])]
+    values["peaks"] = values["peak"] / max(values["peak"].sum(), 1e-9)
     return {
         name: {
-            "entropy": kind["entropy"] / kind["n"],
-            "nucleus_entropy": kind["nucleus_entropy"] / kind["n"],
-            "peaks": kind["peaks"],
+            "entropy": values["entropy"][kind == name].mean(),
+            "nucleus_entropy": values["nucleus_entropy"][kind == name].mean(),
+            "peaks": values["peaks"][kind == name].sum(),
         }
-        for name, kind in total.items()
+        for name in KINDS
     }
 
 
@@ -175,16 +179,20 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return [first, "|---" * len(head) + "|", *others, ""]
 
 
+def present(lines: dict) -> list[str]:
+    """The methods that main.csv has, in the order of the tables."""
+    return [method for method in NAMES if (method, "hard", "0.6") in lines]
+
+
 def score_tables(lines: dict) -> list[str]:
     """Scores of every method, for each grade and temperature."""
     out = []
     for grade, temperature in (("hard", "0.6"), ("hard", "1.0"), ("easy", "0.6"), ("easy", "1.0")):
         out += [f"### {grade} prompts, T = {temperature}", ""]
         rows = []
-        for method, name in NAMES.items():
-            if seeds := lines.get((method, grade, temperature)):
-                scores = [text(line[score] for line in seeds.values()) for score in SCORES]
-                rows.append([name, *scores])
+        for method in present(lines):
+            seeds = lines[method, grade, temperature].values()
+            rows.append([NAMES[method], *(text(x[score] for x in seeds) for score in SCORES)])
         out += markdown(["method", *SCORES], rows)
     return out
 
@@ -198,13 +206,11 @@ def kept(lines: dict, method: str, key: str) -> str:
 def policy_table(lines: dict) -> list[str]:
     """Reward, entropies and useless tokens by the probe."""
     rows = []
-    for method, name in NAMES.items():
-        if seeds := lines.get((method, "hard", "0.6")):
-            reward, useless = (
-                text(line[key] for line in seeds.values()) for key in ("reward", "useless_share")
-            )
-            ratios = [kept(lines, method, key) for key in ("entropy", "h_agg")]
-            rows.append([name, reward, *ratios, useless])
+    for method in present(lines):
+        seeds = lines[method, "hard", "0.6"].values()
+        reward, useless = (text(x[key] for x in seeds) for key in ("reward", "useless_share"))
+        ratios = [kept(lines, method, key) for key in ("entropy", "h_agg")]
+        rows.append([NAMES[method], reward, *ratios, useless])
     return markdown(["method", "reward", "H / base", "H_agg / base", "useless tokens"], rows)
 
 
@@ -226,34 +232,25 @@ def differences(lines: dict, other: str, score: str, temperature: str) -> list[f
 
 def claims(lines: dict) -> list[str]:
     """SIREN against the others, with Holm's correction over all of this table's comparisons."""
-    others = [method for method in CLAIMED if (method, "hard", "0.6") in lines]
-    keys = list(itertools.product(others, SCORES[:3], ("0.6", "1.0")))
+    others = [method for method in CLAIMED if method in present(lines)]
+    keys = itertools.product(others, SCORES[:3], ("0.6", "1.0"))
     found = {key: differences(lines, *key) for key in keys}
-    adjusted = holm({key: sign_flip(values) for key, values in found.items()})
-    rows = []
-    for key, values in found.items():
-        other, score, temperature = key
-        p = f"{adjusted[key]:.3f}"
-        rows.append([f"SIREN - {NAMES[other]}", score, temperature, text(values, "+"), p])
+    p = holm({key: sign_flip(values) for key, values in found.items()})
+    rows = [
+        [f"SIREN - {NAMES[other]}", score, t, text(values, "+"), f"{p[other, score, t]:.3f}"]
+        for (other, score, t), values in found.items()
+    ]
     return markdown(["hard prompts", "score", "T", "difference", "p, Holm"], rows)
-
-
-def mean_score(rows: Iterable[Row], score: str) -> float:
-    """The mean of a score on hard prompts at T = 0.6."""
-    return float(np.mean([study.score(row, score) for row in rows]))
 
 
 def settings(row: Row) -> dict[str, str]:
     """What tells one candidate from another."""
     config = row["config"]
     names = {"lr": "lr", "beta": "beta", "top_p": "p", "peak_quantile": "tau"}
-    names |= {"max_tokens": "budget"}
-    found = {new: f"{new} {config[old]:g}" for old, new in names.items()}
-    return {
-        **found,
-        "vocabulary": f"V {study.vocabulary(row)}",
-        "plug": config["plug"].partition(":")[2],
+    found = {
+        new: f"{new} {config[old]:g}" for old, new in (names | {"max_tokens": "budget"}).items()
     }
+    return {**found, "V": f"V {study.vocabulary(row)}", "plug": config["plug"].partition(":")[2]}
 
 
 def group_table(rows: dict[str, list[Row]]) -> list[str]:
@@ -267,9 +264,10 @@ def group_table(rows: dict[str, list[Row]]) -> list[str]:
             own = settings(row)
             settled[", ".join(own[name] for name in varied if own[name])].append(row)
         for what, own in settled.items():
-            scores = [f"{mean_score(own, score):.3f}" for score in SCORES]
-            held = np.mean([row["probe"]["h_agg"] for row in own])
-            useless = np.mean([row["probe"]["useless_share"] for row in own])
+            scores = [f"{np.mean([study.score(row, x) for row in own]):.3f}" for x in SCORES]
+            held, useless = (
+                np.mean([row["probe"][x] for row in own]) for x in ("h_agg", "useless_share")
+            )
             name = NAMES.get(label, label).removesuffix(", best")
             lines.append([name, what, *scores, f"{held:.3f}", f"{100 * useless:.2f} %"])
     return markdown(["method", "setting", *SCORES, "H_agg", "useless"], lines)
@@ -291,9 +289,8 @@ def vocabulary_table(rows: dict[str, list[Row]]) -> list[str]:
     lines = []
     for other in ("dr_grpo", "anchor_only"):
         for vocab in sorted(set(map(study.vocabulary, rows["siren"]))):
-            cells = [
-                text(vocabulary_differences(rows, other, score, vocab), "+") for score in SCORES[:3]
-            ]
+            found = [vocabulary_differences(rows, other, score, vocab) for score in SCORES[:3]]
+            cells = [text(values, "+") for values in found]
             lines.append([f"SIREN - {NAMES[other]}", str(vocab), *cells])
     return markdown(["hard prompts, T = 0.6", "vocabulary", *SCORES[:3]], lines)
 
@@ -303,10 +300,10 @@ def held_by_beta(rows: list[Row]) -> dict[float, float]:
 
     The end is the last block of the log.
     """
-    found: dict[float, list[float]] = defaultdict(list)
-    for row in rows:
-        found[row["config"]["beta"]].append(row["log"][-1]["h_agg"] / row["anchor"])
-    return {beta: float(np.mean(values)) for beta, values in sorted(found.items())}
+    held = grouped(
+        rows, lambda r: r["config"]["beta"], lambda r: r["log"][-1]["h_agg"] / r["anchor"]
+    )
+    return {beta: float(np.mean(values)) for beta, values in held.items()}
 
 
 def scale_table(rows: dict[str, list[Row]], reference: list[Row]) -> list[str]:
@@ -351,9 +348,16 @@ def panels(columns: int, rows: int = 1) -> tuple[Figure, np.ndarray]:
     return figure, axes
 
 
-def band(ax: Axes, label: str, x: list[float], values: list[list[float]], **style: Any) -> None:
-    """The mean over seeds with its interval: values[i] are all seeds' at x[i]."""
-    mean, low, high = zip(*map(bootstrap, values), strict=True)
+def ticks(axis: Any, values: Iterable[float]) -> None:
+    """A logarithmic axis with these numbers written at it."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_ticks(list(values), [f"{value:g}" for value in values])
+    axis.set_ticks([], minor=True)
+
+
+def band(ax: Axes, label: str, points: dict[float, list[float]], **style: Any) -> None:
+    """The mean over seeds with its interval; points: x -> the values of all seeds."""
+    x, (mean, low, high) = list(points), zip(*map(bootstrap, points.values()), strict=True)
     style = {**STYLES.get(label, {}), "markersize": 3, "label": NAMES.get(label, label), **style}
     ax.plot(x, mean, **style)
     ax.fill_between(x, low, high, color=style.get("color", "0.5"), alpha=0.15, linewidth=0)
@@ -367,18 +371,17 @@ def steps_figure(rows: dict[str, list[Row]]) -> Figure:
     for ax, (key, title) in zip(axes, names.items(), strict=True):
         for label in ("dr_grpo", "naive_bonus", "naive_exploding", "siren"):
             some = rows[label]
-            x = [record["step"] for record in some[0]["log"]]
-            values = [
-                [row["log"][i][key] / (row["anchor"] if key == "h_agg" else 1) for row in some]
-                for i in range(len(x))
-            ]
+            points = {
+                record["step"]: [
+                    row["log"][i][key] / (row["anchor"] if key == "h_agg" else 1) for row in some
+                ]
+                for i, record in enumerate(some[0]["log"])
+            }
             if key != "h_agg" or label in ("dr_grpo", "siren"):  # which have the same p and tau
-                band(ax, label, x, values, marker="")
+                band(ax, label, points, marker="")
         ax.set(title=title, xlabel="step")
         if key == "entropy":  # so that collapse and explosion can both be read
-            ax.set_yscale("log")
-            ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
-            ax.minorticks_off()
+            ticks(ax.yaxis, (0.1, 0.2, 0.5, 1, 2, 5))
         else:
             ax.set_ylim(0, None)
     axes[0].legend(fontsize=7)
@@ -423,9 +426,9 @@ def constrained_figure(rows: dict[str, list[Row]], base: dict[int, Row]) -> Figu
             steps = [record["step"] for record in row["log"]]
             ax.plot(steps, np.array(entropy) / start, color="#0059b3", lw=0.8)
         ax.axhline(1, color="0", linestyle=":")
-        ax.set(title=NAMES[label], xlabel="step", ylabel="H / base", yscale="log", ylim=(0.2, 12))
-        ax.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
-        ax.minorticks_off()
+        ax.set(title=NAMES[label], xlabel="step", ylabel="H / base")
+        ticks(ax.yaxis, (0.2, 0.5, 1, 2, 5, 10))
+        ax.set_ylim(0.2, 12)
     return figure
 
 
@@ -437,27 +440,16 @@ def k_figure(rows: dict[str, list[Row]], grade: str) -> Figure:
         axes, itertools.product(("pass", "maj"), (0.6, 1.0)), strict=True
     ):
         for label in ("base", "dr_grpo", "naive_bonus", "siren", "anchor_only"):
-            found = [
-                [study.score(row, f"{score}@{k}", grade, temperature) for row in rows[label]]
+            points = {
+                k: [study.score(row, f"{score}@{k}", grade, temperature) for row in rows[label]]
                 for k in ks
                 if f"{score}@{k}" in rows[label][0]["evals"][0]
-            ]
-            band(ax, label, ks[: len(found)], found)
-        title = f"{score}@k, {grade}, T = {temperature}"
-        ax.set(title=title, xlabel="k", xscale="log", ylim=(0, 1))
-        ax.set_xticks(ks, map(str, ks))
+            }
+            band(ax, label, points)
+        ax.set(title=f"{score}@k, {grade}, T = {temperature}", xlabel="k", ylim=(0, 1))
+        ticks(ax.xaxis, ks)
     axes[0].legend(fontsize=7)
     return figure
-
-
-def sweep(
-    ax: Axes, label: str, rows: list[Row], x: Callable, value: Callable, **style: Any
-) -> None:
-    """A value over settings, mean and interval over seeds."""
-    found: dict[float, list[float]] = defaultdict(list)
-    for row in rows:
-        found[x(row)].append(value(row))
-    band(ax, label, sorted(found), [found[key] for key in sorted(found)], **style)
 
 
 def vocabularies_figure(rows: dict[str, list[Row]]) -> Figure:
@@ -468,10 +460,9 @@ def vocabularies_figure(rows: dict[str, list[Row]]) -> Figure:
     values |= {"share of useless tokens": lambda row: row["probe"]["useless_share"]}
     for ax, (title, value) in zip(axes, values.items(), strict=True):
         for label, some in rows.items():
-            sweep(ax, label, some, study.vocabulary, value)
-        ax.set(title=title, xlabel="vocabulary", xscale="log", ylim=(0, None))
-        ax.set_xticks(study.Size().vocabularies, map(str, study.Size().vocabularies))
-        ax.minorticks_off()
+            band(ax, label, grouped(some, study.vocabulary, value))
+        ax.set(title=title, xlabel="vocabulary", ylim=(0, None))
+        ticks(ax.xaxis, study.Size().vocabularies)
     axes[0].legend(fontsize=7)
     return figure
 
@@ -491,7 +482,7 @@ def sensitivity_figure(rows: dict[str, list[Row]], base: dict[int, Row]) -> Figu
             ("maj@16", lambda r: study.score(r, "maj@16"), {"marker": "o"}),
             ("avg@16", lambda r: study.score(r, "avg@16"), {"marker": "s", "linestyle": ":"}),
         ):
-            sweep(ax, label, some, lambda r, k=knob: r["config"][k], value, **style)
+            band(ax, label, grouped(some, lambda r, k=knob: r["config"][k], value), **style)
         ax.set(xlabel=name, ylim=(0, None), xscale="log" if knob == "beta" else "linear")
     axes[0].set_title("SIREN, hard prompts, T = 0.6", fontsize=9)
     axes[0].legend(fontsize=7)

@@ -51,11 +51,11 @@ class Trainer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         n, masks = run.cfg.prompts * run.cfg.group_size, []
-        for length in (run.prompt, run.tokens):
+        for length in (run.prompt, run.cfg.max_tokens):
             masks.append(torch.ones(n, length, dtype=torch.bool))
         masks[0][1::2, : run.prompt // 2] = False  # half of the prompts are shorter
         ids = [torch.randint(2, self.vocab, m.shape) for m in masks]
-        zeros = torch.zeros(n, run.tokens)
+        zeros = torch.zeros(n, run.cfg.max_tokens)
         self.rollout = siren.Rollout(ids[0], masks[0], ids[1], masks[1], zeros)
         self.update()  # from the second on, the optimiser has its state
 

@@ -320,8 +320,8 @@ def test_parts_wait_for_the_choice(tmp_path, capsys):
     [
         ("--workers 0", "--workers 0: must be 1 to 64"),
         ("--part nothing", "invalid choice: 'nothing'"),
-        ("--again x-3", "x-3: must be a seed or a range"),
-        ("--again 3-1", "3-1: must be a seed or a range"),
+        ("--again x", "invalid int value: 'x'"),
+        ("--again 0 16", "--again 16: must be a test seed, from 0 to 15"),
         ("--seeds 3", "unrecognized arguments"),
     ],
 )

@@ -390,10 +390,10 @@ def table(found):
 
 def describe():
     """What the results depend on: processor, how busy the machine is, versions."""
-    names = [name for name in ("torch", "transformers", "trl") if find_spec(name)]
+    names = filter(find_spec, ("torch", "transformers", "trl"))
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return f"{cpu}, one thread, load {os.getloadavg()[0]:.1f} before, {versions}"
+    cpu, load = torch.backends.cpu.get_cpu_capability(), os.getloadavg()[0]
+    return f"{cpu}, one thread, load {load:.1f} before, {versions}"
 
 
 def main(argv=None):

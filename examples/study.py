@@ -318,11 +318,6 @@ def vocabulary(row: dict[str, Any]) -> int:
     return siren.load_task(siren.Config(task=row["config"]["task"])).vocab
 
 
-def exploded(row: dict[str, Any]) -> bool:
-    """More than 30 % of the tokens useless."""
-    return row["probe"]["useless_share"] > 0.3
-
-
 def choose(size: Size, rows: Rows) -> dict[str, dict[str, Any]]:
     """Row of the main table -> its changes: the candidate with the best mean of avg@16 and maj@16
     on hard validation prompts at T = 0.6. naive_exploding is the smallest coefficient with which
@@ -334,7 +329,8 @@ def choose(size: Size, rows: Rows) -> dict[str, dict[str, Any]]:
         for changes in candidates[: size.candidates]:
             found = [rows[job.key] for job in each(size, [(method, changes)])]
             goodness.append(sum(score(row, "avg@16") + score(row, "maj@16") for row in found))
-            if method == "naive_bonus" and all(map(exploded, found)):
+            useless = min(row["probe"]["useless_share"] for row in found)
+            if method == "naive_bonus" and useless > 0.3:  # it explodes on every seed
                 exploding.append(changes)
         chosen[method] = candidates[goodness.index(max(goodness))]
     naive = METHODS["naive_bonus"][size.candidates - 1]
@@ -358,15 +354,10 @@ def sensitivity(size: Size, rows: Rows) -> list[Job]:
     """SIREN as chosen, with one of p, tau and beta changed at a time."""
     values = {"top_p": (0.7, 0.8, P, 0.9, 1.0), "peak_quantile": (0.0, 0.4, TAU, 0.8, 0.9)}
     values |= {"beta": (0.02, 0.06, 0.2, 0.6, 2.0)}
-    chosen = choose(size, rows)["siren"]
-    return each(
-        size,
-        [
-            (f"siren, {name}", {**chosen, name: value})
-            for name, some in values.items()
-            for value in some[-size.candidates :]
-        ],
-    )
+    chosen, settings = choose(size, rows)["siren"], []
+    for name, some in values.items():
+        settings += [(f"siren, {name}", {**chosen, name: v}) for v in some[-size.candidates :]]
+    return each(size, settings)
 
 
 def scale(size: Size, rows: Rows) -> list[Job]:
@@ -375,14 +366,11 @@ def scale(size: Size, rows: Rows) -> list[Job]:
     half = {"peak_quantile": 1 - (1 - TAU) / 2}
     cases = {"budget 16": (1, {}), "budget 64": (1 / 4, {"max_tokens": 64})}
     cases |= {"half the peaks": (1 / 2, half)}
-    return each(
-        size,
-        [
-            (label, {**knobs("anchor", P, TAU, beta * factor), **changes})
-            for label, (factor, changes) in cases.items()
-            for beta in (0.06, 0.2, 0.6)[-size.candidates :]
-        ],
-    )
+    settings = []
+    for label, (factor, changes) in cases.items():
+        for beta in (0.06, 0.2, 0.6)[-size.candidates :]:
+            settings.append((label, {**knobs("anchor", P, TAU, beta * factor), **changes}))
+    return each(size, settings)
 
 
 def official(size: Size, rows: Rows) -> list[Job]:
@@ -486,8 +474,7 @@ def hours(jobs: Iterable[Job]) -> str:
 def again(size: Size, seeds: list[int], store: Store, pool: ProcessPoolExecutor) -> int:
     """Run the main table's jobs of these seeds again; return how many rows differ."""
     if unknown := set(seeds) - set(size.test_seeds):
-        last = size.test_seeds[-1]
-        raise siren.ConfigError(f"--again {min(unknown)}: must be a test seed, from 0 to {last}")
+        raise siren.ConfigError(f"--again {min(unknown)}: must be one of {size.test_seeds}")
     jobs = [job for job in main_table(size, store.rows) if job.cfg.seed in seeds]
     with tempfile.TemporaryDirectory() as folder:
         fresh = Store(Path(folder))

@@ -247,9 +247,8 @@ def settings(row: Row) -> dict[str, str]:
     """What tells one candidate from another."""
     config = row["config"]
     names = {"lr": "lr", "beta": "beta", "top_p": "p", "peak_quantile": "tau"}
-    found = {
-        new: f"{new} {config[old]:g}" for old, new in (names | {"max_tokens": "budget"}).items()
-    }
+    names["max_tokens"] = "budget"
+    found = {new: f"{new} {config[old]:g}" for old, new in names.items()}
     return {**found, "V": f"V {study.vocabulary(row)}", "plug": config["plug"].partition(":")[2]}
 
 
@@ -265,9 +264,8 @@ def group_table(rows: dict[str, list[Row]]) -> list[str]:
             settled[", ".join(own[name] for name in varied if own[name])].append(row)
         for what, own in settled.items():
             scores = [f"{np.mean([study.score(row, x) for row in own]):.3f}" for x in SCORES]
-            held, useless = (
-                np.mean([row["probe"][x] for row in own]) for x in ("h_agg", "useless_share")
-            )
+            probes = [row["probe"] for row in own]
+            held, useless = (np.mean([x[y] for x in probes]) for y in ("h_agg", "useless_share"))
             name = NAMES.get(label, label).removesuffix(", best")
             lines.append([name, what, *scores, f"{held:.3f}", f"{100 * useless:.2f} %"])
     return markdown(["method", "setting", *SCORES, "H_agg", "useless"], lines)
@@ -277,10 +275,8 @@ def vocabulary_differences(
     rows: dict[str, list[Row]], other: str, score: str, vocab: int
 ) -> list[float]:
     """SIREN minus another method on hard prompts at T = 0.6 in worlds of this size, by seed."""
-    mine, theirs = (
-        by_seed(row for row in rows[label] if study.vocabulary(row) == vocab)
-        for label in ("siren", other)
-    )
+    own = [[r for r in rows[label] if study.vocabulary(r) == vocab] for label in ("siren", other)]
+    mine, theirs = map(by_seed, own)
     return [study.score(mine[s], score) - study.score(theirs[s], score) for s in sorted(mine)]
 
 
@@ -326,12 +322,9 @@ def kinds_table(rows: dict[str, list[Row]]) -> list[str]:
     """Where the entropy sits."""
     lines = []
     for label, some in rows.items():
-        found = [kinds(row) for row in some]
-        cells = [
-            f"{np.mean([k[kind][what] for k in found]):.3f}"
-            for what in ("entropy", "nucleus_entropy", "peaks")
-            for kind in KINDS
-        ]
+        found, cells = [kinds(row) for row in some], []
+        for what, kind in itertools.product(("entropy", "nucleus_entropy", "peaks"), KINDS):
+            cells.append(f"{np.mean([k[kind][what] for k in found]):.3f}")
         lines.append([NAMES[label], *cells])
     head = [f"{what}, {k}" for what in ("H", "H'", "peaks") for k in KINDS]
     return markdown(["method", *head], lines)
@@ -371,12 +364,11 @@ def steps_figure(rows: dict[str, list[Row]]) -> Figure:
     for ax, (key, title) in zip(axes, names.items(), strict=True):
         for label in ("dr_grpo", "naive_bonus", "naive_exploding", "siren"):
             some = rows[label]
-            points = {
-                record["step"]: [
-                    row["log"][i][key] / (row["anchor"] if key == "h_agg" else 1) for row in some
-                ]
-                for i, record in enumerate(some[0]["log"])
-            }
+            points = defaultdict(list)
+            for row in some:
+                unit = row["anchor"] if key == "h_agg" else 1
+                for record in row["log"]:
+                    points[record["step"]].append(record[key] / unit)
             if key != "h_agg" or label in ("dr_grpo", "siren"):  # which have the same p and tau
                 band(ax, label, points, marker="")
         ax.set(title=title, xlabel="step")
@@ -403,10 +395,9 @@ def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
             y = np.arange(len(labels)) + 0.27 * (i - 1)
             style = {"color": shades[kind], "hatch": ("", "///", "")[i], "edgecolor": "white"}
             ax.barh(y, mean, 0.25, xerr=(mean - low, high - mean), label=kind, **style)
-            for at, value in zip(y, mean, strict=True):
-                if value > 2:
-                    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-                    ax.text(1.2, at, f"{value:.1f}", fontsize=6, ha="right", va="center", bbox=box)
+            for at, value in zip(y[mean > 2], mean[mean > 2], strict=True):
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                ax.text(1.2, at, f"{value:.1f}", fontsize=6, ha="right", va="center", bbox=box)
         ax.set(title=title, xlim=(0, 1 if what == "peaks" else 1.3))
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_yticks(range(len(labels)), [NAMES[label] for label in labels], fontsize=8)

@@ -371,10 +371,13 @@ def test_readmes_claims_in_words():
     def passes(row):
         return study.score(row, "pass@16")
 
+    def useless(row):
+        return row["probe"]["useless_share"]
+
     assert mean("dr_grpo", passes) < mean("base", passes) < mean("siren", passes)
-    assert all(map(study.exploded, rows["naive_exploding"]))
+    assert min(useless(row) for row in rows["naive_exploding"]) > 0.3
     held = mean("siren", lambda row: row["probe"]["h_agg"] / row["anchor"])
-    assert 0.8 < held < 1 and not any(map(study.exploded, rows["siren"]))
+    assert 0.8 < held < 1 and max(useless(row) for row in rows["siren"]) < 0.3
     best = study.choose(SIZE, store.rows)["wo_anchor"]
     for job in study.each(SIZE, [("", {**best, "beta": 3 * best["beta"]})]):
-        assert store.rows[job.key]["probe"]["useless_share"] > 0.3
+        assert useless(store.rows[job.key]) > 0.3

@@ -4,6 +4,7 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
 
     L = L_DrGRPO + beta * (H_agg - H*)^2     the self-anchored regulariser
 
+    L_DrGRPO    the clipped policy-gradient loss, which makes better responses likelier
     V_p     the policy nucleus: the fewest tokens whose probabilities sum to p (top-p mask)
     H'_t    the entropy at position t of the policy pi, restricted to V_p and renormalised
     H_i     the mean of H'_t over the peaks of response i: the positions where H'_t reaches the
@@ -68,7 +69,7 @@ class Config:
         None, (0, 100), "H* itself, in nats; None = H_agg of the first batch"
     )
     # policy gradient
-    algorithm: str = knob("dr_grpo", ("dr_grpo", "grpo"), "scale of advantages and lengths")
+    algorithm: str = knob("dr_grpo", ("dr_grpo", "grpo"), "what advantages and sums are divided by")
     mini_batches: int = knob(4, (1, 10**5), "optimiser updates per step (paper: 16)")
     micro_batch_size: int = knob(
         64, (1, 10**6), "responses in memory at once; changes rounding only"
@@ -77,8 +78,8 @@ class Config:
     warmup_steps: int = knob(5, (0, 10**7), "steps in which lr rises; Adam's first ones are rough")
     weight_decay: float = knob(0.0, (0, 1), "AdamW's (paper: 0.1)")
     grad_clip: float = knob(1.0, (1e-6, 10**6), "largest global gradient norm")
-    clip_low: float = knob(0.2, (0, 1), "PPO clip: the ratio counts down to 1 - this")
-    clip_high: float = knob(0.2, (0, 100), "PPO clip: the ratio counts up to 1 + this")
+    clip_low: float = knob(0.2, (0, 1), "PPO clip: pi / old_pi counts down to 1 - this")
+    clip_high: float = knob(0.2, (0, 100), "PPO clip: pi / old_pi counts up to 1 + this")
     # evaluation
     eval_every: int = knob(0, (0, 10**7), "steps between evaluations; 0 = before and after only")
     eval_prompts: int = knob(128, (1, 10**6), "held-out prompts per set")
@@ -113,7 +114,7 @@ class Rollout(NamedTuple):
     prompt_mask: torch.Tensor  # [B, P] bool
     tokens: torch.Tensor  # [B, T] ids, padded on the right
     mask: torch.Tensor  # [B, T] bool, True up to and including EOS, which is trained too
-    logp: torch.Tensor  # [B, T] log-probability when sampled; for the loss it is scored again
+    logp: torch.Tensor  # [B, T] log-probability when drawn; the loss uses that of a new pass
 
     def rows(self, index):
         """The responses at index [b]."""
@@ -137,7 +138,7 @@ def sample(
     model, prompts, *, max_tokens, eos_ids, pad_id,
     samples=1, temperature=1.0, batch=1024, generator=None,
 ):  # fmt: skip
-    """A Rollout, in which row i * samples + j is sample j of prompt i, a list of token ids.
+    """prompts: lists of token ids. Row i * samples + j of the Rollout is sample j of prompt i.
 
     About `batch` rows at a time. The samples of a prompt share one pass over it, and a row that has
     ended leaves the batch. No top-k, no top-p: what is scored later is what was sampled.

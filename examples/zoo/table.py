@@ -170,19 +170,27 @@ def score_cells(rows: list[Row], temperature: float) -> list[str]:
 
 
 def figure(rows: dict[str, list[Row]]) -> Any:
-    """maj@16 and pass@16 against the entropy kept: a point for each method, with its intervals."""
-    base = study_report.by_seed(rows["base"])
+    """maj@16 and pass@16 against the entropy kept: a numbered point for each method, with its
+    intervals. The numbers are those of the page; settings of siren.py have a letter."""
+    base, letters = study_report.by_seed(rows["base"]), iter("ABCDEFGHIJ")
+    marks = {name: str(m.number) if m.number else next(letters) for name, m in METHODS.items()}
+    marks["dph_js"] += "b"
     drawing, axes = study_report.panels(2)
+    drawing.set_size_inches(7.2, 5)
     for ax, score in zip(axes, ("maj@16", "pass@16"), strict=True):
-        for name in METHODS:
+        for name, mark in marks.items():
             x = study_report.bootstrap(kept(rows[name], base))
             y = study_report.bootstrap(evaluation(row)[score] for row in rows[name])
-            known = study_report.STYLES.get(name, {})
-            style = {"color": known.get("color", "0.4"), "marker": known.get("marker", ".")}
             bars = {"xerr": [[x[0] - x[1]], [x[2] - x[0]]], "yerr": [[y[0] - y[1]], [y[2] - y[0]]]}
-            ax.errorbar(x[0], y[0], **bars, linewidth=0.6, markersize=4, **style)
-            ax.annotate(name, (x[0], y[0]), (3, 3), textcoords="offset points", fontsize=5)
+            color = "0.3" if METHODS[name].number else "#0059b3"
+            ax.errorbar(x[0], y[0], **bars, color=color, alpha=0.5, linewidth=0.6)
+            ax.plot(x[0], y[0], "o", color="white", markeredgecolor=color, markersize=10)
+            shape = {"marker": f"${mark}$", "markersize": 6, "markeredgewidth": 0.3}
+            ax.plot(x[0], y[0], linestyle="", color=color, label=METHODS[name].title, **shape)
         ax.set(xlabel="entropy / base model's", ylabel=f"{score}, hard prompts, T = 0.6")
+        study_report.ticks(ax.xaxis, (0.2, 0.5, 1, 2, 5, 10))
+    handles = axes[0].get_legend_handles_labels()
+    drawing.legend(*handles, loc="outside lower center", ncols=4, fontsize=6)
     return drawing
 
 

@@ -56,6 +56,16 @@ METHODS: dict[str, dict[str, Any]] = {  # what each changes; coefficients are no
     "anchor_only": {"beta": 0.2, "top_p": 1, "peak_quantile": 0},
 }
 MORE_SEEDS = ("dr_grpo", "siren", "bonus_0.2")
+STYLES: dict[str, tuple[str, Any]] = {  # colour and dashes in the figure
+    "dr_grpo": ("#000000", "--"),
+    "siren": ("#0059b3", "-"),
+    "bonus_0.2": ("#b35900", ":"),
+    "bonus_0.02": ("#cc79a7", "-."),
+    "bonus_0.002": ("#cc79a7", (0, (1, 3))),
+    "wo_top_p": ("#009e73", "-"),
+    "wo_peak": ("#e69f00", "-"),
+    "anchor_only": ("#009e73", "--"),
+}
 CURVES = {
     "reward": "reward",
     "entropy": "H, nats per token",
@@ -278,8 +288,20 @@ def tables(results: Path) -> str:
     return "\n".join(lines)
 
 
+def smooth(values: list[float], window: int = 5) -> list[float]:
+    """Each value's mean with the ones before it, `window` in all.
+
+    >>> smooth([1.0, 3.0, 5.0], 2)
+    [1.0, 2.0, 4.0]
+    """
+    return [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+
+
 def figure(results: Path) -> Path:
-    """results/real/real_model.png: curves over steps, and the base model's positions."""
+    """results/real/real_model.png: curves over steps (means of five), and the base's positions.
+
+    A line is the mean over seeds; the band around it goes from the smallest to the largest.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -287,26 +309,35 @@ def figure(results: Path) -> Path:
 
     curves, positions = (read_csv(results / f"{name}.csv") for name in ("curves", "positions"))
     methods = list(dict.fromkeys(r["method"] for r in curves))
-    canvas, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    canvas, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained")
     for axis, (name, label) in zip(axes.flat, CURVES.items()):
-        for number, method in enumerate(methods):
-            by_step = defaultdict(list)
+        for method in methods:
+            runs = defaultdict(list)
             for r in curves:
                 if r["method"] == method:
-                    by_step[r["step"]].append(r[name])
-            style = {"color": f"C{number}", "label": method}
-            axis.plot(list(by_step), [mean(values) for values in by_step.values()], **style)
-        axis.set(xlabel="step", ylabel=label, yscale="log" if name == "perplexity" else "linear")
-    axes[0, 0].legend(fontsize=7)
+                    runs[r["seed"]].append(r[name])
+            columns = list(zip(*map(smooth, runs.values())))  # a tuple of all seeds for each step
+            x, (color, dashes) = range(1, len(columns) + 1), STYLES[method]
+            style = {"color": color, "ls": dashes, "lw": 1.8 if method in MORE_SEEDS else 1}
+            axis.plot(x, list(map(mean, columns)), label=method, **style)
+            axis.fill_between(
+                x, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.15, lw=0
+            )
+        scale = "log" if name in ("entropy", "perplexity") else "linear"
+        axis.set(xlabel="step", title=label, yscale=scale)
+        if scale == "linear":
+            axis.set_ylim(bottom=0)
     sizes = [r["nucleus_size"] for r in positions]
     bins = [2**power for power in range(math.ceil(math.log2(max(sizes) + 1)) + 1)]
     axes[1, 2].hist(sizes, bins)
-    axes[1, 2].set(xscale="log", xlabel="nucleus size, base model", ylabel="positions")
+    axes[1, 2].set(xscale="log", xlabel="nucleus size", title="base model: positions")
     for peak, label in ((0, "other positions"), (1, "peaks")):
         own = [r["nucleus_entropy"] for r in positions if r["peak"] == peak]
         axes[1, 3].hist(own, [n / 4 for n in range(29)], alpha=0.6, label=label)
-    axes[1, 3].set(xlabel="H', base model, nats", ylabel="positions", yscale="log")
+    axes[1, 3].set(xlabel="H', nats", title="base model: positions", yscale="log")
     axes[1, 3].legend(fontsize=7)
+    shown = axes[0, 0].get_legend_handles_labels()
+    canvas.legend(*shown, loc="outside lower center", ncols=len(methods), fontsize=8)
     canvas.savefig(results / "real_model.png", dpi=100)
     plt.close(canvas)
     return results / "real_model.png"

@@ -44,7 +44,7 @@ RESULTS, PAGE = ROOT / "results" / "real", ROOT / "docs" / "real_model.md"
 MARKS = ("<!-- numbers: python examples/real_study.py --report -->", "<!-- end of numbers -->")
 FULL_MASS = 0.999  # a token is foreign where likelier ones have at least this much
 STEPS, STEP_SECONDS, EVAL_SECONDS = 60, 40.0, 90.0  # the costs are rough, on a free core
-# What each method changes. Coefficients are not tuned: an anchor has about 0.25 * peaks / budget, as
+# What each method changes. Coefficients are not tuned: an anchor's is 0.25 * peaks / budget, as
 # docs/beta.md has it, for 9 peaks of 45 tokens or for all of them.
 METHODS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"regularizer": "none"},
@@ -284,7 +284,9 @@ def tables(results: Path) -> str:
         "",
         f"The base model's {len(positions)} tokens of the first step: {sure:.0%} have H' = 0, "
         f"{mean(r['peak'] for r in positions):.0%} are peaks; |V_p| has median {median(sizes):.0f} "
-        f"and 99th percentile {sizes[int(0.99 * len(sizes))]}.",
+        f"and 99th percentile {sizes[int(0.99 * len(sizes))]}; "
+        f"{mean(size > 64 for size in sizes):.1%} have more than the 64 tokens that "
+        "`siren.nucleus` tries first.",
         f"{steps} steps; {median(r['seconds'] for r in curves):.0f} seconds per step (median).",
     ]
     return "\n".join(lines)

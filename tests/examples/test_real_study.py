@@ -272,6 +272,7 @@ def test_the_report(tmp_path):
     assert "| base model | 0.133 (0.100 to 0.200) | 0.500 (0.500 to 0.500) |" in text
     assert "| wo_peak | 0.200 | 0.250 |" in text
     assert "4 tokens of the first step: 50% have H' = 0, 50% are peaks; |V_p| has median 2" in text
+    assert "99th percentile 90; 25.0% have more than the 64 tokens" in text
     assert "20 steps; 32 seconds per step (median)." in text
     assert "> one\n> two" in (results / "responses.md").read_text()
     assert real_study.figure(results).stat().st_size > 10_000

@@ -44,18 +44,18 @@ RESULTS, PAGE = ROOT / "results" / "real", ROOT / "docs" / "real_model.md"
 MARKS = ("<!-- numbers: python examples/real_study.py --report -->", "<!-- end of numbers -->")
 FULL_MASS = 0.999  # a token is foreign where likelier ones have at least this much
 STEPS, STEP_SECONDS, EVAL_SECONDS = 60, 40.0, 90.0  # the costs are rough, on a free core
-# What each method changes. Coefficients are not tuned: an anchor's is 0.25 * peaks / budget, as
-# docs/beta.md has it, for 9 peaks of 45 tokens or for all of them.
+# What each method changes. An anchor's coefficient has the paper's balance, beta * budget / peaks =
+# 0.08 (docs/beta.md), for 9 peaks of 45 tokens or for all of them; see docs/real_model.md.
 METHODS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"regularizer": "none"},
-    "siren": {"beta": 0.04},
+    "siren": {"beta": 0.01},
     **{
         f"bonus_{beta}": {"regularizer": "bonus", "top_p": 1, "peak_quantile": 0, "beta": beta}
         for beta in (0.2, 0.02, 0.002)
     },
-    "wo_top_p": {"beta": 0.04, "top_p": 1},
-    "wo_peak": {"beta": 0.2, "peak_quantile": 0},
-    "anchor_only": {"beta": 0.2, "top_p": 1, "peak_quantile": 0},
+    "wo_top_p": {"beta": 0.01, "top_p": 1},
+    "wo_peak": {"beta": 0.06, "peak_quantile": 0},
+    "anchor_only": {"beta": 0.06, "top_p": 1, "peak_quantile": 0},
 }
 MORE_SEEDS = ("dr_grpo", "siren", "bonus_0.2")
 STYLES: dict[str, tuple[str, Any]] = {  # colour and dashes in the figure

@@ -157,7 +157,7 @@ METHODS: dict[str, Method] = {
     ),
     "epo": Method(
         "EPO", 13, "arXiv 2509.22576v2",
-        config=NONE, coefficient="lam", candidates=BONUS,
+        config=NONE, coefficient="lam", candidates=(0.001, *BONUS[:3]),
         options={
             "lam": 0.02, "alpha": 0.1, "k_low": 0.0, "k_high": 2.0, "gamma": 3.0, "steps": 500.0
         },

@@ -267,9 +267,10 @@ def tables(results: Path) -> str:
         for name in CURVES:
             rows[method][name].append(mean(r[name] for r in own[-10:]))
     scores = list(heldout[0])[3:]
-    for r in heldout:
+    before = {r["seed"]: r | {"method": "base model"} for r in heldout if r["step"] == 0}
+    for r in [*before.values(), *(r for r in heldout if r["step"] > 0)]:
         for name in scores:
-            rows["base model" if r["step"] == 0 else r["method"]][name].append(r[name])
+            rows[r["method"]][name].append(r[name])
     lines = ["| last ten steps | seeds | " + " | ".join(CURVES.values()) + " |"]
     lines += ["|---" * (2 + len(CURVES)) + "|"]
     for method in (m for m in rows if m != "base model"):
@@ -333,12 +334,14 @@ def figure(results: Path) -> Path:
             axis.set_ylim(bottom=0)
     sizes = [r["nucleus_size"] for r in positions]
     bins = [2**power for power in range(math.ceil(math.log2(max(sizes) + 1)) + 1)]
-    axes[1, 2].hist(sizes, bins)
-    axes[1, 2].set(xscale="log", xlabel="nucleus size", title="base model: positions")
-    for peak, label in ((0, "other positions"), (1, "peaks")):
+    axes[1, 2].hist(sizes, bins, color="0.6", edgecolor="1")
+    axes[1, 2].set(xscale="log", xlabel="tokens", ylabel="positions")
+    axes[1, 2].set_title("base model: size of the nucleus")
+    for peak, label, color in ((0, "other positions", "0.75"), (1, "peaks", "#0059b3")):
         own = [r["nucleus_entropy"] for r in positions if r["peak"] == peak]
-        axes[1, 3].hist(own, [n / 4 for n in range(29)], alpha=0.6, label=label)
-    axes[1, 3].set(xlabel="H', nats", title="base model: positions", yscale="log")
+        style = {"histtype": "step", "lw": 2} if peak else {}
+        axes[1, 3].hist(own, [n / 4 for n in range(29)], color=color, label=label, **style)
+    axes[1, 3].set(xlabel="nats", ylabel="positions", title="base model: H'", yscale="log")
     axes[1, 3].legend(fontsize=7)
     shown = axes[0, 0].get_legend_handles_labels()
     canvas.legend(*shown, loc="outside lower center", ncols=len(methods), fontsize=8)

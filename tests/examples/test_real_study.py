@@ -269,7 +269,7 @@ def test_the_report(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| dr_grpo | 2 |"))
     assert row.split(" | ")[2:4] == ["2.325 (1.550 to 3.100)"] * 2
     assert row.split(" | ")[4] == "1.163 (0.775 to 1.550)"  # H_agg / anchor: half of it
-    assert "| base model | 0.133 (0.100 to 0.200) | 0.500 (0.500 to 0.500) |" in text
+    assert "| base model | 0.150 (0.100 to 0.200) | 0.500 (0.500 to 0.500) |" in text
     assert "| wo_peak | 0.200 | 0.250 |" in text
     assert "4 tokens of the first step: 50% have H' = 0, 50% are peaks; |V_p| has median 2" in text
     assert "99th percentile 90; 25.0% have more than the 64 tokens" in text

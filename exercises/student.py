@@ -63,10 +63,9 @@ def policy_loss(
         loss = -(1 / R) sum_i (1 / max_tokens) sum_t gain_t
 
     over the tokens in the mask. R is the number of responses that have a token: B, unless a row of
-    the batch is empty. max_tokens, the
-    response budget, is the same for all responses (None: T), so a token weighs the same in a
-    short response as in a long one. The loss is 0 if there is no token at all. Padding may hold any
-    number, NaN too, and must reach neither the loss nor its gradient.
+    the batch is empty. max_tokens, the response budget, is the same for all responses (None: T), so
+    a token weighs the same in a short response as in a long one. The loss is 0 if there is no token
+    at all. Padding may hold any number, NaN too, and must reach neither the loss nor its gradient.
 
     Returns (loss, stats). stats["clip_fraction"] is the share of the tokens in the mask for which
     the clipped term is the smaller one (0 if there is no token).

@@ -249,11 +249,13 @@ def collect(jobs: list[Job], results: Path) -> None:
 def spread(values: list[float]) -> str:
     """The mean and, of several seeds, the smallest and the largest.
 
-    >>> spread([0.25, 0.5]), spread([0.5])
-    ('0.375 (0.250 to 0.500)', '0.500')
+    >>> spread([0.25, 0.5]), spread([0.5]), spread([123456.7])
+    ('0.375 (0.250 to 0.500)', '0.500', '123,457')
     """
-    ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{ends}"
+    middle, low, high = (
+        f"{x:,.0f}" if x >= 1000 else f"{x:.3f}" for x in (mean(values), min(values), max(values))
+    )
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
 
 
 def tables(results: Path) -> str:
@@ -302,8 +304,8 @@ def smooth(values: list[float], window: int = 5) -> list[float]:
     return [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
-def figure(results: Path) -> Path:
-    """results/real/real_model.png: curves over steps (means of five), and the base's positions.
+def figures(results: Path) -> list[Path]:
+    """real_model.png, curves over steps (means of five), and positions.png, the base's nuclei.
 
     A line is the mean over seeds; the band around it goes from the smallest to the largest.
     """
@@ -313,8 +315,9 @@ def figure(results: Path) -> Path:
     from matplotlib import pyplot as plt
 
     curves, positions = (read_csv(results / f"{name}.csv") for name in ("curves", "positions"))
-    methods = list(dict.fromkeys(r["method"] for r in curves))
-    canvas, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained")
+    found = {r["method"] for r in curves}
+    methods = [method for method in METHODS if method in found]
+    canvas, axes = plt.subplots(2, 3, figsize=(9, 5.6), layout="constrained")
     for axis, (name, label) in zip(axes.flat, CURVES.items()):
         for method in methods:
             runs = defaultdict(list)
@@ -328,26 +331,30 @@ def figure(results: Path) -> Path:
             axis.fill_between(
                 x, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.15, lw=0
             )
-        scale = "log" if name in ("entropy", "perplexity") else "linear"
-        axis.set(xlabel="step", title=label, yscale=scale)
+        scale = "log" if name in ("entropy", "h_ratio", "perplexity") else "linear"
+        axis.set(xlabel="step", yscale=scale)
+        axis.set_title(label, fontsize=10)
         if scale == "linear":
             axis.set_ylim(bottom=0)
-    sizes = [r["nucleus_size"] for r in positions]
-    bins = [2**power for power in range(math.ceil(math.log2(max(sizes) + 1)) + 1)]
-    axes[1, 2].hist(sizes, bins, color="0.6", edgecolor="1")
-    axes[1, 2].set(xscale="log", xlabel="tokens", ylabel="positions")
-    axes[1, 2].set_title("base model: size of the nucleus")
-    for peak, label, color in ((0, "other positions", "0.75"), (1, "peaks", "#0059b3")):
-        own = [r["nucleus_entropy"] for r in positions if r["peak"] == peak]
-        style = {"histtype": "step", "lw": 2} if peak else {}
-        axes[1, 3].hist(own, [n / 4 for n in range(29)], color=color, label=label, **style)
-    axes[1, 3].set(xlabel="nats", ylabel="positions", title="base model: H'", yscale="log")
-    axes[1, 3].legend(fontsize=7)
     shown = axes[0, 0].get_legend_handles_labels()
-    canvas.legend(*shown, loc="outside lower center", ncols=len(methods), fontsize=8)
+    canvas.legend(*shown, loc="outside lower center", ncols=4)
     canvas.savefig(results / "real_model.png", dpi=100)
     plt.close(canvas)
-    return results / "real_model.png"
+
+    canvas, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    sizes = [r["nucleus_size"] for r in positions]
+    bins = [2**power for power in range(math.ceil(math.log2(max(sizes) + 1)) + 1)]
+    axes[0].hist(sizes, bins, color="0.6", edgecolor="1")
+    axes[0].set(xscale="log", xlabel="tokens in the nucleus, p = 0.8", ylabel="positions")
+    for peak, label, color in ((0, "other positions", "0.75"), (1, "peaks, tau = 0.8", "#0059b3")):
+        own = [r["nucleus_entropy"] for r in positions if r["peak"] == peak]
+        style = {"histtype": "step", "lw": 2} if peak else {}
+        axes[1].hist(own, [n / 4 for n in range(29)], color=color, label=label, **style)
+    axes[1].set(xlabel="H', nats", ylabel="positions", yscale="log")
+    axes[1].legend()
+    canvas.savefig(results / "positions.png", dpi=100)
+    plt.close(canvas)
+    return [results / "real_model.png", results / "positions.png"]
 
 
 def write_page(page: Path, numbers: str) -> None:
@@ -393,7 +400,7 @@ def study(args: argparse.Namespace) -> None:
         return
     collect(jobs, results)
     write_page(page, tables(results))
-    print(figure(results))
+    print(*figures(results))
 
 
 def command(argv: list[str] | None) -> None:

@@ -7,8 +7,8 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
     L_DrGRPO    the clipped policy-gradient loss, which makes better responses likelier
     V_p     the policy nucleus: the fewest tokens whose probabilities sum to p (top-p mask)
     H'_t    the entropy at position t of the policy pi, restricted to V_p and renormalised
-    H_i     the mean of H'_t over the peaks of response i: the positions where H'_t reaches the
-            tau-quantile of this response (peak-entropy mask)
+    H_i     the mean of H'_t over the peaks of response i: the positions where H'_t is above 0 and
+            reaches the tau-quantile of this response (peak-entropy mask)
     H_agg   the mean of H_i over the responses
     H*      the anchor: H_agg of the first batch, before any update
 
@@ -69,7 +69,7 @@ class Config:
         None, (0, 100), "H* itself, in nats; None = H_agg of the first batch"
     )
     # policy gradient
-    algorithm: str = knob("dr_grpo", ("dr_grpo", "grpo"), "what advantages and sums are divided by")
+    algorithm: str = knob("dr_grpo", ("dr_grpo", "grpo"), "grpo also divides by std and lengths")
     mini_batches: int = knob(4, (1, 10**5), "optimiser updates per step (paper: 16)")
     micro_batch_size: int = knob(
         64, (1, 10**6), "responses in memory at once; changes rounding only"
@@ -244,7 +244,7 @@ def normalize(answer):
             return value / 100 if number[2] else value
         except (ValueError, ZeroDivisionError):
             pass  # such as "." or "1/0"
-    # without spaces 1, 234 would be 1,234
+    # a "'" for the comma of 1, 234: without its space the pair would be the number 1,234
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "'", text)
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
 
@@ -305,14 +305,14 @@ def nucleus(log_pi, top_p):
     fixed, vocab = log_pi.detach(), log_pi.shape[-1]
     if top_p >= 1:  # every token; a sum of rounded probabilities might stop short of 1
         return log_pi, torch.arange(vocab, device=log_pi.device).expand(log_pi.shape)
-    k = min(64, 1 + vocab // 65)  # as if all were sorted, only faster: k grows where it must
+    k = min(64, 1 + vocab // 65)  # a first guess, since to sort all of them would be slow
     top, ids = fixed.topk(k)  # [..., k]
     while k < vocab and (short := top.exp().sum(-1) < top_p).any():  # these rows need more tokens
-        more = min(15 * k, vocab - k)
+        more = min(15 * k, vocab - k)  # sixteen times as many
         top = torch.nn.functional.pad(top, (0, more), value=float("-inf"))
         ids, k = torch.nn.functional.pad(ids, (0, more)), k + more
         top[short], ids[short] = fixed[short].topk(k)
-    pi = top.exp()  # 0 where it was only padded
+    pi = top.exp()  # 0 where it was only padded: these stay outside, whatever their ids say
     inside = (pi.cumsum(-1) - pi < top_p) & (pi > 0)  # the tokens before this one do not reach p
     return log_pi.gather(-1, ids).masked_fill(~inside, float("-inf")).log_softmax(-1), ids
 
@@ -354,7 +354,8 @@ def peak_mask(entropy, mask, quantile):
     if quantile == 0 or h.numel() == 0:
         return mask
     own = h.masked_fill(~mask, float("nan"))
-    # the smallest H' >= q_i (the test is the same, without rounding); float32's 0.8 is above 0.8
+    # the smallest H' >= q_i: the test is the same, without rounding. 1e-6 less, since a float32
+    # slightly above 0.8 would skip a rank where q_i is itself one of the H'
     least = torch.nanquantile(own, max(0, quantile - 1e-6), 1, True, interpolation="higher")
     return (h >= least) & (h > 0) & mask
 
@@ -383,7 +384,8 @@ def policy_loss(
         ratio_t = exp(logp_t - old_logp_t), how much likelier the token has become
 
     logp, old_logp, mask [B, T], adv (A) [B] or [B, T] -> (loss, stats). max_tokens: the budget, by
-    default T; "grpo" has each response's length there. stats: clip_fraction; approx_kl(old || new).
+    default T; "grpo" has each response's length there. stats: clip_fraction; approx_kl, the mean of
+    ratio - 1 - log ratio.
 
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
     >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]  # clipped to 1.2
@@ -425,7 +427,7 @@ def token_stats(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=
     mask = mask.bool()
     # without padding, which is not looked at: [N, V or D], [N]
     outputs, tokens = (x.flatten(0, 1) if mask.all() else x[mask] for x in (outputs, tokens))
-    if not chunk:  # 2 million logits fit a processor's cache, 64 million fill a GPU
+    if not chunk:  # 2 million logits fit a processor's cache, 64 million keep a GPU busy
         vocab = outputs.shape[-1] if head is None else len(head.weight)
         chunk = max(1, (1 << (21 if outputs.device.type == "cpu" else 26)) // vocab)
     if len(tokens) <= chunk:
@@ -588,7 +590,7 @@ def training_step(model, optimizer, task, cfg, step, last):
         "reward": float(rewards.mean()),
         "entropy": float(old["entropy"].sum()) / tokens,
         "nucleus_size": float(old["nucleus_size"].sum()) / tokens,
-        "h_agg": h_agg,
+        "h_agg": h_agg,  # of the whole rollout, before its updates
         "anchor": anchor,
         "skipped_updates": len(updates) - len(made),
         "response_tokens": tokens / len(responses),
@@ -694,5 +696,5 @@ def main(argv=None):
     return importlib.import_module("examples.engine").run_command(train, argv)
 
 
-if __name__ == "__main__":  # under the name by which tasks and examples import this file
+if __name__ == "__main__":  # as the module siren, which tasks and examples import, and once only
     sys.exit(importlib.import_module("siren").main())

@@ -51,11 +51,11 @@ def policy_loss(
     logp [B, T]: log-probabilities of the sampled tokens under the model in training, with gradient;
     old_logp [B, T]: under the model that sampled them; adv [B]: A_i. The ratio of both,
 
-        r_t = exp(logp_t - old_logp_t),
+        ratio_t = exp(logp_t - old_logp_t),
 
     says how far the model has moved since it sampled. Each token is worth
 
-        gain_t = min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i),
+        gain_t = min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i),
 
     so a move in the direction that A_i asks for pays only up to the clip (then its gradient is 0),
     while a move the wrong way always costs. A loss is minimised, hence the sign:
@@ -83,8 +83,9 @@ def nucleus_mask(logits: Tensor, top_p: float) -> Tensor:
     pi = softmax(logits). Take the likeliest token, then the next, ... and stop as soon as the sum
     of their probabilities reaches top_p. The token that crosses top_p is inside, so the set is
     never empty; of equally likely tokens only as many as needed. A sum of exactly top_p has reached
-    it: with 0.5, 0.3, 0.2 and top_p = 0.5 one token is inside. top_p = 1 keeps every token, however
-    unlikely (sums are rounded, so this needs care).
+    it: with 0.5, 0.3, 0.2 and top_p = 0.5 one token is inside. (Sums are rounded, but you need no
+    tolerance: the tests have one.) top_p = 1 keeps every token, however unlikely; here rounding
+    needs care.
 
     logits [..., V], any number of leading dimensions -> bool [..., V], True inside, in the order of
     the token ids.
@@ -120,7 +121,8 @@ def peak_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
 
         H' >= q_i,    H' > 0,    mask
 
-    quantile = 0 switches this off: then every token of the response is a peak, also where H' = 0.
+    The level quantile = 0 switches this off: then every token of the response is a peak, also
+    where H' = 0.
 
     entropy [B, T] (H', nats; on padding any number but NaN), mask [B, T] bool -> bool [B, T]. An
     empty response has no peak.
@@ -170,11 +172,11 @@ def siren_loss(
 
     logits [B, T, V], where logits[:, t] predicts tokens[:, t]; so the logp of exercise 2 is the
     log-softmax of logits[:, t] at tokens[:, t]. tokens (ids), old_logp, mask [B, T], adv [B].
-    Returns (loss, stats); stats has "policy_loss", "regularizer_loss" (the penalty) and "h_agg"
-    (H_agg). top_p is for the nucleus, peak_quantile for the peak mask, max_tokens for the policy
-    loss. Their defaults here are the paper's; the toy world has its own, 0.85 and 0.6. On padding,
-    old_logp may be NaN, while logits are finite numbers. With no token in the batch policy_loss and
-    H_agg are 0, the penalty is any finite number, and the gradient is 0, not NaN.
+    Returns (loss, stats); stats has "policy_loss", "regularizer_loss" (the penalty, with beta) and
+    "h_agg" (H_agg). top_p is for the nucleus, peak_quantile for the peak mask, max_tokens for the
+    policy loss. Their defaults here are the paper's; the toy world has its own, 0.85 and 0.6. On
+    padding, old_logp may be NaN, while logits are finite numbers. With no token in the batch
+    policy_loss and H_agg are 0, the penalty is any finite number, and the gradient is 0, not NaN.
 
     >>> logits, tokens = torch.zeros(1, 2, 4), torch.tensor([[0, 1]])
     >>> old_logp, mask = torch.full((1, 2), 0.25).log(), torch.ones(1, 2).bool()

@@ -289,3 +289,28 @@ def test_bad_workers_are_one_line(capsys):
     assert real_study.main(["--workers", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "real_study.py: error: --workers 0: must be 1 to 64; the default is 2"
+
+
+def test_the_page_has_the_stored_numbers():
+    assert real_study.tables(real_study.RESULTS) in real_study.PAGE.read_text()
+
+
+def test_the_pages_claims_in_words():
+    """Collapse, explosion, SIREN in between; what one mask alone does."""
+    curves = real_study.read_csv(real_study.RESULTS / "curves.csv")
+
+    def mean_of(method, name, first=51):
+        rows = [r for r in curves if (r["method"], r["seed"]) == (method, 0) and r["step"] >= first]
+        return sum(r[name] for r in rows) / len(rows)
+
+    def passes(method, level):  # the first step at which the mean of five passes it
+        rows = [r["reward"] for r in curves if (r["method"], r["seed"]) == (method, 0)]
+        return next(i for i, x in enumerate(real_study.smooth(rows), 1) if x > level)
+
+    held = mean_of("siren", "entropy")
+    assert 5.5 < held / mean_of("dr_grpo", "entropy") < 6.5
+    assert mean_of("wo_peak", "entropy") < 0.05 and mean_of("wo_top_p", "h_ratio") > 0.9
+    assert all(mean_of(f"bonus_{beta}", "entropy", 15) > 10 for beta in (0.2, 0.02))
+    assert passes("siren", 0.8) == 12 and 30 < passes("wo_top_p", 0.8) < 35
+    assert 0.44 < mean_of("anchor_only", "reward", 21) < 0.46
+    assert 0.88 < mean_of("siren", "reward", 21) < 0.90

@@ -354,8 +354,7 @@ def peak_mask(entropy, mask, quantile):
     if quantile == 0 or h.numel() == 0:
         return mask
     own = h.masked_fill(~mask, float("nan"))
-    # the smallest H' >= q_i: the test is the same, without rounding. 1e-6 less, since a float32
-    # slightly above 0.8 would skip a rank where q_i is itself one of the H'
+    # the smallest H' >= q_i: the same test without rounding; float32's 0.8, a bit more, might skip it
     least = torch.nanquantile(own, max(0, quantile - 1e-6), 1, True, interpolation="higher")
     return (h >= least) & (h > 0) & mask
 
@@ -384,8 +383,7 @@ def policy_loss(
         ratio_t = exp(logp_t - old_logp_t), how much likelier the token has become
 
     logp, old_logp, mask [B, T], adv (A) [B] or [B, T] -> (loss, stats). max_tokens: the budget, by
-    default T; "grpo" has each response's length there. stats: clip_fraction; approx_kl, the mean of
-    ratio - 1 - log ratio.
+    default T ("grpo": the length). stats: clip_fraction; approx_kl, the mean ratio - 1 - log ratio.
 
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
     >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]  # clipped to 1.2
@@ -481,7 +479,7 @@ def micro_batch_anchor(h_micro, h_agg, anchor):
 
     The losses of the parts of a mini-batch, each times its share of the responses, are added up.
     H_agg is such a sum, of share * h_micro; (H_agg - H*)^2 is not. With this anchor, a number that
-    has no gradient, every part has the gap H_agg - H*: losses and gradients add up exactly.
+    has no gradient, h_micro - (this anchor) = H_agg - H* in each: losses and gradients add up.
     """
     return h_micro - (h_agg - anchor)
 

@@ -354,7 +354,7 @@ def peak_mask(entropy, mask, quantile):
     if quantile == 0 or h.numel() == 0:
         return mask
     own = h.masked_fill(~mask, float("nan"))
-    # the smallest H' >= q_i: the same test without rounding; float32's 0.8, a bit more, might skip it
+    # the smallest H' >= q_i: the same test without rounding (float32's 0.8 > 0.8 might skip it)
     least = torch.nanquantile(own, max(0, quantile - 1e-6), 1, True, interpolation="higher")
     return (h >= least) & (h > 0) & mask
 

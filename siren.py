@@ -103,7 +103,8 @@ class Config:
                 flag = "--" + field.name.replace("_", "-")
                 raise ConfigError(f"{flag} {value}: must be {rule}; the default is {field.default}")
         if self.mini_batches > self.prompts:  # a prompt's responses stay together
-            raise ConfigError(f"--mini-batches {self.mini_batches}: more than --prompts has")
+            rule = f"must be at most --prompts, {self.prompts}; lower it"
+            raise ConfigError(f"--mini-batches {self.mini_batches}: {rule}")
 
 
 # --------------------------------------------------------------------------------------- 2. sampler

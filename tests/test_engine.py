@@ -240,7 +240,7 @@ BAD_FLAGS = """
 --group-size=1     | --group-size 1: must be 2 to 10000
 --beta=nan         | --beta nan: must be
 --regularizer=kl   | --regularizer kl: must be anchor or bonus or none
---mini-batches=99  | --mini-batches 99: more than --prompts has
+--mini-batches=99  | --mini-batches 99: must be at most --prompts
 --steps=1.5        | invalid int value: '1.5'
 --learning-rate=1  | learning_rate='1': no such option
 --device=tpu9      | --device tpu9:

@@ -6,7 +6,8 @@ r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M, 49,152
     python examples/real_study.py --smoke     # two steps, two questions, a temporary folder
 
 A job is one command of siren.py, in a run folder of its own. A job that was stopped goes on from
-its checkpoint, and one that is done is not run again. The drop-in `plug` below adds to each step
+its checkpoint, and one that is done or has its rows in results/real/ is not run again. The drop-in
+`plug` below adds to each step
 
     foreign      the share of response tokens outside the base model's own top 0.999 mass
     perplexity   of the responses under the base model
@@ -217,33 +218,64 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     return [{k: v if k == "method" else float(v) for k, v in row.items()} for row in rows]
 
 
+def stored(results: Path, cfg: siren.Config) -> dict[tuple[str, int], list[list[dict]]]:
+    """What results/ holds of jobs that reached their last step: their rows in each CSV file."""
+    found: dict[tuple[str, int], list[list[dict]]] = {}
+    for index, name in enumerate(("curves", "heldout")):
+        for row in read_csv(results / f"{name}.csv") if (results / f"{name}.csv").exists() else []:
+            found.setdefault((row["method"], int(row["seed"])), [[], []])[index].append(row)
+    return {who: rows for who, rows in found.items() if len(rows[0]) == cfg.steps}
+
+
+def missing(jobs: list[Job], results: Path) -> list[Job]:
+    """The jobs that have to be run."""
+    kept = stored(results, jobs[0].cfg)
+    return [job for job in jobs if not job.done and (job.method, job.seed) not in kept]
+
+
+def sections(path: Path) -> dict[str, str]:
+    """The parts of responses.md by method."""
+    parts = path.read_text().split("\n## ")[1:] if path.exists() else []
+    return {part.partition("\n")[0]: f"## {part.strip()}" for part in parts}
+
+
 def collect(jobs: list[Job], results: Path) -> None:
-    """Write curves.csv, heldout.csv, positions.csv and responses.md from the jobs that are done."""
-    curves, heldout, texts, done = [], [], [], [job for job in jobs if job.done]
-    for job in done:
-        records, who = job.records, (job.method, job.seed)
+    """Write curves.csv, heldout.csv, positions.csv and responses.md from the jobs that are done.
+
+    What these files hold of a job stays if its run folder is gone.
+    """
+    curves, heldout = [], []
+    kept, texts = stored(results, jobs[0].cfg), sections(results / "responses.md")
+    for job in jobs:
+        who = (job.method, job.seed)
+        if not job.done:
+            for rows, old in zip((curves, heldout), kept.get(who, ([], []))):
+                rows.extend(old)
+            continue
+        records, row = job.records, {"method": job.method, "seed": job.seed}
         for r in records[1:]:
-            values = {**r, "h_ratio": r["h_agg"] / (r["anchor"] or math.nan)}
-            numbers = [f"{values[name]:.5g}" for name in (*CURVES, "seconds")]
-            curves.append([*who, r["step"], *numbers])
-        ends = (records[0], records[-1])
-        names = [name for name in records[0] if "/" in name]
-        for step, r in zip((0, job.cfg.steps), ends):
-            heldout.append([*who, step, *(f"{r[name]:.5g}" for name in names)])
+            curves.append(row | r | {"h_ratio": r["h_agg"] / (r["anchor"] or math.nan)})
+        for r in (records[0], records[-1]):
+            scores = {name.partition("/")[2]: r[name] for name in records[0] if "/" in name}
+            heldout.append(row | {"step": r["step"]} | scores)
         path = job.folder / "responses.json"
         if job.seed == 0 and path.exists():
             quoted = ["> " + text.replace("\n", "\n> ") for text in json.loads(path.read_text())]
-            texts.append("\n\n".join([f"## {job.method}", *quoted]))
+            texts[job.method] = "\n\n".join([f"## {job.method}", *quoted])
         path = job.folder / "positions.csv"
         if job.seed == 0 and path.exists():
             results.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, results / "positions.csv")  # of the base model: alike in all jobs
-    if done:
-        write_csv(results / "curves.csv", ["method", "seed", "step", *CURVES, "seconds"], curves)
-        short = [name.partition("/")[2] for name in names]
-        write_csv(results / "heldout.csv", ["method", "seed", "step", *short], heldout)
+    if curves:
+        names = [*list(heldout[0])[:3], *CURVES, "seconds"]  # method, seed, step, ...
+        for file, columns, rows in (("curves", names, curves), ("heldout", heldout[0], heldout)):
+            cells = [
+                [x if isinstance(x := row[c], str) else f"{x:.5g}" for c in columns] for row in rows
+            ]
+            write_csv(results / f"{file}.csv", list(columns), cells)
         title = "# Three responses of each method's last step, seed 0"
-        (results / "responses.md").write_text("\n\n".join([title, *texts]) + "\n")
+        shown = [texts[method] for method in METHODS if method in texts]
+        (results / "responses.md").write_text("\n\n".join([title, *shown]) + "\n")
 
 
 def spread(values: list[float]) -> str:
@@ -384,12 +416,12 @@ def study(args: argparse.Namespace) -> None:
         get_smollm2.get()
         real_task.main(["--out", str(ROOT / data)])
         with ThreadPoolExecutor(args.workers) as pool:
-            codes = list(pool.map(run, [job for job in jobs if not job.done]))
+            codes = list(pool.map(run, missing(jobs, results)))
         if any(codes):
             failed = f"{len(codes) - codes.count(0)} of {len(codes)} jobs failed"
             raise RuntimeError(f"{failed}; see log.txt in their folders under {runs}")
     if args.plan:
-        todo = [job for job in jobs if not job.done]
+        todo = missing(jobs, results)
         for job in todo:
             print("python", " ".join(job.command))
         left = [job.cfg.steps + 1 - len(job.records) for job in todo]

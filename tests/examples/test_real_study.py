@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,6 +277,19 @@ def test_the_report(tmp_path):
     assert "20 steps; 32 seconds per step (median)." in text
     assert "> one\n> two" in (results / "responses.md").read_text()
     assert all(path.stat().st_size > 5_000 for path in real_study.figures(results))
+    files = {path: path.read_bytes() for path in results.iterdir() if path.suffix != ".png"}
+    assert len(files) == 4 and len(real_study.missing(jobs, results)) == len(jobs) - 3
+    for job in (jobs[0], jobs[-1]):  # a run folder that is gone, and a job that comes to its end
+        shutil.rmtree(job.folder) if job.done else finish(job, 0.7)
+    assert not jobs[0].done and len(real_study.missing(jobs, results)) == len(jobs) - 4
+    real_study.collect(jobs, results)
+    for path, content in files.items():  # what was there stays, word for word
+        new = path.read_bytes()
+        assert new == content if path.suffix == ".md" else new.startswith(content)
+    assert len(real_study.read_csv(results / "curves.csv")) == 4 * 20
+    assert len(
+        real_study.missing([job._replace(cfg=siren.Config(steps=30)) for job in jobs], results)
+    ) == len(jobs)
     page = tmp_path / "page.md"
     page.write_text(f"a\n{real_study.MARKS[0]}\nold\n{real_study.MARKS[1]}\nb\n")
     real_study.write_page(page, text)

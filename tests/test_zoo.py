@@ -425,6 +425,15 @@ def test_controllers_follow_their_formulas_in_a_run(tmp_path):
             assert record["coefficient"] == pytest.approx(c), f"{name}, step {k + 1}"
 
 
+@pytest.mark.parametrize("algorithm", ["dr_grpo", "grpo"])
+def test_trls_term_is_a_mean_over_tokens(batch, algorithm):
+    state = SimpleNamespace(applied_coefficient=0.3)
+    v = SimpleNamespace(mask=batch.mask, max_tokens=9, algorithm=algorithm, state=state)
+    weights = METHODS["trl_adaptive"].term_weights(v)
+    term = core.per_response(weights * batch.entropy, batch.mask, 9, algorithm)
+    assert float(term) == pytest.approx(-0.3 * float(batch.entropy[batch.mask].mean()), rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------- the sampler
 def test_cure_branches_where_the_policy_was_undecided():
     task, model, cfg = Ways(), small_model(), siren.Config(**{**SMALL, "max_tokens": 6})
@@ -462,12 +471,25 @@ def test_cure_trains_drawn_tokens_alone_and_leaves_evaluation_as_it_is(tmp_path)
 
 
 # ---------------------------------------------------------------------------- what they promise
+def four_runs(folder, name, options=None):
+    """Reward and mean H of the last five of 40 steps, and H of the first, means of four seeds.
+
+    Four, since a run is chaotic: another processor's rounding makes another run of the same seed.
+    """
+    runs = [train(folder / str(s), name, steps=40, options=options, seed=s) for s in range(4)]
+    ends = [run[-5:] for run in runs]
+    reward, last = (
+        np.mean([[r[key] for r in end] for end in ends]) for key in ("reward", "entropy")
+    )
+    return reward, last, np.mean([run[1]["entropy"] for run in runs])
+
+
 @pytest.fixture(scope="module")
 def dr_grpo(tmp_path_factory):
-    """40 steps of Dr.GRPO: most of the ways are given up."""
-    records = train(tmp_path_factory.mktemp("promise") / "x", "dr_grpo", steps=40)
-    assert records[-1]["reward"] > 0.9 and records[-1]["entropy"] < 0.6 * records[1]["entropy"]
-    return records
+    """H after 40 steps of Dr.GRPO: most of the ways are given up."""
+    reward, last, first = four_runs(tmp_path_factory.mktemp("promise"), "dr_grpo")
+    assert reward > 0.9 and last < 0.6 * first
+    return last
 
 
 @pytest.mark.parametrize(
@@ -476,16 +498,15 @@ def dr_grpo(tmp_path_factory):
         ("adaptive_bonus", {"eta": 0.05}),
         ("trl_adaptive", {"delta": 0.01}),
         ("epo", {"lam": 0.06}),
-        ("clip_cov", {"rho": 0.1}),
+        ("clip_cov", {"rho": 0.2}),
         ("kl_cov", {"c": 3.0, "rho": 0.1}),
         ("arm", {"alpha": 1.0}),
         ("dph_kl", {"eta": 1.0, **CHEAP["dph_kl"]}),
     ],
 )
 def test_these_keep_more_entropy_than_dr_grpo(name, options, dr_grpo, tmp_path):
-    records = train(tmp_path / "x", name, steps=40, options=options)
-    last = [sum(r["entropy"] for r in run[-5:]) / 5 for run in (records, dr_grpo)]
-    assert last[0] > last[1] + 0.1, last
+    _, last, _ = four_runs(tmp_path, name, options)
+    assert last > dr_grpo + 0.3
 
 
 # ------------------------------------------------------------------------- all of them, on the toy

@@ -79,6 +79,7 @@ class MiniBatch:
     options: SimpleNamespace
     state: SimpleNamespace  # of the controller
     generator: torch.Generator  # for random masks: a function of seed, step and mini-batch
+    algorithm: str = "dr_grpo"  # as in siren.Config
 
     def rows(self, index: Tensor) -> MiniBatch:
         """The responses at index [b]."""
@@ -189,7 +190,7 @@ class Plugged:
             rewards, adv[:, None].expand(rollout.mask.shape), rollout.mask, old_logp, rollout.logp,
             now["logp"].detach(), now["entropy"].detach(), base_logp, cfg.group_size,
             cfg.max_tokens, self.options, SimpleNamespace(**self.state),
-            torch.Generator().manual_seed(self.draw("mask").getrandbits(63)),
+            torch.Generator().manual_seed(self.draw("mask").getrandbits(63)), cfg.algorithm,
         )  # fmt: skip
 
     def update(

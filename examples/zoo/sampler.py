@@ -1,8 +1,8 @@
 """CURE (15): a sampler that goes back to undecided tokens and answers again from there.
 
-The group of a prompt has n1 whole responses, and n2 new tails to each of them. A tail begins at one
-of the k positions of highest H of its response, drawn at random; the token there is drawn again.
-What was kept is prompt: it is not trained in the tail's row. The advantage is over the whole group.
+The group of a prompt has n1 whole responses, and n2 new tails to each of them. For each response
+one of its k positions of highest H is drawn, and its tails begin there: that token is drawn again.
+What was kept is prompt: it is not trained in a tail's row. The advantage is over the whole group.
 Paper: n1 4, n2 3, k 20 (of thousands of tokens), clip 0.2 / 0.28, later a stage without it. Source:
 code bytedance/CURE, which also skips one-character tokens. Sure: high.
 """

@@ -18,7 +18,7 @@ def adaptive_coefficient(c: float, entropy: float, target: float, eta: float) ->
     """Adaptive bonus (2), controller: c <- max(0, c + eta (target - mean H)); the loss is -c H_t.
 
     The constraint "mean H is at least its initial value H0", by a Lagrange multiplier, as SAC has
-    it. It pushes up only. AER (12) has the target tau H0.
+    it. c is never negative, so the term can only raise H. AER (12) has the target tau H0.
     Values: eta and the first c are not in the released script. Source: the SIREN repository, type
     naive_entropy_reg_adaptive. Sure: high.
 
@@ -34,7 +34,9 @@ def adaptive_coefficient(c: float, entropy: float, target: float, eta: float) ->
 def stepped_coefficient(
     c: float, entropy: float, target: float, delta: float, most: float = 1.0
 ) -> tuple[float, float]:
-    """TRL's adaptive entropy, after Skywork-OR1: (c, what is applied of it); the loss is -that H_t.
+    """TRL's adaptive entropy, after Skywork-OR1: (c, what is applied of it).
+
+    The loss is - what is applied * the mean of H over all tokens of the mini-batch.
 
     c rises by delta while mean H <= target, else it falls, within 0..most; it is applied only in
     the first case. TRL: delta 0.005, target 0.2 nats, most 1, once per optimiser step; here once
@@ -68,12 +70,12 @@ def difficulty_weight(rewards: Tensor, group_size: int, rho: float) -> Tensor:
 
 
 def corridor_penalty(entropy: Tensor, history: float, k_low: float, k_high: float) -> Tensor:
-    """EPO (13): P_t = relu(k_l Hist - H_t) + relu(H_t - k_r Hist); the loss is -lam (H_t - s P_t).
+    """EPO (13): P = relu(k_low Hist - H_t) + relu(H_t - k_high Hist); the loss: -lam (H_t - s P).
 
     Hist is the mean of mean H over all steps so far; with 0 there is none yet, and P is 0. The
-    weight s = beta_k alpha falls from step to step, see corridor_weight.
-    Paper: lam 0.001, k_l 0, k_r 2: nothing below the history is penalised. The released code has a
-    constant for P, which has no gradient; this P is that of the text.
+    weight s = alpha * corridor_weight falls from step to step.
+    Paper: lam 0.001, k_low 0, k_high 2: nothing below the history is penalised. The released code
+    has a constant for P, which has no gradient; this P is that of the text.
     Source: arXiv 2509.22576v2. Sure: high.
 
     >>> h = torch.tensor([0.0, 0.8, 2.0])
@@ -86,7 +88,7 @@ def corridor_penalty(entropy: Tensor, history: float, k_low: float, k_high: floa
 
 
 def corridor_weight(step: float, steps: float, gamma: float) -> float:
-    """EPO's beta_k = 1 + exp(-gamma k / (K / 2)) at step k of K. Paper: gamma 3.
+    """EPO's beta_k = 1 + exp(-gamma k / (steps / 2)) in step k of a run. Paper: gamma 3.
 
     >>> [round(corridor_weight(k, 100, 3), 6) for k in (0, 25, 50, 100)]
     [2.0, 1.22313, 1.049787, 1.002479]
@@ -101,8 +103,8 @@ def divergence(log_u: Tensor, kind: str) -> Tensor:
         js  u ln u - (u + 1) ln((u + 1) / 2)  ... twice the Jensen-Shannon divergence
 
     The samples are right responses of the base to prompts that it has mastered, so what it could do
-    is rehearsed. The paper takes these prompts out of the RL batch; in the toy they are other ones.
-    The paper has an alpha-divergence, too.
+    is rehearsed. The paper takes these prompts out of the RL batch; here they are drawn on their
+    own. The paper has an alpha-divergence, too.
     Paper: eta 0.01, clip_high 0.28, 16 samples, mastered = 6/8 or 7/8 right. Source: arXiv
     2509.07430, code seamoke/DPH-RL. Sure: high.
 
@@ -120,9 +122,9 @@ def divergence(log_u: Tensor, kind: str) -> Tensor:
 
 
 def calibration(log_gap: Tensor, adv: Tensor, slope: float) -> Tensor:
-    """CalibRL (16): |A| leaky_relu(-s Dl, slope), s = 1 where A > 0, -1 where A < 0.
+    """CalibRL (16): |A| leaky_relu(-sign(A) D, slope).
 
-    Dl = logp - logp of an expert. A right token that is less likely than the expert has it is
+    D = logp - logp of an expert. A right token that is less likely than the expert has it is
     pulled up, a wrong one that is more likely is pushed down; beyond that, weakly away.
     Here the expert is replaced by the base policy's log-probs of the same tokens ("CalibRL with a
     reference baseline"): an expert would know the toy's gaps. The paper finds that form weaker.

@@ -90,7 +90,7 @@ def forking_tokens(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
 def forking_tokens_per_response(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     """80/20 as the SIREN repository runs it: weight 1 where H exceeds its response's own quantile.
 
-    The quantile is 1 - share, and the sum is not divided by the share: the step is much smaller.
+    The quantile is 1 - share, and the sum is not divided by the share: the loss is much smaller.
 
     >>> h = torch.tensor([[0.1, 0.2, 2.0, 0.3, 1.5], [0.05, 0.1, 0.2, 0.1, 9.0]])
     >>> forking_tokens_per_response(h, h < 9, share=0.2)  # above 1.6, above .14
@@ -133,8 +133,9 @@ def steer(
 ) -> Tensor:
     """STEER (10): w_t = exp(-k |Om_t|), k = -ln(w_min) / max(0.02, max |Om|).
 
-    Om_t = A_t pi_t / old_pi_t (1 - pi_t) (ln pi_t + H_t) estimates the change of entropy, up or
-    down, that the token's update makes; the largest one gets the weight w_min.
+    Om_t = A_t r_t (1 - pi_t) (ln pi_t + H_t), r_t = pi_t / old_pi_t, estimates how far the token's
+    update lowers the entropy (where it is negative, raises it). The largest one gets the weight
+    w_min, unless all are below 0.02.
     Paper: w_min 0.7 (its code: 0.8), clip 0.2 / 0.28. Source: code zz-haooo/STEER, which takes H
     from the policy that sampled; here it is the policy as it is now. Sure: high.
 

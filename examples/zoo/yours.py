@@ -1,15 +1,21 @@
-"""Your own idea in ten lines: copy this file, change the function, train.
+"""Your own idea in ten lines: copy this file to examples/zoo/mine.py, change it, train.
 
     python siren.py --regularizer none --plug examples.zoo.yours:c=0.5
 
 The idea here: a right answer that needed a rare token teaches more. A method is a few functions of
-the mini-batch v (see core.MiniBatch): v.adv, v.logp, v.entropy, v.mask, v.rewards, ... [B, T].
+the mini-batch v (see core.MiniBatch): v.adv, v.logp, v.entropy and v.mask are [B, T], v.rewards is
+[B]. None of them has a gradient; v.options and v.state hold numbers.
 
-    advantages    what A becomes, for each token
-    term          a loss for each token, with a gradient; term_weights: its weight
-    controller    the numbers of this step from the record of the step before; v.state has them
+    advantages(v)        -> A' [B, T], what A becomes
+    term(now, v)         -> x [b, T], a loss of each token, for some rows at a time; only
+                            now["logp"] and now["entropy"] have a gradient, so use these here
+    term_weights(v)      -> w [B, T] or a number, of all rows
+    controller(last, o)  -> {"coefficient": ...}, v.state of this step, from the record of the step
+                            before (last["entropy"] is mean H); start={"coefficient": 0.0} is step 1
 
-Everything else stays as it is: groups, clipping, micro-batches, checkpoints, evaluation.
+An option is named in four places: the function, plug, Method(options=...) and use. It has the type
+of its value there, so write 1.0 and not 1 for a number with a fraction; it is 0 or more. Everything
+else stays as it is: groups, clipping, micro-batches, checkpoints, evaluation.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ length, padded on the right; `mask` [B, T] (bool) is True on a response's own to
 may be all False. Entropies are in nats (natural logarithm). Results have the dtype of the inputs;
 the tests use float64. No function may write to its inputs.
 
-To skip an exercise, replace its function by an import: `from siren import nucleus_mask`.
+To skip an exercise, replace its function by an import: `from siren import nucleus_mask` (for
+exercise 12: `from exercises.qae import quantile_advantages, plug`).
 """
 
 from __future__ import annotations
@@ -57,22 +58,25 @@ def policy_loss(
 
         gain_t = min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i),
 
-    so a move in the direction that A_i asks for pays only up to the clip (then its gradient is 0),
-    while a move the wrong way always costs. A loss is minimised, hence the sign:
+    Once the ratio is beyond the clip on the side that A_i asks for, the gain is constant and its
+    gradient is 0. On the other side nothing is clipped. A loss is minimised, hence the sign:
 
         loss = -(1 / R) sum_i (1 / max_tokens) sum_t gain_t
 
     over the tokens in the mask. R is the number of responses that have a token: B, unless a row of
     the batch is empty. max_tokens, the response budget, is the same for all responses (None: T), so
-    a token weighs the same in a short response as in a long one. The loss is 0 if there is no token
-    at all. Padding may hold any number, NaN too, and must reach neither the loss nor its gradient.
+    a token weighs the same in a short response as in a long one. The loss is 0 if no token is in
+    the mask (T >= 1). On padding logp and old_logp may be any number, NaN too, and must reach
+    neither the loss nor its gradient; adv is always finite.
 
     Returns (loss, stats). stats["clip_fraction"] is the share of the tokens in the mask for which
-    the clipped term is the smaller one (0 if there is no token).
+    the clipped term is strictly smaller (0 if there is no token). It may carry a gradient or not.
 
-    >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
-    >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1).bool())[0]
-    tensor(-1.2000)
+    >>> ratio, mask = torch.tensor([[1.25, 1], [0.5, 9]]), torch.tensor([[1, 1], [1, 0]]).bool()
+    >>> adv = torch.tensor([1.0, -1.0])  # gains 1.2, 1 and -0.8: two of three are clipped
+    >>> loss, stats = policy_loss(ratio.log(), torch.zeros(2, 2), adv, mask, max_tokens=4)
+    >>> loss, stats["clip_fraction"]  # -(2.2 - 0.8) / 4 / 2
+    (tensor(-0.1750), tensor(0.6667))
     """
     raise NotImplementedError("exercise 2, policy_loss")
 
@@ -81,11 +85,12 @@ def nucleus_mask(logits: Tensor, top_p: float) -> Tensor:
     """Exercise 3. The policy nucleus V_p: the fewest tokens whose probabilities sum to >= top_p.
 
     pi = softmax(logits). Take the likeliest token, then the next, ... and stop as soon as the sum
-    of their probabilities reaches top_p. The token that crosses top_p is inside, so the set is
-    never empty; of equally likely tokens only as many as needed. A sum of exactly top_p has reached
-    it: with 0.5, 0.3, 0.2 and top_p = 0.5 one token is inside. (Sums are rounded, but you need no
-    tolerance: the tests have one.) top_p = 1 keeps every token, however unlikely; here rounding
-    needs care.
+    of their probabilities reaches top_p, 0 < top_p <= 1. The token that crosses top_p is inside, so
+    the set is never empty. If equally likely tokens stand at the border, take only as many as are
+    needed, whichever. A sum of exactly top_p has reached it: with 0.5, 0.3, 0.2 and top_p = 0.5 one
+    token is inside. (In floats 0.5 + 0.3 may come out just below 0.8, so that with top_p = 0.8 one
+    token more is inside. Accept that; the tests do, too.) top_p = 1 keeps every token, however
+    unlikely; do not compare sums there, since a rounded sum reaches 1 too early.
 
     logits [..., V], any number of leading dimensions -> bool [..., V], True inside, in the order of
     the token ids.
@@ -102,13 +107,17 @@ def nucleus_entropy(logits: Tensor, top_p: float) -> Tensor:
         H' = -sum over V_p of q log q,    q = pi / pi(V_p)
 
     where V_p is the nucleus, pi(V_p) the sum of its probabilities, and so q is pi renormalised on
-    the nucleus: it sums to 1 there. A nucleus of one token has H' = 0, exactly.
+    the nucleus: it sums to 1 there. A nucleus of one token has H' = 0, exactly (or -0).
 
-    logits [..., V] -> nats [...]. Differentiable: the gradient is that of the formula with the set
-    V_p held fixed, so a logit outside the nucleus gets 0 (up to rounding), and no logit gets NaN.
+    logits [..., V], finite -> nats [...]. Differentiable: the gradient is that of the formula with
+    the set V_p held fixed, so a logit outside the nucleus gets 0 (up to rounding), and no logit
+    gets NaN.
 
     >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)  # q = 2/3, 1/3
     tensor(0.6365)
+    >>> z = torch.tensor([0.6, 0.3, 0.06, 0.04]).log().requires_grad_()
+    >>> torch.autograd.grad(nucleus_entropy(z, 0.8), z)[0].abs()  # |q (log q + H')|
+    tensor([0.1540, 0.1540, 0.0000, 0.0000])
     """
     raise NotImplementedError("exercise 4, nucleus_entropy")
 
@@ -116,19 +125,22 @@ def nucleus_entropy(logits: Tensor, top_p: float) -> Tensor:
 def peak_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
     """Exercise 5. The peak-entropy mask: the positions where a response really forks.
 
-    With q_i the `quantile` (0.8: four fifths lie below) of H' over response i's own tokens,
-    linearly interpolated as torch.quantile does, a position is a peak where all three hold:
+    Let q_i be the quantile of response i's H' at the level `quantile` (0.8: about four fifths lie
+    below), over its own tokens only, linearly interpolated as torch.quantile does. A position is a
+    peak where all three hold:
 
         H' >= q_i,    H' > 0,    mask
 
-    The level quantile = 0 switches this off: then every token of the response is a peak, also
-    where H' = 0.
+    With quantile = 0 the result is the mask itself, also where H' = 0.
 
     entropy [B, T] (H', nats; on padding any number but NaN), mask [B, T] bool -> bool [B, T]. An
     empty response has no peak.
 
-    >>> peak_mask(torch.tensor([[0.1, 0.9, 0.5, 0.0]]), torch.ones(1, 4).bool(), 0.8)  # q = 0.66
-    tensor([[False,  True, False, False]])
+    >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0], [0.2, 0.3, 7.0, 7.0]])
+    >>> mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    >>> peak_mask(h, mask, 0.8)  # q = 0.66 and 0.28
+    tensor([[False,  True, False, False],
+            [False,  True, False, False]])
     """
     raise NotImplementedError("exercise 5, peak_mask")
 
@@ -144,9 +156,11 @@ def aggregate_entropy(entropy: Tensor, peak: Tensor, mask: Tensor) -> Tensor:
     mask is not a peak. Padding may hold any number, NaN too, and must reach neither H_agg nor its
     gradient.
 
-    >>> h, mask = torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([[1, 1], [1, 0]]).bool()
-    >>> aggregate_entropy(h, h >= 2, mask)  # (3 + 2) / 2
-    tensor(2.5000)
+    >>> h = torch.tensor([[1.0, 3.0], [2.0, 0.0], [5.0, 5.0]])
+    >>> mask = torch.tensor([[1, 1], [1, 0], [1, 1]]).bool()
+    >>> peak = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
+    >>> aggregate_entropy(h, peak, mask)  # (2 + 2 + 0) / 3; one mean over all peaks would be 2
+    tensor(1.3333)
     """
     raise NotImplementedError("exercise 6, aggregate_entropy")
 
@@ -174,14 +188,15 @@ def siren_loss(
     log-softmax of logits[:, t] at tokens[:, t]. tokens (ids), old_logp, mask [B, T], adv [B].
     Returns (loss, stats); stats has "policy_loss", "regularizer_loss" (the penalty, with beta) and
     "h_agg" (H_agg). top_p is for the nucleus, peak_quantile for the peak mask, max_tokens for the
-    policy loss. Their defaults here are the paper's; the toy world has its own, 0.85 and 0.6. On
-    padding, old_logp may be NaN, while logits are finite numbers. With no token in the batch
-    policy_loss and H_agg are 0, the penalty is any finite number, and the gradient is 0, not NaN.
+    policy loss. Their defaults here are the paper's; the toy world has its own, 0.85 and 0.6.
+    Logits are finite everywhere; on padding old_logp may be NaN, and tokens are valid ids. With no
+    token in the batch policy_loss and H_agg are 0, the penalty is beta * anchor^2 (any finite
+    number passes), and the gradient is 0, not NaN. Values in stats may carry a gradient or not.
 
     >>> logits, tokens = torch.zeros(1, 2, 4), torch.tensor([[0, 1]])
     >>> old_logp, mask = torch.full((1, 2), 0.25).log(), torch.ones(1, 2).bool()
-    >>> siren_loss(logits, tokens, old_logp, torch.zeros(1), mask, 0.0, beta=1.0)[0]  # (ln 4)^2
-    tensor(1.9218)
+    >>> siren_loss(logits, tokens, old_logp, torch.ones(1), mask, 0.0, beta=1.0)[0]  # -1 + (ln 4)^2
+    tensor(0.9218)
     """
     raise NotImplementedError("exercise 7, siren_loss")
 

@@ -347,9 +347,10 @@ def test_readme_says_what_main_csv_says():
         assert row in text
     found = re.findall(r"[+-]\.\d{3} \[[+-]\.\d{3}, [+-]\.\d{3}\]", text)
     due = {
-        study_report.text(study_report.differences(lines, other, score, "0.6"), "+")
+        study_report.text(study_report.differences(lines, other, score, temperature), "+")
         for other in study_report.CLAIMED
         for score in study_report.SCORES[:3]
+        for temperature in ("0.6", "1.0")
     }
     store = study.Store(study.ROOT / "results")
     rows = study_report.labelled("vocabularies", SIZE, store)

@@ -13,7 +13,8 @@ its checkpoint, and one that is done or has its rows in results/real/ is not run
     perplexity   of the responses under the base model
 
 by a pass of the base model (the adapters switched off) over every fourth response. It also writes
-positions.csv (H, H' and |V_p| of the base model's tokens) and responses.json into the run folder.
+positions.csv (H, H' and |V_p| of the base model's tokens), responses.json and heldout.json (the
+responses to held-out questions, and which are right) into the run folder.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import siren
-from examples import get_smollm2, real_task, shared_prompts
+from examples import get_smollm2, real_task, shared_prompts, text_env
 from examples.engine import CHECKPOINT, METRICS, Parser, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "results" / "real", ROOT / "docs" / "real_model.md"
 MARKS = ("<!-- numbers: python examples/real_study.py --report -->", "<!-- end of numbers -->")
 FULL_MASS = 0.999  # a token is foreign where likelier ones have at least this much
-STEPS, STEP_SECONDS, EVAL_SECONDS = 60, 40.0, 90.0  # the costs are rough, on a free core
+STEPS, STEP_SECONDS, EVAL_SECONDS = 60, 60.0, 90.0  # the costs are rough, on two busy cores
 # What each method changes. An anchor's coefficient has the paper's balance, beta * budget / peaks =
 # 0.08 (docs/beta.md), for 9 peaks of 45 tokens or for all of them; see docs/real_model.md.
 METHODS: dict[str, dict[str, Any]] = {
@@ -59,6 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "anchor_only": {"beta": 0.06, "top_p": 1, "peak_quantile": 0},
 }
 MORE_SEEDS = ("dr_grpo", "siren", "bonus_0.2")
+FILES = ("curves", "heldout", "forms")
 STYLES: dict[str, tuple[str, Any]] = {  # colour and dashes in the figure
     "dr_grpo": ("#000000", "--"),
     "siren": ("#0059b3", "-"),
@@ -107,10 +109,32 @@ def write_positions(path: Path, stats: dict[str, torch.Tensor], rollout: siren.R
     write_csv(path, [*names, "peak"], rows)
 
 
+def write_heldout(path: Path, task: Any, problems: list, rollout: siren.Rollout) -> None:
+    """For each held-out problem its question, its responses, and which of them are right."""
+    texts, rows = [task.decode(ids) for ids in rollout.responses()], []
+    rules = {"answer_form": task.answer_form, "equal": task.equal}
+    k = len(texts) // len(problems)
+    for i, problem in enumerate(problems):
+        question = task.decode(problem.prompt).rpartition("user\n")[2].partition("\n")[0]
+        own = texts[i * k : (i + 1) * k]
+        right = [siren.verify(text, problem.answer, **rules) for text in own]
+        rows.append({"question": question, "right": right, "responses": own})
+    write_whole(path, json.dumps(rows).encode())
+
+
 def plug() -> None:
     """What `--plug examples.real_study` does: shared prompts, and the extra metrics."""
     shared_prompts.plug()
     score, training_step, seen = siren.score, siren.training_step, {}
+    respond = siren.respond
+
+    def watched_respond(
+        model: Any, task: Any, problems: list, cfg: siren.Config, key: str, *how: Any
+    ) -> siren.Rollout:
+        rollout = respond(model, task, problems, cfg, key, *how)
+        if key == f"{cfg.seed}/eval":
+            write_heldout(Path(cfg.out) / "heldout.json", task, problems, rollout)
+        return rollout
 
     def watched_score(model: Any, rollout: siren.Rollout, cfg: siren.Config) -> dict:
         stats = score(model, rollout, cfg)
@@ -134,6 +158,7 @@ def plug() -> None:
         return record | seen
 
     siren.score, siren.training_step = watched_score, watched_step
+    siren.respond = watched_respond
 
 
 # -------------------------------------------------------------------------------------- 2. the jobs
@@ -143,6 +168,11 @@ class Job(NamedTuple):
     method: str
     seed: int
     cfg: siren.Config
+
+    @property
+    def title(self) -> str:
+        """Its name in responses.md."""
+        return f"{self.method}, seed {self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -215,15 +245,16 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     """Its rows; what looks like a number is one."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{k: v if k == "method" else float(v) for k, v in row.items()} for row in rows]
+    words = ("method", "form")
+    return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
 
 
 def stored(results: Path, cfg: siren.Config) -> dict[tuple[str, int], list[list[dict]]]:
     """What results/ holds of jobs that reached their last step: their rows in each CSV file."""
     found: dict[tuple[str, int], list[list[dict]]] = {}
-    for index, name in enumerate(("curves", "heldout")):
+    for index, name in enumerate(FILES):
         for row in read_csv(results / f"{name}.csv") if (results / f"{name}.csv").exists() else []:
-            found.setdefault((row["method"], int(row["seed"])), [[], []])[index].append(row)
+            found.setdefault((row["method"], int(row["seed"])), [[], [], []])[index].append(row)
     return {who: rows for who, rows in found.items() if len(rows[0]) == cfg.steps}
 
 
@@ -233,23 +264,50 @@ def missing(jobs: list[Job], results: Path) -> list[Job]:
     return [job for job in jobs if not job.done and (job.method, job.seed) not in kept]
 
 
+def by_form(path: Path) -> list[dict[str, Any]]:
+    """For each form of question in heldout.json the share of right and of cut off responses."""
+    asked = json.loads(path.read_text()) if path.exists() else []
+    found = []
+    for form in real_task.FORMS:
+        own = [row for row in asked if real_task.form_of(row["question"]) == form]
+        right = [ok for row in own for ok in row["right"]]
+        cut = [text.endswith(text_env.CUT_OFF) for row in own for text in row["responses"]]
+        if own:
+            shares = {"right": mean(right), "cut_off": mean(cut)}
+            found.append({"form": form, "responses": len(right), **shares})
+    return found
+
+
+def quotes(job: Job) -> str:
+    """Its part of responses.md: three responses of the last step, three wrong held-out ones."""
+    asked, lines = job.folder / "heldout.json", [f"## {job.title}"]
+    shown = json.loads((job.folder / "responses.json").read_text())
+    if asked.exists():
+        for row in json.loads(asked.read_text()):
+            wrong = [text for text, ok in zip(row["responses"], row["right"]) if not ok]
+            if wrong and len(shown) < 6:
+                shown.append(f"*wrong, held out:* {row['question']}\n\n{wrong[0]}")
+    lines += ["> " + text.replace("\n", "\n> ") for text in shown]
+    return "\n\n".join(lines)
+
+
 def sections(path: Path) -> dict[str, str]:
-    """The parts of responses.md by method."""
+    """The parts of responses.md by title."""
     parts = path.read_text().split("\n## ")[1:] if path.exists() else []
     return {part.partition("\n")[0]: f"## {part.strip()}" for part in parts}
 
 
 def collect(jobs: list[Job], results: Path) -> None:
-    """Write curves.csv, heldout.csv, positions.csv and responses.md from the jobs that are done.
+    """Write the CSV files and responses.md from the jobs that are done.
 
     What these files hold of a job stays if its run folder is gone.
     """
-    curves, heldout = [], []
+    curves, heldout, forms = [], [], []
     kept, texts = stored(results, jobs[0].cfg), sections(results / "responses.md")
     for job in jobs:
         who = (job.method, job.seed)
         if not job.done:
-            for rows, old in zip((curves, heldout), kept.get(who, ([], []))):
+            for rows, old in zip((curves, heldout, forms), kept.get(who, ([], [], []))):
                 rows.extend(old)
             continue
         records, row = job.records, {"method": job.method, "seed": job.seed}
@@ -258,23 +316,23 @@ def collect(jobs: list[Job], results: Path) -> None:
         for r in (records[0], records[-1]):
             scores = {name.partition("/")[2]: r[name] for name in records[0] if "/" in name}
             heldout.append(row | {"step": r["step"]} | scores)
-        path = job.folder / "responses.json"
-        if job.seed == 0 and path.exists():
-            quoted = ["> " + text.replace("\n", "\n> ") for text in json.loads(path.read_text())]
-            texts[job.method] = "\n\n".join([f"## {job.method}", *quoted])
+        forms += [row | cells for cells in by_form(job.folder / "heldout.json")]
+        if (job.folder / "responses.json").exists():
+            texts[job.title] = quotes(job)
         path = job.folder / "positions.csv"
         if job.seed == 0 and path.exists():
             results.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, results / "positions.csv")  # of the base model: alike in all jobs
     if curves:
         names = [*list(heldout[0])[:3], *CURVES, "seconds"]  # method, seed, step, ...
-        for file, columns, rows in (("curves", names, curves), ("heldout", heldout[0], heldout)):
+        heads = (names, heldout[0], ["method", "seed", "form", "responses", "right", "cut_off"])
+        for file, columns, rows in zip(FILES, heads, (curves, heldout, forms)):
             cells = [
                 [x if isinstance(x := row[c], str) else f"{x:.5g}" for c in columns] for row in rows
             ]
             write_csv(results / f"{file}.csv", list(columns), cells)
-        title = "# Three responses of each method's last step, seed 0"
-        shown = [texts[method] for method in METHODS if method in texts]
+        title = "# Three responses of each job's last training step, and up to three that are wrong"
+        shown = [texts[job.title] for job in jobs if job.title in texts]
         (results / "responses.md").write_text("\n\n".join([title, *shown]) + "\n")
 
 
@@ -313,6 +371,15 @@ def tables(results: Path) -> str:
     lines += ["", "| held out | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|"]
     for method in ("base model", *(m for m in rows if m != "base model")):
         lines.append(f"| {method} | " + " | ".join(spread(rows[method][s]) for s in scores) + " |")
+    forms = [r for r in read_csv(results / "forms.csv") if r["method"] in MORE_SEEDS]
+    lines += ["", "| right, by form of question | " + " | ".join(real_task.FORMS) + " | cut off |"]
+    lines += ["|---" * (2 + len(real_task.FORMS)) + "|"]
+    for who in dict.fromkeys((r["method"], r["seed"]) for r in forms):
+        own = {r["form"]: r for r in forms if (r["method"], r["seed"]) == who}
+        cells = [f"{own[form]['right']:.2f}" if form in own else "-" for form in real_task.FORMS]
+        cut = sum(r["responses"] * r["cut_off"] for r in own.values())
+        cells.append(f"{cut / sum(r['responses'] for r in own.values()):.2f}")
+        lines.append(f"| {who[0]}, seed {who[1]:.0f} | " + " | ".join(cells) + " |")
     sure = mean(r["nucleus_size"] == 1 for r in positions)
     sizes = sorted(int(r["nucleus_size"]) for r in positions)
     lines += [

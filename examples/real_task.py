@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -54,6 +55,18 @@ FORMS: dict[str, tuple[str, tuple[int, ...], str]] = {
         "Then he finds 4 more, so he has 5 + 4 = 9 balls.",
     ),
 }
+
+
+def form_of(question: str) -> str:
+    """The form of a question; "" if it has none of them.
+
+    >>> form_of("Emma has 4 books and finds 3 more. How many books does Emma have now?")
+    'find'
+    """
+    for form, (text, *_) in FORMS.items():
+        if re.fullmatch(re.sub(r"\\{\w+\\}", r"\\w+", re.escape(text)), question):
+            return form
+    return ""
 
 
 def problem(form: str, numbers: Sequence[int], name: str, things: str) -> dict[str, str]:

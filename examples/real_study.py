@@ -66,7 +66,7 @@ STYLES: dict[str, tuple[str, Any]] = {  # colour and dashes in the figure
     "siren": ("#0059b3", "-"),
     "bonus_0.2": ("#b35900", ":"),
     "bonus_0.02": ("#cc79a7", "-."),
-    "bonus_0.002": ("#cc79a7", (0, (1, 3))),
+    "bonus_0.002": ("#993366", (0, (4, 2))),
     "wo_top_p": ("#009e73", "-"),
     "wo_peak": ("#e69f00", "-"),
     "anchor_only": ("#009e73", "--"),

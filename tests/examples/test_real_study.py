@@ -361,6 +361,8 @@ def test_the_pages_claims_in_words():
     assert 0.15 < twice["cut_off"] < 0.25
     assert mean_of("wo_peak", "entropy") < 0.05 and mean_of("wo_top_p", "h_ratio") > 0.9
     assert all(mean_of(f"bonus_{beta}", "entropy", 15) > 10 for beta in (0.2, 0.02))
+    assert 0.04 < mean_of("bonus_0.002", "entropy") < 0.06
+    assert 0.25 < scores("bonus_0.002", "distinct@8")[0] < 0.27
     assert passes("siren", 0.8) == [10, 12, 19] and passes("dr_grpo", 0.8) == [10, 10, 16]
     assert 30 < passes("wo_top_p", 0.8)[0] < 35
     assert 0.61 < mean_of("anchor_only", "reward") < 0.63

@@ -315,6 +315,10 @@ def add_lora(network: torch.nn.Module, rank: int, seed: int) -> None:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    # the sampler needs the last position alone. Matmul would multiply such a slice by a frozen
+    # head row by row, and some processors copy the head once per row for it (bfloat16)
+    head = network.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
 
 def recompute_layers(network: torch.nn.Module) -> None:

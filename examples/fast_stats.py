@@ -9,7 +9,8 @@ gradient is a formula, so nothing is kept for it but four numbers per token.
 
 When it pays (python examples/bench.py --only a; 64 tokens, V = 152064, one thread; time against
 log-softmax, gather and full entropy alone; results/bench.md): on flat policies, 1.4 against
-siren.py's 16. On peaked ones siren.py is the faster, 0.8 against 0.9. Memory is alike, half of that plain way's.
+siren.py's 16. On peaked ones siren.py is the faster, 0.8 against 0.9. Memory is alike, half of that
+plain way's.
 """
 
 from __future__ import annotations

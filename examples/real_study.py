@@ -3,6 +3,7 @@ r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M, 49,152
     python examples/real_study.py --plan      # the commands that would run, and their hours
     python examples/real_study.py             # runs what is missing, two at a time; then the report
     python examples/real_study.py --report    # results/real/, its figure and docs/real_model.md
+    python examples/real_study.py --last      # the policies at the end on other questions as well
     python examples/real_study.py --smoke     # two steps, two questions, a temporary folder
 
 A job is one command of siren.py, in a run folder of its own. A job that was stopped goes on from
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -39,7 +41,7 @@ import torch
 
 import siren
 from examples import get_smollm2, real_task, shared_prompts, text_env
-from examples.engine import CHECKPOINT, METRICS, Parser, run_tool, write_whole
+from examples.engine import CHECKPOINT, METRICS, Parser, load_checkpoint, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "results" / "real", ROOT / "docs" / "real_model.md"
@@ -69,7 +71,7 @@ STYLES: dict[str, tuple[str, Any]] = {  # colour and dashes in the figure
     "bonus_0.002": ("#993366", (0, (4, 2))),
     "wo_top_p": ("#009e73", "-"),
     "wo_peak": ("#e69f00", "-"),
-    "anchor_only": ("#009e73", "--"),
+    "anchor_only": ("#00a5b5", "--"),
 }
 CURVES = {
     "reward": "reward",
@@ -245,7 +247,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     """Its rows; what looks like a number is one."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    words = ("method", "form")
+    words = ("method", "form", "questions")
     return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
 
 
@@ -275,6 +277,24 @@ def by_form(path: Path) -> list[dict[str, Any]]:
         if own:
             shares = {"right": mean(right), "cut_off": mean(cut)}
             found.append({"form": form, "responses": len(right), **shares})
+    return found
+
+
+def last_policy(job: Job) -> list[dict[str, Any]]:
+    """How often the policy in the job's checkpoint, the one after its last update, is right: 4
+    samples each of 32 training and of 32 held-out questions, at both temperatures of the job."""
+    task = siren.load_task(job.cfg)
+    model = task.build_model().eval()
+    # the adapters; all else is the base model
+    model.load_state_dict(load_checkpoint(job.folder)["model"], strict=False)
+    (heldout,) = task.heldout(32).values()
+    found = []
+    for name, problems in (("training", task.train_problems(32, "last")), ("held out", heldout)):
+        for temperature in (job.cfg.temperature, job.cfg.eval_temperature):
+            how = {"eval_samples": 4, "eval_temperature": temperature}
+            scores = siren.evaluate(model, task, problems, dataclasses.replace(job.cfg, **how))
+            row = {"method": job.method, "seed": job.seed, "questions": name}
+            found.append(row | {"temperature": temperature, "avg@4": scores["avg@4"]})
     return found
 
 
@@ -380,6 +400,15 @@ def tables(results: Path) -> str:
         cut = sum(r["responses"] * r["cut_off"] for r in own.values())
         cells.append(f"{cut / sum(r['responses'] for r in own.values()):.2f}")
         lines.append(f"| {who[0]}, seed {who[1]:.0f} | " + " | ".join(cells) + " |")
+    last = read_csv(results / "last.csv") if (results / "last.csv").exists() else []
+    asked = list(dict.fromkeys((r["questions"], r["temperature"]) for r in last))
+    if last:
+        heads = [f"{questions}, T = {temperature:g}" for questions, temperature in asked]
+        lines += ["", "| avg@4 after the last update | " + " | ".join(heads) + " |"]
+        lines += ["|---" * (1 + len(heads)) + "|"]
+    for who in dict.fromkeys((r["method"], r["seed"]) for r in last):
+        own = [f"{r['avg@4']:.2f}" for r in last if (r["method"], r["seed"]) == who]
+        lines.append(f"| {who[0]}, seed {who[1]:.0f} | " + " | ".join(own) + " |")
     sure = mean(r["nucleus_size"] == 1 for r in positions)
     sizes = sorted(int(r["nucleus_size"]) for r in positions)
     lines += [
@@ -477,6 +506,18 @@ def study(args: argparse.Namespace) -> None:
         changes = {"steps": 2, "prompts": 2, "group_size": 4, "max_tokens": 8}
         changes |= {"eval_prompts": 2, "eval_samples": 2}
     jobs = make_jobs(runs, data, get_smollm2.FOLDER.relative_to(ROOT), **changes)
+    if args.last:
+        kept = [job for job in jobs if job.method in ("dr_grpo", "siren")]
+        kept = [job for job in kept if job.done and (job.folder / CHECKPOINT).exists()]
+        if not kept:
+            raise siren.ConfigError(
+                f"--last: no run of dr_grpo or siren under {runs} is done; run the study first"
+            )
+        torch.set_num_threads(1)
+        rows = [row for job in kept for row in last_policy(job)]
+        cells = [list(row.values()) for row in rows]
+        write_csv(results / "last.csv", list(rows[0]), cells)
+        return
     if args.smoke:
         jobs = jobs[:2]  # dr_grpo and siren
     if not args.report and not args.plan:
@@ -509,6 +550,7 @@ def command(argv: list[str] | None) -> None:
         "--plan": "print the commands and their cost",
         "--report": "run nothing: CSV files, figure and page",
         "--smoke": "two steps, two questions, a temporary folder",
+        "--last": "the policies at the end of the runs in runs/real, on training questions too",
     }.items():
         parser.add_argument(name, action="store_true", help=text)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")

@@ -207,6 +207,38 @@ def test_the_drop_in_adds_to_each_step(tmp_path, monkeypatch):
     assert 0 < sum(row["peak"] for row in rows) < len(rows)
 
 
+class ParityTask(Task):
+    """A response is right if its first token is even."""
+
+    def train_problems(self, n, seed):
+        return [text_env.Problem([3, 4 + i % 8], "0") for i in range(n)]
+
+    def decode(self, ids):
+        return str(ids[0] % 2)
+
+
+def test_the_last_policy_is_the_one_after_the_last_update(tmp_path, monkeypatch):
+    """The run's own evaluation of its last step is repeated from the checkpoint."""
+    monkeypatch.setattr(siren, "load_task", lambda cfg: ParityTask())
+    how = {"steps": 3, "prompts": 4, "group_size": 4, "mini_batches": 2, "max_tokens": 3}
+    how |= {"eval_prompts": 32, "eval_samples": 4, "lr": 0.3, "warmup_steps": 0}
+    cfg = siren.Config(out=str(tmp_path), regularizer="none", beta=0.0, **how)
+    records = siren.train(cfg)
+    first, last = (records[i]["heldout/avg@4"] for i in (0, -1))
+    rows = real_study.last_policy(real_study.Job("dr_grpo", 0, cfg))
+    found = {(r["questions"], r["temperature"]): r["avg@4"] for r in rows}
+    assert list(found) == [(q, t) for q in ("training", "held out") for t in (1.0, 0.6)]
+    assert found["held out", 0.6] == last != first
+
+
+def test_last_needs_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(real_study, "ROOT", tmp_path)
+    monkeypatch.setattr(real_study.get_smollm2, "FOLDER", tmp_path / "models")
+    assert real_study.main(["--last"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no run of dr_grpo or siren under runs/real is done; run the study first" in line
+
+
 def test_commands_are_the_jobs(tmp_path):
     jobs = real_study.make_jobs(tmp_path / "runs", Path("data"), Path("models/x"))
     seeds = {}
@@ -356,7 +388,9 @@ def test_the_pages_claims_in_words():
     own = [r for r in curves if (r["method"], r["seed"]) == ("siren", 2) and r["step"] > 50]
     assert np.mean([r["reward"] for r in own]) == pytest.approx(0.85, abs=0.005)
     endless = {(r["method"], r["seed"]) for r in forms if r["cut_off"]}
-    assert endless == {("siren", 2)}
+    assert endless == {("siren", 2), ("bonus_0.2", 1), ("bonus_0.2", 2)}
+    exploded = [r for r in curves if r["method"] == "bonus_0.2" and r["step"] >= 15]
+    assert {r["seed"] for r in exploded} == {0, 1, 2} and min(r["entropy"] for r in exploded) > 10
     twice = next(r for r in forms if (r["seed"], r["form"], r["method"]) == (2, "twice", "siren"))
     assert 0.15 < twice["cut_off"] < 0.25
     assert mean_of("wo_peak", "entropy") < 0.05 and mean_of("wo_top_p", "h_ratio") > 0.9

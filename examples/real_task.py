@@ -9,7 +9,8 @@ after a solved one of its own form, as an earlier turn of the chat:
     assistant   Tom has 3 balls and finds 2 more, so he has 3 + 2 = 5 balls. The answer is 5.
     user        Emma has 4 books and finds 3 more. How many books does Emma have now?
 
-The same files every time. All numbers of a question, in any order, are in one of the files only.
+The same files every time. No two questions of different files have the same numbers, in any
+order; but a sum of two may be a step of a question of `twice` in the other file.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_the_block_pasted(tmp_path):
 def test_the_command():
     def command(*words):
         return subprocess.run(
-            [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=120
+            [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=300
         )
 
     done = command("none")

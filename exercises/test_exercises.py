@@ -197,7 +197,8 @@ def test_what_mutants_leave_alone_exists():
 def test_the_solution_survives_and_what_is_wrong_or_hangs_does_not(
     monkeypatch, exercise, code, dead
 ):
-    monkeypatch.setattr(mutate, "SECONDS", 1)
+    if "while True" in code:
+        monkeypatch.setattr(mutate, "SECONDS", 1)
     assert mutate.killed(mutate.Mutant(exercise, "", ast.parse(code))) is dead
 
 

@@ -18,7 +18,6 @@ BONUS = (0.002, 0.006, 0.02, 0.06)  # grids, as in examples/study.py
 ANCHORED = (0.02, 0.06, 0.2, 0.6)
 WIDE = (0.06, 0.2, 0.6, 2.0)
 RATES = (0.0003, 0.001, 0.003, 0.01)  # of controllers: how fast a coefficient moves
-SHARES = (0.1, 0.2, 0.4, 0.8)
 NONE = {"regularizer": "none"}
 CLIP_HIGHER = {**NONE, "clip_high": 0.28}
 PAPER = "the SIREN paper, arXiv 2509.25133"
@@ -131,7 +130,7 @@ METHODS: dict[str, Method] = {
     ),
     "clip_higher": Method(
         "clip-higher (DAPO)", 3, "arXiv 2503.14476",
-        config=CLIP_HIGHER, coefficient="clip_high", candidates=(0.28, 0.4, 0.8, 1.6),
+        config=CLIP_HIGHER, coefficient="clip_high", candidates=(0.4, 0.8, 1.6, 3.2),
     ),
     # controllers of a bonus
     "adaptive_bonus": Method(
@@ -190,12 +189,13 @@ METHODS: dict[str, Method] = {
     "forking_tokens": Method(
         "80/20 forking tokens", 7, "arXiv 2506.01939",
         config=CLIP_HIGHER, options={"share": 0.2, "per_response": 0},
-        coefficient="share", candidates=SHARES,
+        coefficient="share", candidates=(0.2, 0.4, 0.8, 0.95),
         advantages=lambda v: v.adv * forking(v),
     ),
     "qae": Method(
         "QAE", 8, "arXiv 2509.22611",
-        config=NONE, options={"quantile": 0.4}, coefficient="quantile", candidates=SHARES,
+        config=NONE, options={"quantile": 0.4}, coefficient="quantile",
+        candidates=(0.1, 0.2, 0.4, 0.8),  # with 8 responses, 0.1 is as any smaller one
         advantages=lambda v: advantages.quantile_advantage(
             v.rewards, v.group_size, v.options.quantile
         )[:, None].expand_as(v.adv),
@@ -203,14 +203,14 @@ METHODS: dict[str, Method] = {
     "par": Method(
         "positive-advantage reweighting (PAR)", 9, "arXiv 2511.05993",
         config=NONE, options={"tau": 0.4, "step": 0.05},
-        coefficient="tau", candidates=(0.2, 0.4, 0.6, 0.8),
+        coefficient="tau", candidates=(0.05, 0.1, 0.2, 0.4),
         advantages=lambda v: v.adv * weights.positive_weight(v.adv, v.state.coefficient),
         start={"coefficient": 0.0}, controller=positive,
     ),
     "steer": Method(
         "STEER", 10, "code zz-haooo/STEER",
         config=CLIP_HIGHER, options={"w_min": 0.7},
-        coefficient="w_min", candidates=(0.1, 0.3, 0.5, 0.7),
+        coefficient="w_min", candidates=(0.3, 0.5, 0.7, 0.9),
         advantages=lambda v: v.adv * weights.steer(
             v.adv, v.logp, v.old_logp, v.entropy, v.mask, v.options.w_min
         ),
@@ -236,7 +236,7 @@ METHODS: dict[str, Method] = {
     "calibrl": Method(
         "CalibRL with a reference baseline", 16, "code zhh6425/CalibRL",
         config=NONE, options={"lam": 0.1, "slope": 0.5},
-        coefficient="lam", candidates=(0.03, 0.1, 0.3, 1.0), base_logp=True,
+        coefficient="lam", candidates=(0.1, 0.3, 1.0, 3.0), base_logp=True,
         term=lambda now, v: terms.calibration(
             now["logp"] - v.base_logp, v.adv, v.options.slope
         ),

@@ -149,11 +149,11 @@ def kinds(row: Row) -> dict[str, dict[str, float]]:
     }
 
 
-def write_csv(rows: dict[str, list[Row]], path: Path) -> None:
+def write_csv(rows: dict[str, list[Row]], path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
     """main.csv: a line for each method, seed, grade and temperature. reward, entropies and
     useless_share are the probe's, so the same for each line of a run."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for label, some in rows.items():
             for row in some:

@@ -620,7 +620,7 @@ def row_of(job, noise):
     return {**settings, "seconds": [10.0, 1.0], "probe": policy, "evals": evals}
 
 
-def test_the_table_from_made_up_rows(tmp_path):
+def test_the_table_from_made_up_rows(tmp_path, monkeypatch):
     """Each method's second candidate is chosen; the page, the file and the figure say so."""
     size = study.Size(test_seeds=(0, 1, 2), validation_seeds=(100,))
     store, noise = study.Store(tmp_path), random.Random(0)
@@ -636,6 +636,8 @@ def test_the_table_from_made_up_rows(tmp_path):
     store.rows |= {job.key: row_of(job, noise) for job in jobs}
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
+    monkeypatch.setattr(table, "step_seconds", lambda job: 3.0 if job.label == "cure" else 2.0)
+    table.time_steps(jobs[1 : 1 + len(EVERY)], tmp_path / table.COSTS)
     table.write(size, store, tmp_path, page)
     text = page.read_text()
     assert text.startswith("before\n<!-- results: begin -->\nMean over 3 test seeds")
@@ -644,10 +646,13 @@ def test_the_table_from_made_up_rows(tmp_path):
     assert sum(starts) == 2, "once for each temperature"
     lines = [row for row in text.splitlines() if row.startswith("| `siren` |")]
     assert "| beta 0.06 | .75" in lines[0] and "| .250 [.250, .250] |" in lines[2]
-    assert "| 0.500 | 0.500 | 0.000 | 1.00 |" in lines[2], "P = E = S = 1 of four prompts"
+    assert "| 0.500 | 0.500 | 0.000 | 1.00 [1.00, 1.00] |" in lines[2], "P = E = S = 1 of four"
+    (line,) = [row for row in text.splitlines() if row.endswith(" 1.50 [1.50, 1.50] |")]
+    assert line.startswith("| `cure` |")
     assert re.match(r"\| `siren` \| \+\.(49|50).* 1\.000 \|", lines[3]), "three seeds prove nothing"
     head, *cells = (tmp_path / "zoo.csv").read_text().splitlines()
     assert head.startswith("method,seed") and len(cells) == len(jobs) * 4
+    assert head.endswith(",SRR,NDR,NSCR") and cells[-1].endswith(",1.0,0.0,0.0")
     assert (tmp_path / "zoo.png").stat().st_size > 10_000
 
 
@@ -660,6 +665,7 @@ def test_the_table_shares_jobs_with_the_study():
 
 def test_a_job_of_the_table_runs():
     (job,) = study.each(study.SMOKE, [("par", table.changes("par", 0.4))])[:1]
+    assert 0 < table.step_seconds(job) < 60
     row = study.run_job(job)
     assert study.key_of(row) == job.key and row["log"][-1]["coefficient"] > 0
     assert 0 <= table.evaluation(row)["maj@16"] <= 1

@@ -7,11 +7,15 @@
 Jobs, rows and statistics are those of examples/study.py, so both share jobs. A method's main
 coefficient has four candidates; the one with the best avg@16 + maj@16 on hard validation prompts
 goes to the test seeds. Rows are in results/raw/zoo.jsonl.gz, each written when its job is done.
+At the end the cost of a step is timed: results/zoo_cost.csv (delete it to time again).
 """
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ import numpy as np
 
 import siren
 from examples import study, study_report
-from examples.engine import Parser, RunFolder
+from examples.engine import Parser, RunFolder, plugged
 from examples.zoo.methods import METHODS, VARIANTS
 from examples.zoo.support import support
 
@@ -28,7 +32,9 @@ SIZE = study.Size(test_seeds=tuple(range(12)), validation_seeds=(100, 101, 102))
 PAGE = study.ROOT / "docs" / "zoo.md"
 PLACE = re.compile(r"(<!-- results: begin -->\n).*(<!-- results: end -->)", re.DOTALL)
 REFERENCES = ("dr_grpo", "siren")
-HARD = {"grade": "hard", "temperature": 0.6}
+SUPPORT = ("SRR", "NDR", "NSCR")
+COSTS = "zoo_cost.csv"
+ROUNDS, TIMED_STEPS = 5, 6  # of the cost
 Row = dict[str, Any]
 
 
@@ -71,6 +77,23 @@ def final(size: study.Size, chosen: dict[str, dict[str, Any]]) -> list[study.Job
     return study.each(size, [("base", study.BASE), *chosen.items()], test=True)
 
 
+def step_seconds(job: study.Job) -> float:
+    """Seconds of a training step from the base model on, on one thread: the median over five."""
+    with tempfile.TemporaryDirectory() as folder, plugged(job.cfg.plug):
+        changed = {"out": folder, "steps": TIMED_STEPS, "threads": 1}
+        records = siren.train(dataclasses.replace(job.cfg, **changed))
+    return float(np.median([record["seconds"] for record in records[2:]]))  # step 1 warms up
+
+
+def time_steps(jobs: list[study.Job], path: Path) -> None:
+    """The file of the costs: the seconds of each job's step, one after the other in each round."""
+    lines = [(job.label, i, step_seconds(job)) for i in range(ROUNDS) for job in jobs]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("method", "round", "seconds"))
+        writer.writerows((name, i, f"{seconds:.4f}") for name, i, seconds in lines)
+
+
 # --------------------------------------------------------------------------------------- the report
 def evaluation(row: Row, grade: str = "hard", temperature: float = 0.6) -> Row:
     """One of the row's evaluations."""
@@ -94,21 +117,34 @@ def kept(rows: list[Row], base: dict[int, Row]) -> list[float]:
     return [row["probe"]["entropy"] / base[seed]["probe"]["entropy"] for seed, row in seeds]
 
 
-def policy_cells(rows: list[Row], base: dict[int, Row], usual: float) -> list[str]:
-    """Entropy kept, useless tokens, support metrics and seconds per step of a method."""
-    useless = [row["probe"]["useless_share"] for row in rows]
-    cells = [study_report.text(kept(rows, base)), study_report.text(useless)]
+def with_support(rows: list[Row], base: dict[int, Row]) -> list[Row]:
+    """The rows, with the support metrics against the base model in each evaluation."""
     found = []
     for seed, row in study_report.by_seed(rows).items():
-        marks = [evaluation(r).get("solved", "") for r in (base[seed], row)]  # "0", "1" a prompt
-        found.append(support(*([mark == "1" for mark in some] for some in marks)))
-    cells += [f"{np.mean([x[name] for x in found]):.3f}" for name in ("SRR", "NDR", "NSCR")]
-    return [*cells, f"{step_seconds(rows) / usual:.2f}"]
+        evals = []
+        for own, other in zip(row["evals"], base[seed]["evals"], strict=True):
+            marks = [[mark == "1" for mark in e["solved"]] for e in (other, own)]  # a mark a prompt
+            evals.append({**own, **support(*marks)})
+        found.append({**row, "evals": evals})
+    return found
 
 
-def step_seconds(rows: list[Row]) -> float:
-    """Seconds of a training step: the median over the runs."""
-    return float(np.median([row["seconds"][0] / row["config"]["steps"] for row in rows]))
+def policy_cells(rows: list[Row], base: dict[int, Row], costs: list[float]) -> list[str]:
+    """Entropy kept, useless tokens, support metrics and the cost of a method."""
+    useless = [row["probe"]["useless_share"] for row in rows]
+    cells = [study_report.text(kept(rows, base)), study_report.text(useless)]
+    evals = [evaluation(row) for row in rows]
+    cells += [f"{np.mean([e[name] for e in evals]):.3f}" for name in SUPPORT]
+    return [*cells, "{:.2f} [{:.2f}, {:.2f}]".format(*study_report.bootstrap(costs))]
+
+
+def relative_costs(path: Path) -> dict[str, list[float]]:
+    """Method -> the seconds of its step / those of Dr.GRPO's step in the same round."""
+    seconds: dict[str, list[float]] = {}
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            seconds.setdefault(line["method"], []).append(float(line["seconds"]))
+    return {name: list(np.divide(x, seconds["dr_grpo"])) for name, x in seconds.items()}
 
 
 def differences(rows: dict[str, list[Row]], score: str) -> list[str]:
@@ -138,7 +174,9 @@ def differences(rows: dict[str, list[Row]], score: str) -> list[str]:
     return study_report.markdown([score, *head], lines)
 
 
-def page(size: study.Size, rows: dict[str, list[Row]], chosen: dict[str, dict]) -> list[str]:
+def page(
+    size: study.Size, rows: dict[str, list[Row]], chosen: dict[str, dict], costs: dict[str, list]
+) -> list[str]:
     """What goes between the marks of docs/zoo.md."""
     base, seeds = study_report.by_seed(rows["base"]), len(size.test_seeds)
     lines = [f"Mean over {seeds} test seeds and its 95 % interval; hard held-out prompts."]
@@ -152,13 +190,15 @@ def page(size: study.Size, rows: dict[str, list[Row]], chosen: dict[str, dict]) 
                 cells.append([f"`{name}`", what(name, chosen[name]), *own])
             head = [f"T = {temperature}", "chosen", *study_report.SCORES]
             lines += study_report.markdown(head, cells)
-        usual = step_seconds(rows["dr_grpo"])
-        cells = [[f"`{name}`", *policy_cells(rows[name], base, usual)] for name in names]
-        head = ["", "H / base", "useless tokens", "SRR", "NDR", "NSCR", "seconds / Dr.GRPO's"]
+        cells = [[f"`{name}`", *policy_cells(rows[name], base, costs[name])] for name in names]
+        head = ["", "H / base", "useless tokens", *SUPPORT, "seconds / Dr.GRPO's"]
         lines += study_report.markdown(head, cells)
     lines += ["### Differences, seed by seed", ""]
-    lines += ["p: an exact sign-flip test, with Holm's correction over the whole table.", ""]
-    for score in ("maj@16", "pass@16"):
+    lines += [
+        "T = 0.6. p: an exact sign-flip test, with Holm's correction over the whole of a table."
+    ]
+    lines += [""]
+    for score in ("maj@16", "pass@16", "avg@16"):
         lines += differences(rows, score)
     return lines
 
@@ -200,9 +240,12 @@ def write(size: study.Size, store: study.Store, out: Path, target: Path) -> None
     rows: dict[str, list[Row]] = {name: [] for name in ("base", *EVERY)}
     for job in final(size, chosen):
         rows[job.label].append(store.rows[job.key])
-    study_report.write_csv(rows, out / "zoo.csv")
+    base = study_report.by_seed(rows["base"])
+    rows = {name: with_support(some, base) for name, some in rows.items()}
+    columns = (*study_report.COLUMNS, *SUPPORT)
+    study_report.write_csv(rows, out / "zoo.csv", columns)
     figure(rows).savefig(out / "zoo.png")
-    text = "\n".join(page(size, rows, chosen))
+    text = "\n".join(page(size, rows, chosen, relative_costs(out / COSTS)))
     target.write_text(PLACE.sub(lambda found: found[1] + text + found[2], target.read_text()))
     print(f"results: {target}, {out / 'zoo.csv'}")
 
@@ -225,6 +268,14 @@ def command(argv: list[str] | None) -> int:
             print(f"{part}: {study.hours(missing.values())}")
             if not (args.plan or args.report):
                 study.run_jobs("zoo", missing, store, pool)
-        if not store.missing(final(SIZE, choose(SIZE, store))) and not args.plan:
+        jobs, costs = final(SIZE, choose(SIZE, store)), out / COSTS
+        if not costs.exists():
+            print(f"cost: {ROUNDS * len(EVERY)} runs of {TIMED_STEPS} steps: 10 minutes")
+        if store.missing(jobs) or args.plan:
+            return 0
+        if not (costs.exists() or args.report):
+            first_seed = jobs[1 : 1 + len(EVERY)]  # without the base model
+            pool.submit(time_steps, first_seed, costs).result()
+        if costs.exists():
             write(SIZE, store, out, PAGE)
     return 0

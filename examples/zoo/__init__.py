@@ -3,7 +3,7 @@
     python examples/zoo.py --list                            # what there is
     python examples/zoo.py --method clip_cov                 # trains one; siren.py's flags
     python examples/zoo.py --method clip_cov:rho=0.1,low=0.9 --seed 3
-    python siren.py --regularizer none --plug examples.zoo:method=par     # the same, by hand
+    python siren.py --regularizer none --plug examples.zoo:method=par     # --method par, by hand
 
 Where to read: advantages.py, weights.py, terms.py and sampler.py have the formulas; methods.py has
 a method an entry; core.py has the update that they share. yours.py shows how to add an idea.

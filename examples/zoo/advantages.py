@@ -68,8 +68,8 @@ def arm(adv: Tensor, old_logp: Tensor, rewards: Tensor, mask: Tensor, group_size
     answer is rewarded more, and an unsure wrong one punished less; a large alpha can turn the sign.
     Our reading: c(q), the same measure of the prompt's tokens, is the group's mean of c(o) here,
     because the toy's prompts are random digits; the shifts of a group add up to 0.
-    Paper: share 0.2, clip 0.2 / 0.28; alpha not found. Source: arXiv 2602.05281. Sure: medium, c(q)
-    and alpha low.
+    Paper: share 0.2, clip 0.2 / 0.28; alpha not found. Sources disagree about groups that are
+    all right; here they have the shift. Source: arXiv 2602.05281. Sure: medium, the last two low.
 
     >>> old = torch.tensor([[0.2], [0.6]]).log()  # two responses of one token: c(o) = .2, .6
     >>> arm(torch.tensor([[0.5], [-0.5]]), old, torch.tensor([1.0, 0]), old < 0, 2, alpha=0.3)

@@ -113,7 +113,7 @@ def backward(rows: int, size: int, loss: Callable[[Tensor], Tensor]) -> None:
 
 
 class Plugged:
-    """A method in the place of siren's training_step, update and, with a sampler, respond."""
+    """A method in the place of siren's load_task, training_step, update, respond."""
 
     def __init__(self, method: Method, options: dict[str, Any]) -> None:
         self.method, self.options = method, SimpleNamespace(**options)

@@ -1,7 +1,8 @@
 """The methods of the zoo by name: what each changes, in one entry. See core.Method.
 
 v is the mini-batch, o the options; last is the record of the step before. The numbers in `options`
-are the papers', unless docs/zoo.md says that they are ours; the tuned one is a value of its grid.
+are the papers', unless docs/zoo.md says that they are ours; the tuned one is a value of its grid
+(but clip_higher's is the paper's).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from examples.zoo import advantages, sampler, terms, weights
 from examples.zoo.core import Method, MiniBatch
 
 Tensor = torch.Tensor
-BONUS = (0.002, 0.006, 0.02, 0.06)  # grids, as in examples/study.py
+BONUS = (0.002, 0.006, 0.02, 0.06)  # grids, most of them as in examples/study.py
 ANCHORED = (0.02, 0.06, 0.2, 0.6)
 WIDE = (0.06, 0.2, 0.6, 2.0)
 RATES = (0.0003, 0.001, 0.003, 0.01)  # of controllers: how fast a coefficient moves
@@ -42,7 +43,7 @@ def largest_covariance(v: MiniBatch) -> Tensor:
 
     KL-Cov (5): of these tokens the loss is -A r + c |logp - old_logp|, an L1 distance rather than a
     KL; there is no PPO clip. Paper: rho 0.002 (7B) or 0.0002 (32B), c 1. In the toy a mini-batch
-    has less than 1000 tokens, and rho 0.002 of them is one. Source: arXiv 2505.22617. Sure: high.
+    has about 640 tokens, and rho 0.002 of them is one. Source: arXiv 2505.22617. Sure: high.
     """
     cov = weights.covariance(v.adv, v.logp, v.mask)
     return v.options.c * weights.top_tokens(cov, v.mask, weights.how_many(v.options.rho, v.mask))
@@ -124,7 +125,7 @@ METHODS: dict[str, Method] = {
         config={"top_p": 1.0, "peak_quantile": 0.0}, coefficient="beta", candidates=WIDE,
     ),
     "naive_bonus": Method(
-        "naive bonus", 1, "the SIREN repository, type naive_entropy_reg",
+        "naive bonus", 1, "textbook; the SIREN repository divides by the budget",
         config={"regularizer": "bonus", "top_p": 1.0, "peak_quantile": 0.0, "beta": 0.02},
         coefficient="beta", candidates=(0.001, *BONUS[:3]),
     ),
@@ -132,6 +133,7 @@ METHODS: dict[str, Method] = {
         "clip-higher (DAPO)", 3, "arXiv 2503.14476",
         config=CLIP_HIGHER, coefficient="clip_high", candidates=(0.4, 0.8, 1.6, 3.2),
     ),
+    "dr_grpo_clip": Method("Dr.GRPO, clip 0.2 / 0.28", 0, "as dr_grpo", config=CLIP_HIGHER),
     # controllers of a bonus
     "adaptive_bonus": Method(
         "adaptive bonus", 2, "the SIREN repository, type naive_entropy_reg_adaptive",

@@ -58,8 +58,8 @@ def tune(size: study.Size) -> list[study.Job]:
 
 
 def choose(size: study.Size, store: study.Store) -> dict[str, dict[str, Any]]:
-    """Method -> its best candidate, by avg@16 + maj@16 on hard validation prompts at T = 0.6; the
-    first one as long as a row of its candidates is missing."""
+    """Method -> its best candidate, by avg@16 + maj@16 on hard validation prompts at T = 0.6. One
+    with a missing row does not count; the first, if none is complete."""
 
     def goodness(name: str, change: dict[str, Any]) -> float:
         found = [store.rows.get(job.key) for job in study.each(size, [(name, change)])]
@@ -211,7 +211,7 @@ def score_cells(rows: list[Row], temperature: float) -> list[str]:
 
 def figure(rows: dict[str, list[Row]]) -> Any:
     """maj@16 and pass@16 against the entropy kept: a numbered point for each method, with its
-    intervals. The numbers are those of the page; settings of siren.py have a letter."""
+    intervals. The numbers are those of the page (14b: dph_js); what has none there has a letter."""
     base, letters = study_report.by_seed(rows["base"]), iter("ABCDEFGHIJ")
     marks = {name: str(m.number) if m.number else next(letters) for name, m in METHODS.items()}
     marks["dph_js"] += "b"

@@ -20,7 +20,8 @@ def adaptive_coefficient(c: float, entropy: float, target: float, eta: float) ->
     The constraint "mean H is at least its initial value H0", by a Lagrange multiplier, as SAC has
     it. c is never negative, so the term can only raise H. AER (12) has the target tau H0.
     Values: eta and the first c are not in the released script. Source: the SIREN repository, type
-    naive_entropy_reg_adaptive. Sure: high.
+    naive_entropy_reg_adaptive, which takes agg(H) of a micro-batch and moves c after each; here it
+    is the mean of H, once per step. Sure: high.
 
     >>> from itertools import accumulate  # c = 0, then H = .8, .6, 1.3, 1.3
     >>> steps = [0, 0.8, 0.6, 1.3, 1.3]
@@ -34,14 +35,15 @@ def adaptive_coefficient(c: float, entropy: float, target: float, eta: float) ->
 def stepped_coefficient(
     c: float, entropy: float, target: float, delta: float, most: float = 1.0
 ) -> tuple[float, float]:
-    """TRL's adaptive entropy, after Skywork-OR1: (c, what is applied of it).
+    """TRL's adaptive entropy (19), after Skywork-OR1: (c, what is applied of it).
 
     The loss is - what is applied * the mean of H over all tokens of the mini-batch.
 
     c rises by delta while mean H <= target, else it falls, within 0..most; it is applied only in
-    the first case. TRL: delta 0.005, target 0.2 nats, most 1, once per optimiser step; here once
-    per step, and the target is a share of the initial entropy.
-    Source: trl 1.16, GRPOConfig.use_adaptive_entropy; arXiv 2505.22312. Sure: high.
+    the first case. TRL: delta 0.005, target 0.2 nats (a default), most 1, once per
+    optimiser step; here once per step, and the target is a share of the initial entropy.
+    Source: trl 1.16, GRPOConfig.use_adaptive_entropy; arXiv 2505.22312. Sure: high
+    for TRL, medium for Skywork-OR1.
 
     >>> stepped_coefficient(0.01, 0.1, target=0.2, delta=0.005)
     (0.015, 0.015)
@@ -56,7 +58,7 @@ def stepped_coefficient(
 def difficulty_weight(rewards: Tensor, group_size: int, rho: float) -> Tensor:
     """AER (12): w(g) = max(0, 1 - g / rho), g the share of right ones in the group -> [B, 1].
 
-    The loss is -lam w(g_i) H_t: prompts that are rarely solved explore more. lam is
+    The loss is -c w(g_i) H_t: prompts that are rarely solved explore more. c is
     adaptive_coefficient with the target tau H0. The parts are the paper's; the formula of w and its
     rho are our reading. Paper: tau about 0.4. Source: arXiv 2510.10959. Sure: parts high, formulas
     low.
@@ -72,7 +74,7 @@ def difficulty_weight(rewards: Tensor, group_size: int, rho: float) -> Tensor:
 def corridor_penalty(entropy: Tensor, history: float, k_low: float, k_high: float) -> Tensor:
     """EPO (13): P = relu(k_low Hist - H_t) + relu(H_t - k_high Hist); the loss: -lam (H_t - s P).
 
-    Hist is the mean of mean H over all steps so far; with 0 there is none yet, and P is 0. The
+    Hist is the mean of mean H over all earlier steps; with 0 there is none yet, and P is 0. The
     weight s = alpha * corridor_weight falls from step to step.
     Paper: lam 0.001, k_low 0, k_high 2: nothing below the history is penalised. The released code
     has a constant for P, which has no gradient; this P is that of the text.

@@ -46,7 +46,7 @@ def clip_cov(
     Paper: rho 0.0002, low 1, high 5, PPO clip opened to 1 / 1. These bounds are for advantages that
     are divided by their standard deviation; Dr.GRPO's are smaller, so the zoo gives quantiles of
     cov. Source: arXiv 2505.22617, code PRIME-RL/Entropy-Mechanism-of-RL, which takes the means over
-    a micro-batch. Sure: high.
+    a micro-batch and spares tokens that the PPO clip has caught. Sure: high.
 
     >>> cov = torch.tensor([[0.1, 2.0, 9.0]])
     >>> clip_cov(cov, cov > 0, rho=0.5, low=1, high=5, generator=torch.Generator())
@@ -134,7 +134,7 @@ def steer(
     """STEER (10): w_t = exp(-k |Om_t|), k = -ln(w_min) / max(0.02, max |Om|).
 
     Om_t = A_t r_t (1 - pi_t) (ln pi_t + H_t), r_t = pi_t / old_pi_t, estimates how far the token's
-    update lowers the entropy (where it is negative, raises it). The largest one gets the weight
+    update lowers the entropy (where it is negative, raises it). The largest |Om| gets the weight
     w_min, unless all are below 0.02.
     Paper: w_min 0.7 (its code: 0.8), clip 0.2 / 0.28. Source: code zz-haooo/STEER, which takes H
     from the policy that sampled; here it is the policy as it is now. Sure: high.

@@ -63,15 +63,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 MORE_SEEDS = ("dr_grpo", "siren", "bonus_0.2")
 FILES = ("curves", "heldout", "forms")
-STYLES: dict[str, tuple[str, Any]] = {  # colour and dashes in the figure
-    "dr_grpo": ("#000000", "--"),
-    "siren": ("#0059b3", "-"),
-    "bonus_0.2": ("#b35900", ":"),
-    "bonus_0.02": ("#cc79a7", "-."),
-    "bonus_0.002": ("#993366", (0, (4, 2))),
-    "wo_top_p": ("#009e73", "-"),
-    "wo_peak": ("#e69f00", "-"),
-    "anchor_only": ("#00a5b5", "--"),
+STYLES: dict[str, tuple[str, str, Any]] = {  # name, colour and dashes in the figure
+    "dr_grpo": ("Dr.GRPO", "#000000", "--"),
+    "siren": ("SIREN", "#0059b3", "-"),
+    "bonus_0.2": ("naive bonus, 0.2", "#b35900", ":"),
+    "bonus_0.02": ("naive bonus, 0.02", "#cc79a7", "-."),
+    "bonus_0.002": ("naive bonus, 0.002", "#993366", (0, (4, 2))),
+    "wo_top_p": ("without top-p", "#009e73", "-"),
+    "wo_peak": ("without peaks", "#e69f00", "-"),
+    "anchor_only": ("anchor only", "#00a5b5", "--"),
 }
 CURVES = {
     "reward": "reward",
@@ -453,9 +453,9 @@ def figures(results: Path) -> list[Path]:
                 if r["method"] == method:
                     runs[r["seed"]].append(r[name])
             columns = list(zip(*map(smooth, runs.values())))  # a tuple of all seeds for each step
-            x, (color, dashes) = range(1, len(columns) + 1), STYLES[method]
+            x, (text, color, dashes) = range(1, len(columns) + 1), STYLES[method]
             style = {"color": color, "ls": dashes, "lw": 1.8 if method in MORE_SEEDS else 1}
-            axis.plot(x, list(map(mean, columns)), label=method, **style)
+            axis.plot(x, list(map(mean, columns)), label=text, **style)
             axis.fill_between(
                 x, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.15, lw=0
             )

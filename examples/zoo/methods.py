@@ -229,11 +229,13 @@ METHODS: dict[str, Method] = {
     **{
         f"dph_{kind}": Method(
             f"DPH-RL, {name}", 14, "arXiv 2509.07430",
-            config=CLIP_HIGHER, coefficient="eta", candidates=(0.03, 0.1, 0.3, 1.0),
+            config=CLIP_HIGHER, coefficient="eta", candidates=grid,
             options={"eta": 0.1, "prompts": 256, "samples": 16, "mastered": 0.25, "batch": 16},
             rehearsal=lambda log_u, o, kind=kind: o.eta * terms.divergence(log_u, kind),
         )
-        for kind, name in (("kl", "forward KL"), ("js", "JS"))
+        for kind, name, grid in (
+            ("kl", "forward KL", (0.01, 0.03, 0.1, 0.3)), ("js", "JS", (0.03, 0.1, 0.3, 1.0))
+        )
     },
     "calibrl": Method(
         "CalibRL with a reference baseline", 16, "code zhh6425/CalibRL",
@@ -255,7 +257,9 @@ METHODS: dict[str, Method] = {
 # the baselines as the SIREN repository runs them, where they differ from their papers
 VARIANTS: dict[str, Method] = {
     "entropy_advantage_siren": dataclasses.replace(
-        METHODS["entropy_advantage"], options={"alpha": 0.4, "kappa": 1.0}
+        METHODS["entropy_advantage"],
+        options={"alpha": 0.4, "kappa": 1.0},
+        candidates=(0.12, 0.4, 1.2, 3.6),
     ),
     "forking_tokens_siren": dataclasses.replace(
         METHODS["forking_tokens"], config=NONE, options={"share": 0.2, "per_response": 1}

@@ -268,5 +268,6 @@ VARIANTS: dict[str, Method] = {
         METHODS["clip_cov"],
         config=NONE,
         options={"rho": 0.03, "low": 1.0, "high": 5.0, "by_quantile": 0},
+        candidates=(0.003, 0.01, 0.03, 0.1),
     ),
 }

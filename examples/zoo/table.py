@@ -217,18 +217,22 @@ def figure(rows: dict[str, list[Row]]) -> Any:
     marks["dph_js"] += "b"
     drawing, axes = study_report.panels(2)
     drawing.set_size_inches(7.2, 5)
+    order = sorted(marks, key=lambda name: (not marks[name].isalpha(), marks[name][:2].zfill(2)))
     for ax, score in zip(axes, ("maj@16", "pass@16"), strict=True):
-        for name, mark in marks.items():
+        for name, mark in ((name, marks[name]) for name in order):
             x = study_report.bootstrap(kept(rows[name], base))
             y = study_report.bootstrap(evaluation(row)[score] for row in rows[name])
             bars = {"xerr": [[x[0] - x[1]], [x[2] - x[0]]], "yerr": [[y[0] - y[1]], [y[2] - y[0]]]}
             color = "0.3" if METHODS[name].number else "#0059b3"
+            ring, inside = (color, "white") if name == "siren" else ("white", color)
             ax.errorbar(x[0], y[0], **bars, color=color, alpha=0.5, linewidth=0.6)
-            ax.plot(x[0], y[0], "o", color="white", markeredgecolor=color, markersize=10)
-            shape = {"marker": f"${mark}$", "markersize": 6, "markeredgewidth": 0.3}
-            ax.plot(x[0], y[0], linestyle="", color=color, label=METHODS[name].title, **shape)
+            ax.plot(x[0], y[0], "o", color=ring, markeredgecolor=color, markersize=10)
+            size = {"markersize": (4, 7, 9)[len(mark) - 1], "markeredgewidth": 0.3}
+            ax.plot(x[0], y[0], marker=f"${mark}$", color=inside, **size)
+            legend = {"marker": f"${mark}$", "color": color, "label": METHODS[name].title}
+            ax.plot([], [], linestyle="", **legend, **size)
         ax.set(xlabel="entropy / base model's", ylabel=f"{score}, hard prompts, T = 0.6")
-        study_report.ticks(ax.xaxis, (0.2, 0.5, 1, 2, 5, 10))
+        study_report.ticks(ax.xaxis, (0.2, 0.3, 0.5, 1, 2, 3))
     handles = axes[0].get_legend_handles_labels()
     drawing.legend(*handles, loc="outside lower center", ncols=4, fontsize=6)
     return drawing

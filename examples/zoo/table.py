@@ -194,10 +194,7 @@ def page(
         head = ["", "H / base", "useless tokens", *SUPPORT, "seconds / Dr.GRPO's"]
         lines += study_report.markdown(head, cells)
     lines += ["### Differences, seed by seed", ""]
-    lines += [
-        "T = 0.6. p: an exact sign-flip test, with Holm's correction over the whole of a table."
-    ]
-    lines += [""]
+    lines += ["T = 0.6; p: an exact sign-flip test, with Holm's correction over a whole table.", ""]
     for score in ("maj@16", "pass@16", "avg@16"):
         lines += differences(rows, score)
     return lines

@@ -614,8 +614,13 @@ def row_of(job, noise):
     ]
     if job.label == "siren":
         evals = [{**e, "solved": "1010"} for e in evals]
-    entropy = 2.0 if job.label == "base" else 0.5
+    entropy = {"base": 2.0, "cure": 0.6}.get(job.label, 0.5)
     policy = {"reward": 0.5, "entropy": entropy, "h_agg": 1.0, "useless_share": 0.0}
+    policy["positions"] = {
+        "entropy": [good, *[good, 0.25 + good / 100] * 4, 0.125],  # forks as good as the score, but the last
+        "nucleus_entropy": [1 - good] * 10,
+        "peak": [1.0] * 10,
+    }
     settings = {"config": dataclasses.asdict(job.cfg), "final": job.final._asdict()}
     return {**settings, "seconds": [10.0, 1.0], "probe": policy, "evals": evals}
 
@@ -645,7 +650,10 @@ def test_the_table_from_made_up_rows(tmp_path, monkeypatch):
     starts = [row.startswith("| `qae` | quantile 0.2 | .50") for row in text.splitlines()]
     assert sum(starts) == 2, "once for each temperature"
     lines = [row for row in text.splitlines() if row.startswith("| `siren` |")]
-    assert "| beta 0.06 | .75" in lines[0] and "| .250 [.250, .250] |" in lines[2]
+    assert "| beta 0.06 | .75" in lines[0] and "| .250 [.250, .250] | 0.7" in lines[2]
+    assert re.search(r"\| 0\.26 \| 0\.4. \| \.000", lines[2]), "sums; the last term and the end"
+    assert "| H at forks | +1.00 | +1.00 | +1.00 |" in text, "made so"
+    assert "| H' at sums | -1.00 | -1.00 | -1.00 |" in text
     assert "| 0.500 | 0.500 | 0.000 | 1.00 [1.00, 1.00] |" in lines[2], "P = E = S = 1 of four"
     (line,) = [row for row in text.splitlines() if row.endswith(" 1.50 [1.50, 1.50] |")]
     assert line.startswith("| `cure` |")

@@ -33,6 +33,8 @@ PAGE = study.ROOT / "docs" / "zoo.md"
 PLACE = re.compile(r"(<!-- results: begin -->\n).*(<!-- results: end -->)", re.DOTALL)
 REFERENCES = ("dr_grpo", "siren")
 SUPPORT = ("SRR", "NDR", "NSCR")
+SCORED = ("maj@16", "pass@16", "avg@16")
+PLACES = {"forks": "fork", "sums": "fact", "forced tokens": "forced"}  # as study_report.kinds names
 COSTS = "zoo_cost.csv"
 ROUNDS, TIMED_STEPS = 5, 6  # of the cost
 Row = dict[str, Any]
@@ -129,12 +131,19 @@ def with_support(rows: list[Row], base: dict[int, Row]) -> list[Row]:
     return found
 
 
+def places(rows: list[Row], what: str = "entropy") -> list[float]:
+    """The mean of H (or of "nucleus_entropy", H') at forks, sums and forced tokens."""
+    found = [study_report.kinds(row) for row in rows]
+    return [float(np.mean([one[kind][what] for one in found])) for kind in PLACES.values()]
+
+
 def policy_cells(rows: list[Row], base: dict[int, Row], costs: list[float]) -> list[str]:
-    """Entropy kept, useless tokens, support metrics and the cost of a method."""
+    """Entropy kept and where, useless tokens, support metrics and the cost of a method."""
     useless = [row["probe"]["useless_share"] for row in rows]
-    cells = [study_report.text(kept(rows, base)), study_report.text(useless)]
-    evals = [evaluation(row) for row in rows]
-    cells += [f"{np.mean([e[name] for e in evals]):.3f}" for name in SUPPORT]
+    cells = [study_report.text(kept(rows, base)), *(f"{h:.2f}" for h in places(rows))]
+    cells.append(study_report.text(useless))
+    evals = [evaluation(row) for row in rows]  # NDR is 0 / 0 for a policy that solves nothing
+    cells += [f"{np.nanmean([e[name] for e in evals]):.3f}" for name in SUPPORT]
     return [*cells, "{:.2f} [{:.2f}, {:.2f}]".format(*study_report.bootstrap(costs))]
 
 
@@ -174,6 +183,31 @@ def differences(rows: dict[str, list[Row]], score: str) -> list[str]:
     return study_report.markdown([score, *head], lines)
 
 
+def ranks(values: list[float]) -> np.ndarray:
+    """0 for the smallest, and so on; equal values share the mean of their ranks.
+
+    >>> ranks([0.3, 0.1, 0.3]).tolist()
+    [1.5, 0.0, 1.5]
+    """
+    x = np.array(values)
+    return ((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1) - 1) / 2
+
+
+def correlations(rows: dict[str, list[Row]], base: dict[int, Row]) -> list[str]:
+    """Spearman's rank correlation over the methods: a mean entropy with a mean score."""
+    some = [rows[name] for name in METHODS]
+    amounts = {"H / base": [float(np.mean(kept(own, base))) for own in some]}
+    for symbol, name in (("H", "entropy"), ("H'", "nucleus_entropy")):
+        columns = zip(*(places(own, name) for own in some), strict=True)
+        amounts |= {f"{symbol} at {place}": list(x) for place, x in zip(PLACES, columns)}
+    scores = [[np.mean([evaluation(r)[s] for r in own]) for own in some] for s in SCORED]
+    lines = [
+        [label, *(f"{np.corrcoef(ranks(x), ranks(y))[0, 1]:+.2f}" for y in scores)]
+        for label, x in amounts.items()
+    ]
+    return study_report.markdown([f"rank correlation, {len(some)} methods", *SCORED], lines)
+
+
 def page(
     size: study.Size, rows: dict[str, list[Row]], chosen: dict[str, dict], costs: dict[str, list]
 ) -> list[str]:
@@ -191,11 +225,15 @@ def page(
             head = [f"T = {temperature}", "chosen", *study_report.SCORES]
             lines += study_report.markdown(head, cells)
         cells = [[f"`{name}`", *policy_cells(rows[name], base, costs[name])] for name in names]
-        head = ["", "H / base", "useless tokens", *SUPPORT, "seconds / Dr.GRPO's"]
+        head = ["", "H / base", *(f"H at {place}" for place in PLACES), "useless tokens"]
+        head += [*SUPPORT, "seconds / Dr.GRPO's"]
         lines += study_report.markdown(head, cells)
+    lines += ["### What goes with a score", ""]
+    lines += ["Each method is one point: a mean over seeds at the end of training, T = 0.6.", ""]
+    lines += correlations(rows, base)
     lines += ["### Differences, seed by seed", ""]
     lines += ["T = 0.6; p: an exact sign-flip test, with Holm's correction over a whole table.", ""]
-    for score in ("maj@16", "pass@16", "avg@16"):
+    for score in SCORED:
         lines += differences(rows, score)
     return lines
 

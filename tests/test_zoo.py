@@ -617,7 +617,7 @@ def row_of(job, noise):
     entropy = {"base": 2.0, "cure": 0.6}.get(job.label, 0.5)
     policy = {"reward": 0.5, "entropy": entropy, "h_agg": 1.0, "useless_share": 0.0}
     policy["positions"] = {
-        "entropy": [good, *[good, 0.25 + good / 100] * 4, 0.125],  # forks as good as the score, but the last
+        "entropy": [good, *[good, 0.25 + good / 100] * 4, 0.125],  # at forks it is the score
         "nucleus_entropy": [1 - good] * 10,
         "peak": [1.0] * 10,
     }

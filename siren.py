@@ -5,14 +5,14 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
     L = L_DrGRPO + beta * (H_agg - H*)^2     the self-anchored regulariser
 
     L_DrGRPO    the clipped policy-gradient loss, which makes better responses likelier
-    V_p     the policy nucleus: the fewest tokens whose probabilities sum to p (top-p mask)
+    V_p     the policy nucleus: the fewest tokens whose probabilities reach p in sum (top-p mask)
     H'_t    the entropy at position t of the policy pi, restricted to V_p and renormalised
     H_i     the mean of H'_t over the peaks of response i: the positions where H'_t is above 0 and
             reaches the tau-quantile of this response (peak-entropy mask)
     H_agg   the mean of H_i over the responses
     H*      the anchor: H_agg of the first batch, before any update
 
-    python siren.py                      # SIREN on the toy task, about a minute on a CPU
+    python siren.py                      # SIREN on the toy task, one to two minutes on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0    # naive bonus: it explodes
 
@@ -62,7 +62,7 @@ class Config:
     sample_batch: int = knob(1024, (1, 10**6), "responses that are sampled at once")
     # SIREN
     regularizer: str = knob("anchor", ("anchor", "bonus", "none"), "see siren_loss")
-    beta: float = knob(0.2, (0, 10**6), "weight of the regulariser (paper: 0.005 with 3072 tokens)")
+    beta: float = knob(0.2, (0, 10**6), "weight of the regulariser (paper: 0.005, max_tokens 3072)")
     top_p: float = knob(0.85, (1e-6, 1), "p of the nucleus; 1 = no top-p mask (paper: 0.8)")
     peak_quantile: float = knob(0.6, (0, 1), "tau; 0 = no peak-entropy mask (paper: 0.8)")
     anchor: float | None = knob(
@@ -118,7 +118,7 @@ class Rollout(NamedTuple):
     logp: torch.Tensor  # [B, T] log-probability when drawn; the loss uses that of a new pass
 
     def rows(self, index):
-        """The responses at index [b]."""
+        """The b responses at index [b]."""
         return Rollout(*(tensor[index] for tensor in self))
 
     def responses(self):
@@ -128,7 +128,7 @@ class Rollout(NamedTuple):
 
 
 def draw(pi, generator):
-    """A token for each row of pi [n, V]: the first at which the running sum of pi exceeds u."""
+    """A token for each row of pi [n, V]: the first whose running sum exceeds u times the whole."""
     mass = pi.cumsum(-1)
     u = torch.rand(len(pi), 1, device=pi.device, generator=generator)  # 0 <= u < 1
     return torch.searchsorted(mass, u * mass[:, -1:], right=True).clamp(max=pi.shape[1] - 1)
@@ -245,7 +245,7 @@ def normalize(answer):
             return value / 100 if number[2] else value
         except (ValueError, ZeroDivisionError):
             pass  # such as "." or "1/0"
-    # a "'" for the comma of 1, 234: without its space the pair would be the number 1,234
+    # a "'" for a comma without a space: x=1,234 is not the pair x=1, 234, whose space goes next
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "'", text)
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
 
@@ -269,8 +269,8 @@ def verify(response, answer, *, answer_form=None, equal=None):
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - mean of its group's r: is this response better than usual for its prompt?
 
-    rewards [B], a prompt's responses side by side -> A [B]. "grpo" divides by the group's standard
-    deviation as well. ValueError unless groups of at least 2 fill B.
+    rewards [B] (float), a prompt's responses side by side -> A [B]. "grpo" divides by the group's
+    standard deviation (with n - 1) as well. ValueError unless groups of at least 2 fill B.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # the mean is 1/4
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
@@ -299,9 +299,9 @@ def entropy_of(log_q):
 def nucleus(log_pi, top_p):
     """The policy nucleus V_p and the policy on it, q = pi / pi(V_p).
 
-    V_p is the smallest set of tokens whose probabilities sum to at least p: the token that crosses
-    p is inside, so the set is never empty. The choice of the set has no gradient. log_pi [..., V]
-    -> log q of the likeliest tokens [..., k], -inf outside the nucleus, and their ids [..., k].
+    V_p is the smallest set of tokens whose probabilities sum to p or more (p > 0): the one that
+    crosses p is inside. (Where a sum is exactly p, rounding may let one more in.) The choice has no
+    gradient. log_pi [..., V] -> log q, ids [..., k]; outside V_p: -inf, and an id without meaning.
     """
     fixed, vocab = log_pi.detach(), log_pi.shape[-1]
     if top_p >= 1:  # every token; a sum of rounded probabilities might stop short of 1
@@ -333,7 +333,7 @@ def nucleus_entropy(logits, top_p):
     """H' = -sum over V_p of q log q, with q = pi / pi(V_p): how open is the choice that is real?
 
     logits [..., V] -> nats [...]. One token alone has H' = 0; with p = 1, H' is the full entropy H.
-    V_p is held fixed in the gradient: a logit outside gets none. (token_stats has the same in it.)
+    V_p is held fixed in the gradient: a logit outside gets none. (token_stats: at a temperature.)
 
     >>> nucleus_entropy(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), 0.8)  # q = 2/3, 1/3
     tensor(0.6365)
@@ -345,7 +345,7 @@ def peak_mask(entropy, mask, quantile):
     """The peak-entropy mask m_t (Eq. 9): the positions where a response really forks.
 
     q_i is the tau-quantile of H' over response i's own tokens; t is a peak where H'_t >= q_i and
-    H'_t > 0 (without the second test every token is a peak once q_i is 0). entropy (H') and mask
+    H'_t > 0 (our own test: without it every token is a peak once q_i is 0). entropy (H') and mask
     [B, T] -> bool [B, T]. quantile is tau; 0 switches the mask off: all of the response.
 
     >>> peak_mask(torch.tensor([[0.1, 0.9, 0.5, 0.0]]), torch.ones(1, 4), 0.8)  # q = 0.66
@@ -383,8 +383,8 @@ def policy_loss(
         gain_t = min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
         ratio_t = exp(logp_t - old_logp_t), how much likelier the token has become
 
-    logp, old_logp, mask [B, T], adv (A) [B] or [B, T] -> (loss, stats). max_tokens: the budget, by
-    default T ("grpo": the length). stats: clip_fraction; approx_kl, the mean ratio - 1 - log ratio.
+    logp, old_logp (no gradient), mask [B, T], adv (A) [B] or [B, T] -> (loss, stats). max_tokens: a
+    budget; by default T, so padding counts ("grpo": the length). approx_kl: ratio - 1 - log ratio.
 
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()  # ratio 1.25
     >>> policy_loss(logp, old_logp, torch.tensor([1.0]), torch.ones(1, 1))[0]  # clipped to 1.2
@@ -396,7 +396,7 @@ def policy_loss(
     free, clipped = ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv
     gain = torch.where(mask, torch.min(free, clipped), 0.0).sum(1)  # [B]
     budget = max_tokens or max(1, mask.shape[1])
-    length = mask.sum(1).clamp(min=1) if algorithm == "grpo" else budget
+    length = {"dr_grpo": budget, "grpo": mask.sum(1).clamp(min=1)}[algorithm]
     loss = -(gain / length).sum() / mask.any(1).sum().clamp(min=1)
     stats = {"clip_fraction": (clipped < free) & mask, "approx_kl": ratio - 1 - log_ratio}
     return loss, {name: x.detach().sum() / mask.sum().clamp(min=1) for name, x in stats.items()}
@@ -406,9 +406,9 @@ def token_stats(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=
     """logp, H (entropy, without gradient), H' (nucleus_entropy) and |V_p| (nucleus_size) of tokens.
 
     outputs: logits [B, T, V], of which [:, t] predicts tokens[:, t]; or hidden states [B, T, D] for
-    the module `head` to make logits of. tokens (ids), mask [B, T] -> a dictionary of [B, T], 0 in
-    padding. It takes `chunk` tokens at a time (0: by size); of several chunks, the backward pass
-    computes the [chunk, V] tensors again instead of storing them.
+    the module `head`, after which nothing may come (soft cap, scale). tokens (ids), mask [B, T], 1
+    on the response's own tokens -> a dictionary of [B, T], 0 elsewhere. It takes `chunk` tokens at
+    a time (0: by size); of several chunks, the backward pass computes [chunk, V] tensors again.
 
     >>> stats = token_stats(torch.zeros(1, 1, 4), torch.tensor([[2]]), torch.ones(1, 1), 0.5)
     >>> stats["logp"], stats["nucleus_entropy"]  # log 1/4; two equal options: log 2
@@ -445,11 +445,11 @@ def siren_loss(
     temperature=1.0, regularizer="anchor", clip_low=0.2, clip_high=0.2, max_tokens=None,
     algorithm="dr_grpo", head=None, chunk=0,
 ):  # fmt: skip
-    """SIREN, from the network's outputs: L = L_DrGRPO + beta * (H_agg - H*)^2.
+    """SIREN, from the network's outputs -> (loss, stats): L = L_DrGRPO + beta * (H_agg - H*)^2.
 
-    outputs, tokens, head, chunk are token_stats's; old_logp, mask [B, T], adv [B] policy_loss's.
-    anchor is H*: H_agg of the first batch, before any update. top_p is p, peak_quantile is tau.
-    regularizer: "anchor" as above; "bonus" -beta * H_agg (p = 1, tau = 0: the textbook's); "none".
+    outputs, tokens, mask, head, chunk: token_stats's. old_logp, adv, max_tokens: policy_loss's.
+    anchor: H*, stats["h_agg"] of the first batch before any update. top_p: p. peak_quantile: tau.
+    regularizer: "anchor"; "bonus", -beta * H_agg (p = 1, tau = 0: the textbook's); "none".
 
     >>> logits, tokens, mask = torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), torch.ones(1, 2)
     >>> old_logp, adv = torch.full((1, 2), 0.25).log(), torch.zeros(1)
@@ -478,9 +478,9 @@ def siren_loss(
 def micro_batch_anchor(h_micro, h_agg, anchor):
     """The anchor that makes a micro-batch pull as its mini-batch does. (Skip this at first.)
 
-    The losses of the parts of a mini-batch, each times its share of the responses, are added up.
-    H_agg is such a sum, of share * h_micro; (H_agg - H*)^2 is not. With this anchor, a number that
-    has no gradient, h_micro - (this anchor) = H_agg - H* in each: losses and gradients add up.
+    h_micro, h_agg: H_agg of a micro-batch and of the mini-batch, without gradient; anchor: H*. The
+    losses of the parts, each times its share of the responses that have a token, are added up.
+    H_agg is such a sum, its square is not; but h_micro - (this anchor) = H_agg - H* in each part.
     """
     return h_micro - (h_agg - anchor)
 
@@ -610,8 +610,8 @@ def pass_at_k(n, c, k):
 
 
 def maj_at_k(votes, answer, k):
-    """maj@k: the share of the blocks of k votes that `answer` wins. In a tie the vote that came
-    first wins; None (no answer) is not a vote.
+    """maj@k: the share of the whole blocks of k votes (at least one) that `answer` wins. In a tie
+    the vote that came first wins; None (no answer) is not a vote.
 
     >>> maj_at_k([None, None, "7", "8", "8", "7"], "7", 3)  # won, lost
     0.5

@@ -494,6 +494,7 @@ def write(size: study.Size, store: study.Store, out: Path) -> None:
         lines += ["## The main table", "", *score_tables(table), *policy_table(table)]
         lines += ["## SIREN against the others", "", *claims(table)]
         lines += ["## Where the entropy sits", "", *kinds_table(rows)]
+        lines += ["## The chosen settings", "", *group_table(rows)]
         figures |= {"steps": steps_figure(rows), "kinds": kinds_figure(rows)}
         figures |= {"k": k_figure(rows, "hard"), "k_easy": k_figure(rows, "easy")}
         figures["constrained"] = constrained_figure(rows, by_seed(rows["base"]))

@@ -57,7 +57,7 @@ NOT_ASKED = {
         "if algorithm == 'grpo':\n        adv = adv / (groups.std(1, keepdim=True) + 1e-06)": GRPO,
     },
     "policy_loss": {
-        "mask.sum(1).clamp(min=1) if algorithm == 'grpo' else budget": GRPO,
+        "{'dr_grpo': budget, 'grpo': mask.sum(1).clamp(min=1)}[algorithm]": GRPO,
         ".clamp(-20, 20)": INPUT,
         "ratio - 1 - log_ratio": METRIC,
         "x.detach()": HARMLESS,

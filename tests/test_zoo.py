@@ -652,6 +652,8 @@ def test_the_table_from_made_up_rows(tmp_path, monkeypatch):
     lines = [row for row in text.splitlines() if row.startswith("| `siren` |")]
     assert "| beta 0.06 | .75" in lines[0] and "| .250 [.250, .250] | 0.7" in lines[2]
     assert re.search(r"\| 0\.26 \| 0\.4. \| \.000", lines[2]), "sums; the last term and the end"
+    assert "| `qae` | quantile | 0.1: 0.5" in text, "a candidate: .25 + .25 and noise"
+    assert "| 0.2: 1.0" in text and "| `dr_grpo` | |" not in text, "it is the best: .5 + .5"
     assert "| H at forks | +1.00 | +1.00 | +1.00 |" in text, "made so"
     assert "| H' at sums | -1.00 | -1.00 | -1.00 |" in text
     assert "| 0.500 | 0.500 | 0.000 | 1.00 [1.00, 1.00] |" in lines[2], "P = E = S = 1 of four"

@@ -59,19 +59,21 @@ def tune(size: study.Size) -> list[study.Job]:
     return study.each(size, [(name, change) for name in EVERY for change in candidates(name)])
 
 
+def goodness(size: study.Size, store: study.Store, name: str) -> list[float]:
+    """avg@16 + maj@16 of each candidate on hard validation prompts at T = 0.6, mean over seeds;
+    -inf if a row is missing."""
+    found = []
+    for change in candidates(name):
+        rows = [store.rows.get(job.key) for job in study.each(size, [(name, change)])]
+        scores = (study.score(row, s) for row in rows if row for s in ("avg@16", "maj@16"))
+        found.append(float("-inf") if None in rows else sum(scores) / len(rows))
+    return found
+
+
 def choose(size: study.Size, store: study.Store) -> dict[str, dict[str, Any]]:
-    """Method -> its best candidate, by avg@16 + maj@16 on hard validation prompts at T = 0.6. One
-    with a missing row does not count; the first, if none is complete."""
-
-    def goodness(name: str, change: dict[str, Any]) -> float:
-        found = [store.rows.get(job.key) for job in study.each(size, [(name, change)])]
-        if None in found:
-            return float("-inf")
-        return sum(study.score(row, "avg@16") + study.score(row, "maj@16") for row in found)
-
-    return {
-        name: max(candidates(name), key=lambda change: goodness(name, change)) for name in EVERY
-    }
+    """Method -> its best candidate; the first, if none is complete."""
+    found = {name: goodness(size, store, name) for name in EVERY}
+    return {name: candidates(name)[x.index(max(x))] for name, x in found.items()}
 
 
 def final(size: study.Size, chosen: dict[str, dict[str, Any]]) -> list[study.Job]:
@@ -208,10 +210,20 @@ def correlations(rows: dict[str, list[Row]], base: dict[int, Row]) -> list[str]:
     return study_report.markdown([f"rank correlation, {len(some)} methods", *SCORED], lines)
 
 
+def candidates_table(size: study.Size, store: study.Store) -> list[str]:
+    """What every candidate scored on the validation seeds."""
+    lines = []
+    for name, method in EVERY.items():
+        if method.coefficient:
+            found = zip(method.candidates, goodness(size, store, name), strict=True)
+            lines.append([f"`{name}`", method.coefficient, *(f"{v}: {x:.2f}" for v, x in found)])
+    return study_report.markdown(["", "tuned", "smallest", "second", "third", "largest"], lines)
+
+
 def page(
     size: study.Size, rows: dict[str, list[Row]], chosen: dict[str, dict], costs: dict[str, list]
 ) -> list[str]:
-    """What goes between the marks of docs/zoo.md."""
+    """What goes between the marks of docs/zoo.md, but for the candidates."""
     base, seeds = study_report.by_seed(rows["base"]), len(size.test_seeds)
     lines = [f"Mean over {seeds} test seeds and its 95 % interval; hard held-out prompts."]
     lines += [f"In this world SIREN has p = {study.P} and tau = {study.TAU}.", ""]
@@ -284,7 +296,10 @@ def write(size: study.Size, store: study.Store, out: Path, target: Path) -> None
     columns = (*study_report.COLUMNS, *SUPPORT)
     study_report.write_csv(rows, out / "zoo.csv", columns)
     figure(rows).savefig(out / "zoo.png")
-    text = "\n".join(page(size, rows, chosen, relative_costs(out / COSTS)))
+    lines = page(size, rows, chosen, relative_costs(out / COSTS))
+    lines += ["### The candidates", ""]
+    lines += ["avg@16 + maj@16 on hard validation prompts, T = 0.6, mean over three seeds.", ""]
+    text = "\n".join([*lines, *candidates_table(size, store)])
     target.write_text(PLACE.sub(lambda found: found[1] + text + found[2], target.read_text()))
     print(f"results: {target}, {out / 'zoo.csv'}")
 

@@ -58,7 +58,7 @@ P, TAU = 0.85, 0.6
 PROBE = 256  # prompts of the probe, 8 responses each
 LOGGED = ("reward", "entropy", "h_agg", "useless_share", "coefficient")
 NOT_NUMERIC = ("out", "save_every", "threads", "device")  # fields of Config that change no number
-STEP_SECONDS, RESPONSE_SECONDS, BASE_SECONDS = 0.4, 0.0004, 90  # rough, on one thread
+STEP_SECONDS, RESPONSE_SECONDS, BASE_SECONDS = 0.25, 0.0002, 60  # rough, on one thread
 
 
 # ----------------------------------------------------------------------------------- 1. the methods

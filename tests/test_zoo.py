@@ -614,7 +614,7 @@ def row_of(job, noise):
     ]
     if job.label == "siren":
         evals = [{**e, "solved": "1010"} for e in evals]
-    entropy = {"base": 2.0, "cure": 0.6}.get(job.label, 0.5)
+    entropy = {"base": 2.0, "siren": 0.5}.get(job.label, 0.5 + noise.uniform(0, 0.1))
     policy = {"reward": 0.5, "entropy": entropy, "h_agg": 1.0, "useless_share": 0.0}
     policy["positions"] = {
         "entropy": [good, *[good, 0.25 + good / 100] * 4, 0.125],  # at forks it is the score
@@ -622,7 +622,9 @@ def row_of(job, noise):
         "peak": [1.0] * 10,
     }
     settings = {"config": dataclasses.asdict(job.cfg), "final": job.final._asdict()}
-    return {**settings, "seconds": [10.0, 1.0], "probe": policy, "evals": evals}
+    log = [{"reward": 0.5, "entropy": 9.0}, {"reward": 0.6, "entropy": good}]
+    log.append({"reward": 0.9, "entropy": 8.0})
+    return {**settings, "seconds": [10.0, 1.0], "probe": policy, "evals": evals, "log": log}
 
 
 def test_the_table_from_made_up_rows(tmp_path, monkeypatch):
@@ -651,11 +653,13 @@ def test_the_table_from_made_up_rows(tmp_path, monkeypatch):
     assert sum(starts) == 2, "once for each temperature"
     lines = [row for row in text.splitlines() if row.startswith("| `siren` |")]
     assert "| beta 0.06 | .75" in lines[0] and "| .250 [.250, .250] | 0.7" in lines[2]
-    assert re.search(r"\| 0\.26 \| 0\.4. \| \.000", lines[2]), "sums; the last term and the end"
+    there = r"\| 0\.26 \| 0\.4. \| 0\.7. \| \.000"
+    assert re.search(there, lines[2]), "sums; the last term and the end; at a reward of .6"
+    assert math.isnan(table.at_reward([row_of(jobs[0], noise)], 0.95)), "no run had it"
     assert "| `qae` | quantile | 0.1: 0.5" in text, "a candidate: .25 + .25 and noise"
     assert "| 0.2: 1.0" in text and "| `dr_grpo` | |" not in text, "it is the best: .5 + .5"
-    assert "| H at forks | +1.00 | +1.00 | +1.00 |" in text, "made so"
-    assert "| H' at sums | -1.00 | -1.00 | -1.00 |" in text
+    (line,) = [row for row in text.splitlines() if row.startswith("| all methods (25) |")]
+    assert line.endswith("+1.00 | +1.00 | +1.00 | -1.00 | -1.00 | -1.00 |"), "row_of made them so"
     assert "| 0.500 | 0.500 | 0.000 | 1.00 [1.00, 1.00] |" in lines[2], "P = E = S = 1 of four"
     (line,) = [row for row in text.splitlines() if row.endswith(" 1.50 [1.50, 1.50] |")]
     assert line.startswith("| `cure` |")

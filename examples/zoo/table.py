@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import re
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ PAGE = study.ROOT / "docs" / "zoo.md"
 PLACE = re.compile(r"(<!-- results: begin -->\n).*(<!-- results: end -->)", re.DOTALL)
 REFERENCES = ("dr_grpo", "siren")
 SUPPORT = ("SRR", "NDR", "NSCR")
+REWARD = 0.6  # at which the entropies of fast and slow learners are compared
 SCORED = ("maj@16", "pass@16", "avg@16")
 PLACES = {"forks": "fork", "sums": "fact", "forced tokens": "forced"}  # as study_report.kinds names
 COSTS = "zoo_cost.csv"
@@ -122,6 +123,13 @@ def kept(rows: list[Row], base: dict[int, Row]) -> list[float]:
     return [row["probe"]["entropy"] / base[seed]["probe"]["entropy"] for seed, row in seeds]
 
 
+def kept_at_forks(rows: list[Row], base: dict[int, Row]) -> list[float]:
+    """The same at forks alone."""
+    at = {s: study_report.kinds(row)["fork"]["entropy"] for s, row in base.items()}
+    seeds = study_report.by_seed(rows).items()
+    return [study_report.kinds(row)["fork"]["entropy"] / at[seed] for seed, row in seeds]
+
+
 def with_support(rows: list[Row], base: dict[int, Row]) -> list[Row]:
     """The rows, with the support metrics against the base model in each evaluation."""
     found = []
@@ -140,11 +148,21 @@ def places(rows: list[Row], what: str = "entropy") -> list[float]:
     return [float(np.mean([one[kind][what] for one in found])) for kind in PLACES.values()]
 
 
+def at_reward(rows: list[Row], reward: float) -> float:
+    """Mean H in training when a run first had this reward, of the runs that had it; in a row's
+    log a number is the mean of six or seven steps."""
+    nan = float("nan")
+    firsts = [
+        next((e["entropy"] for e in row["log"] if e["reward"] >= reward), nan) for row in rows
+    ]
+    return nan if np.isnan(firsts).all() else float(np.nanmean(firsts))
+
+
 def policy_cells(rows: list[Row], base: dict[int, Row], costs: list[float]) -> list[str]:
     """Entropy kept and where, useless tokens, support metrics and the cost of a method."""
     useless = [row["probe"]["useless_share"] for row in rows]
     cells = [study_report.text(kept(rows, base)), *(f"{h:.2f}" for h in places(rows))]
-    cells.append(study_report.text(useless))
+    cells += [f"{at_reward(rows, REWARD):.2f}", study_report.text(useless)]
     evals = [evaluation(row) for row in rows]  # NDR is 0 / 0 for a policy that solves nothing
     cells += [f"{np.nanmean([e[name] for e in evals]):.3f}" for name in SUPPORT]
     return [*cells, "{:.2f} [{:.2f}, {:.2f}]".format(*study_report.bootstrap(costs))]
@@ -196,21 +214,34 @@ def ranks(values: list[float]) -> np.ndarray:
     return ((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1) - 1) / 2
 
 
-def correlations(
-    rows: dict[str, list[Row]], base: dict[int, Row], names: Iterable[str]
-) -> list[str]:
-    """Spearman's rank correlation over these methods: a mean entropy with a mean score."""
-    some = [rows[name] for name in names]
-    amounts = {"H / base": [float(np.mean(kept(own, base))) for own in some]}
-    for symbol, name in (("H", "entropy"), ("H'", "nucleus_entropy")):
-        columns = zip(*(places(own, name) for own in some), strict=True)
-        amounts |= {f"{symbol} at {place}": list(x) for place, x in zip(PLACES, columns)}
-    scores = [[np.mean([evaluation(r)[s] for r in own]) for own in some] for s in SCORED]
-    lines = [
-        [label, *(f"{np.corrcoef(ranks(x), ranks(y))[0, 1]:+.2f}" for y in scores)]
-        for label, x in amounts.items()
-    ]
-    return study_report.markdown([f"rank correlation, {len(some)} methods", *SCORED], lines)
+def groups(rows: dict[str, list[Row]], base: dict[int, Row]) -> dict[str, list[str]]:
+    """Methods over which a correlation is taken."""
+    family = {"siren", "wo_top_p", "wo_peak", "wo_anchor", "anchor_only"}
+    others = [name for name in METHODS if name != "adaptive_bonus"]
+    held = {name: np.mean(kept(rows[name], base)) for name in others}
+    most = sorted(others, key=held.get)[-10:]
+    return {
+        "all methods": list(METHODS),
+        "without `adaptive_bonus`, which explodes on some seeds": others,
+        "of the 24, without SIREN and its parts": [x for x in others if x not in family],
+        "of the 24, the ten with the largest H / base": most,
+        "of the 24, all but these ten": [x for x in others if x not in most],
+    }
+
+
+def correlations(rows: dict[str, list[Row]], base: dict[int, Row]) -> list[str]:
+    """Spearman's rank correlation over methods: a mean entropy with a mean score."""
+    lines = []
+    for title, names in groups(rows, base).items():
+        some = [rows[name] for name in names]
+        amounts = [[np.mean(kept(own, base)) for own in some]]
+        amounts += [[places(own, x)[0] for own in some] for x in ("entropy", "nucleus_entropy")]
+        scores = [[np.mean([evaluation(r)[s] for r in own]) for own in some] for s in SCORED]
+        pairs = itertools.product(amounts, scores)
+        found = [np.corrcoef(ranks(x), ranks(y))[0, 1] for x, y in pairs]
+        lines.append([f"{title} ({len(some)})", *(f"{value:+.2f}" for value in found)])
+    pairs = itertools.product(("H / base", "H at forks", "H' at forks"), SCORED)
+    return study_report.markdown(["", *(" with ".join(pair) for pair in pairs)], lines)
 
 
 def candidates_table(size: study.Size, store: study.Store) -> list[str]:
@@ -240,14 +271,12 @@ def page(
             head = [f"T = {temperature}", "chosen", *study_report.SCORES]
             lines += study_report.markdown(head, cells)
         cells = [[f"`{name}`", *policy_cells(rows[name], base, costs[name])] for name in names]
-        head = ["", "H / base", *(f"H at {place}" for place in PLACES), "useless tokens"]
-        head += [*SUPPORT, "seconds / Dr.GRPO's"]
+        head = ["", "H / base", *(f"H at {place}" for place in PLACES)]
+        head += [f"H at reward {REWARD:g}", "useless tokens", *SUPPORT, "seconds / Dr.GRPO's"]
         lines += study_report.markdown(head, cells)
     lines += ["### What goes with a score", ""]
-    lines += ["Each method is one point: a mean over seeds at the end of training, T = 0.6."]
-    lines += ["The second table is without `adaptive_bonus`, which has exploded on some seeds.", ""]
-    lines += correlations(rows, base, METHODS)
-    lines += correlations(rows, base, [name for name in METHODS if name != "adaptive_bonus"])
+    lines += ["Spearman's rank correlation; each method is one point, its means over seeds.", ""]
+    lines += correlations(rows, base)
     lines += ["### Differences, seed by seed", ""]
     lines += ["T = 0.6; p: an exact sign-flip test, with Holm's correction over a whole table.", ""]
     for score in SCORED:
@@ -262,8 +291,9 @@ def score_cells(rows: list[Row], temperature: float) -> list[str]:
 
 
 def figure(rows: dict[str, list[Row]]) -> Any:
-    """maj@16 and pass@16 against the entropy kept: a numbered point for each method, with its
-    intervals. The numbers are those of the page (14b: dph_js); what has none there has a letter.
+    """maj@16 against the entropy kept, pass@16 against that at forks: a numbered point for each
+    method, with its intervals. The numbers are those of the page (14b: dph_js); what has none
+    there has a letter.
     Dashed: Dr.GRPO's mean; dotted: the base model's (its maj@16 is below the picture)."""
     base, letters = study_report.by_seed(rows["base"]), iter("ABCDEFGHIJ")
     marks = {name: str(m.number) if m.number else next(letters) for name, m in METHODS.items()}
@@ -272,14 +302,15 @@ def figure(rows: dict[str, list[Row]]) -> Any:
     drawing.set_size_inches(7.2, 5)
     order = sorted(marks, key=lambda name: (not marks[name].isalpha(), marks[name][:2].zfill(2)))
     lines = (("maj@16", "dr_grpo", "--"), ("pass@16", "dr_grpo", "--"), ("pass@16", "base", ":"))
-    for ax, score in zip(axes, ("maj@16", "pass@16"), strict=True):
+    places = ("maj@16", kept, "entropy"), ("pass@16", kept_at_forks, "entropy at forks")
+    for ax, (score, amounts, what_x) in zip(axes, places, strict=True):
         for _, name, style in (line for line in lines if line[0] == score):
             mean = study_report.bootstrap(evaluation(row)[score] for row in rows[name])[0]
             ax.axhline(mean, color="0.3", linestyle=style, linewidth=0.9, zorder=1)
             where = {"xy": (0.99, mean), "xycoords": ("axes fraction", "data"), "ha": "right"}
             ax.annotate(study_report.NAMES[name], **where, va="bottom", fontsize=6)
         for name, mark in ((name, marks[name]) for name in order):
-            x = study_report.bootstrap(kept(rows[name], base))
+            x = study_report.bootstrap(amounts(rows[name], base))
             y = study_report.bootstrap(evaluation(row)[score] for row in rows[name])
             bars = {"xerr": [[x[0] - x[1]], [x[2] - x[0]]], "yerr": [[y[0] - y[1]], [y[2] - y[0]]]}
             color = "0.3" if METHODS[name].number else "#0059b3"
@@ -291,7 +322,7 @@ def figure(rows: dict[str, list[Row]]) -> Any:
             ax.plot(x[0], y[0], marker=f"${mark}$", color=inside, **size, **top)
             legend = {"marker": f"${mark}$", "color": color, "label": METHODS[name].title}
             ax.plot([], [], linestyle="", **legend, **size)
-        ax.set(xlabel="entropy / base model's", ylabel=f"{score}, hard prompts, T = 0.6")
+        ax.set(xlabel=f"{what_x} / base model's", ylabel=f"{score}, hard prompts, T = 0.6")
         study_report.ticks(ax.xaxis, (0.2, 0.3, 0.5, 1, 2, 3))
     handles = axes[0].get_legend_handles_labels()
     drawing.legend(*handles, loc="outside lower center", ncols=4, fontsize=6)

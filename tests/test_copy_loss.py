@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from examples.copy_loss import train
+from siren import siren_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "copy_loss.py"
@@ -29,6 +30,17 @@ def test_it_keeps_its_entropy():
     assert first[2] == first[3]  # the anchor is the first H_agg
     assert kept[2] > 0.7 * kept[3] and lost[2] < 0.1  # H_agg stays up, or falls
     assert kept[4] > 20 and lost[4] < 5  # and so do the different right responses
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [({"algorithm": "Dr.GRPO"}, KeyError), ({"regularizer": "entropy"}, ValueError)],
+)
+def test_a_misspelt_name_is_no_silent_default(wrong, error):
+    logits, tokens, mask = torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), torch.ones(1, 2)
+    old_logp, adv = torch.full((1, 2), 0.25).log(), torch.zeros(1)
+    with pytest.raises(error, match=next(iter(wrong.values()))):
+        siren_loss(logits, tokens, old_logp, adv, mask, 1.0, beta=0.5, **wrong)
 
 
 def test_the_block_pasted(tmp_path):

@@ -158,11 +158,23 @@ def at_reward(rows: list[Row], reward: float) -> float:
     return nan if np.isnan(firsts).all() else float(np.nanmean(firsts))
 
 
+def training_cells(rows: list[Row], base: dict[int, Row]) -> list[str]:
+    """What a row's log says: how far and how fast, and how high H has been."""
+    end = np.mean([entry["reward"] for row in rows for entry in row["log"][-3:]])
+    middle = np.mean([row["log"][len(row["log"]) // 4]["entropy"] for row in rows])
+    largest = [
+        max(entry["entropy"] for entry in row["log"]) / base[seed]["probe"]["entropy"]
+        for seed, row in study_report.by_seed(rows).items()
+    ]
+    cells = [f"{x:.2f}" for x in (end, middle, at_reward(rows, REWARD))]
+    return [*cells, f"{min(largest):.1f}, {max(largest):.1f}"]
+
+
 def policy_cells(rows: list[Row], base: dict[int, Row], costs: list[float]) -> list[str]:
     """Entropy kept and where, useless tokens, support metrics and the cost of a method."""
     useless = [row["probe"]["useless_share"] for row in rows]
     cells = [study_report.text(kept(rows, base)), *(f"{h:.2f}" for h in places(rows))]
-    cells += [f"{at_reward(rows, REWARD):.2f}", study_report.text(useless)]
+    cells.append(study_report.text(useless))
     evals = [evaluation(row) for row in rows]  # NDR is 0 / 0 for a policy that solves nothing
     cells += [f"{np.nanmean([e[name] for e in evals]):.3f}" for name in SUPPORT]
     return [*cells, "{:.2f} [{:.2f}, {:.2f}]".format(*study_report.bootstrap(costs))]
@@ -245,12 +257,16 @@ def correlations(rows: dict[str, list[Row]], base: dict[int, Row]) -> list[str]:
 
 
 def candidates_table(size: study.Size, store: study.Store) -> list[str]:
-    """What every candidate scored on the validation seeds."""
+    """What every candidate scored on the validation seeds, and its H there."""
     lines = []
     for name, method in EVERY.items():
-        if method.coefficient:
-            found = zip(method.candidates, goodness(size, store, name), strict=True)
-            lines.append([f"`{name}`", method.coefficient, *(f"{v}: {x:.2f}" for v, x in found)])
+        cells = []
+        for i, x in enumerate(goodness(size, store, name)):
+            some = study.each(size, [(name, candidates(name)[i])])
+            h = np.mean([store.rows[job.key]["probe"]["entropy"] for job in some])
+            value = f"{method.candidates[i]}: " if method.coefficient else ""
+            cells.append(f"{value}{x:.2f} ({h:.2f})")
+        lines.append([f"`{name}`", method.coefficient, *cells, *[""] * (4 - len(cells))])
     return study_report.markdown(["", "tuned", "smallest", "second", "third", "largest"], lines)
 
 
@@ -271,9 +287,13 @@ def page(
             head = [f"T = {temperature}", "chosen", *study_report.SCORES]
             lines += study_report.markdown(head, cells)
         cells = [[f"`{name}`", *policy_cells(rows[name], base, costs[name])] for name in names]
-        head = ["", "H / base", *(f"H at {place}" for place in PLACES)]
-        head += [f"H at reward {REWARD:g}", "useless tokens", *SUPPORT, "seconds / Dr.GRPO's"]
+        head = ["", "H / base", *(f"H at {place}" for place in PLACES), "useless tokens"]
+        head += [*SUPPORT, "seconds / Dr.GRPO's"]
         lines += study_report.markdown(head, cells)
+    lines += ["### While it trains", ""]
+    cells = [[f"`{name}`", *training_cells(rows[name], base)] for name in EVERY]
+    head = ["", "reward, last 20 steps", "H after 50 steps", f"H at reward {REWARD:g}"]
+    lines += study_report.markdown([*head, "largest H / base: smallest and largest seed"], cells)
     lines += ["### What goes with a score", ""]
     lines += ["Spearman's rank correlation; each method is one point, its means over seeds.", ""]
     lines += correlations(rows, base)
@@ -342,7 +362,8 @@ def write(size: study.Size, store: study.Store, out: Path, target: Path) -> None
     figure(rows).savefig(out / "zoo.png")
     lines = page(size, rows, chosen, relative_costs(out / COSTS))
     lines += ["### The candidates", ""]
-    lines += ["avg@16 + maj@16 on hard validation prompts, T = 0.6, mean over three seeds.", ""]
+    lines += ["avg@16 + maj@16 on hard validation prompts, T = 0.6, and in brackets the mean of H"]
+    lines += ["in nats, over three seeds.", ""]
     text = "\n".join([*lines, *candidates_table(size, store)])
     target.write_text(PLACE.sub(lambda found: found[1] + text + found[2], target.read_text()))
     print(f"results: {target}, {out / 'zoo.csv'}")

@@ -313,8 +313,8 @@ def score_cells(rows: list[Row], temperature: float) -> list[str]:
 def figure(rows: dict[str, list[Row]]) -> Any:
     """maj@16 against the entropy kept, pass@16 against that at forks: a numbered point for each
     method, with its intervals. The numbers are those of the page (14b: dph_js); what has none
-    there has a letter.
-    Dashed: Dr.GRPO's mean; dotted: the base model's (its maj@16 is below the picture)."""
+    there has a letter. Dashed: Dr.GRPO's mean; dotted: the base model's, whose maj@16 is below
+    the picture."""
     base, letters = study_report.by_seed(rows["base"]), iter("ABCDEFGHIJ")
     marks = {name: str(m.number) if m.number else next(letters) for name, m in METHODS.items()}
     marks["dph_js"] += "b"
@@ -322,8 +322,8 @@ def figure(rows: dict[str, list[Row]]) -> Any:
     drawing.set_size_inches(7.2, 5)
     order = sorted(marks, key=lambda name: (not marks[name].isalpha(), marks[name][:2].zfill(2)))
     lines = (("maj@16", "dr_grpo", "--"), ("pass@16", "dr_grpo", "--"), ("pass@16", "base", ":"))
-    places = ("maj@16", kept, "entropy"), ("pass@16", kept_at_forks, "entropy at forks")
-    for ax, (score, amounts, what_x) in zip(axes, places, strict=True):
+    parts = ("maj@16", kept, "entropy"), ("pass@16", kept_at_forks, "entropy at forks")
+    for ax, (score, amounts, what_x) in zip(axes, parts, strict=True):
         for _, name, style in (line for line in lines if line[0] == score):
             mean = study_report.bootstrap(evaluation(row)[score] for row in rows[name])[0]
             ax.axhline(mean, color="0.3", linestyle=style, linewidth=0.9, zorder=1)

@@ -1,172 +1,164 @@
-"""A toy world where keeping several ways open pays: sums, by a model with gaps in its knowledge.
+"""A toy world where keeping several ways open pays: sums, by a model with gaps.
 
-One token is one number. The prompt lists terms; the response starts with any of them, then writes
-"next term, running sum" until all are used. It is right if its last number is the right total:
+One token is one number. The prompt lists terms; the response starts with any of them, then
+writes "next term, running sum" until all are used. It is right if its last number is the
+total:
 
     prompt      8 3 1 5 2 =                     token ids  11 6 4 8 5 2
     response    8 2 10 5 15 1 16 3 19 <eos>     token ids  11 5 13 8 18 4 19 6 22 1
 
-The response reads: 8, + 2 = 10, + 5 = 15, and so on. (0 is <pad>, 1 is <eos>, 2 is `=`, and the
-number n is n + 3.) Which term comes next is a fork, a real choice with many right ways; the sums
-are facts. 4 of the 10 tokens are forks: tau = 0.6. p = 0.85 is above the 4/5 that hold four of five
-equal terms, and below the 0.9 with which a sum does not slip, so that a sum's nucleus is one token
-and H' is 0. (The paper's p = tau = 0.8 suits text, where about a fifth of the tokens fork.) Most of
-the 1024 tokens are numbers that no terms add up to, and a naive entropy bonus leads to these.
+The response reads: 8, + 2 = 10, + 5 = 15, and so on. (0 is <pad>, 1 is <eos>, 2 is `=`, and
+the number n is n + 3.) Which term comes next is a fork, a real choice with many right ways;
+the sums are facts. 4 of the 10 tokens are forks: tau = 0.6. p = 0.85 is above the 4/5 that
+hold four of five equal terms, and below the 0.9 with which a sum does not slip, so that the
+nucleus of a sum is one token and H' is 0. Most of the 1024 tokens are numbers that no terms
+add up to, and a naive entropy bonus leads to these.
 
-The base model learns from a teacher who makes two kinds of mistakes. A *slip* is a wrong sum that
-happens by chance, now and then. A *gap* is a fixed pair (running sum, next term) for which the
-teacher always writes the same wrong sum, such as 23 for 8 + 5. The model hardly ever samples the
-right sum there, so reinforcement learning can't teach it. The policy can only go round the gap, by
-adding in another order. That is why diversity is worth something. A policy that has collapsed onto
-one order per prompt meets the gap of that order in every sample. One that has kept several orders
-meets different gaps, and in a vote their wrong totals differ while right totals agree.
+The base model learns from a teacher who makes two kinds of mistakes. A *slip* is a wrong sum
+that happens by chance, now and then. A *gap* is a fixed pair (running sum, next term) for
+which the teacher always writes the same wrong sum, such as 23 for 8 + 5. The model hardly ever
+samples the right sum there, so reinforcement learning can't teach it. The policy can only go
+round the gap, by adding in another order. That is why diversity is worth something. A policy
+that has collapsed onto one order per prompt meets the gap of that order in every sample. One
+that has kept several orders meets different gaps, and in a vote their wrong totals differ
+while right totals agree.
 
-    python toy_env.py                    a problem, a demonstration and the world's sizes
-    python toy_env.py --rebuild-base     teach the base model again (1-2 minutes), store it
-    python toy_env.py --check-base       is a newly taught one as good as the stored one?
+    python toy_env.py     a problem, a demonstration and the world's sizes
+
 """
 
+import dataclasses
+import hashlib
+import json
 import math
 import random
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, combinations_with_replacement, cycle, product
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from tqdm import tqdm
-
-from examples.toy_tools import Stored, one_thread
-from siren import Config, ConfigError, knob
 
 PAD, EOS, EQUALS, ZERO = 0, 1, 2, 3  # token ids; the number n is token n + ZERO
 NAMES = {PAD: "<pad>", EOS: "<eos>", EQUALS: "="}
-GAP_ERRORS = (-2, -1, 1, 2, 10)  # how far a gap's sum is off
+GAP_ERRORS = (-2, -1, 1, 2, 10)  # how far the sum of a gap is off
 SLIP_ERRORS = (-10, -2, -1, 1, 2, 10)
-SPLITS = ("train",) * 5 + ("validation",) * 2 + ("test",) * 3  # tenths of the multisets of terms
-POSITIONS = 256  # of the model: a prompt and its response must fit
+SPLITS = ("train",) * 5 + ("validation",) * 2 + ("test",) * 3  # tenths of the sets of terms
 
 
 class Problem(NamedTuple):
-    """A prompt (token ids) and its right answer (text)."""
-
-    prompt: list[int]
-    answer: str
+    prompt: list[int]  # token ids
+    answer: str  # the right one
 
 
-def split_of(terms: Iterable[int]) -> str:
-    """The part of the world that a prompt belongs to, whatever the order of its terms.
-
-    >>> split_of([8, 3, 1, 5, 2]), split_of([1, 2, 3, 5, 8])
-    ('test', 'test')
-    """
+def split_of(terms):
+    """The part of the world that a prompt belongs to, whatever the order of its terms."""
     text = " ".join(map(str, sorted(terms)))
     return SPLITS[zlib.crc32(text.encode()) % len(SPLITS)]
 
 
-def count_orders(terms: Sequence[int]) -> int:
-    """The number of different orders of these terms.
-
-    >>> count_orders([1, 1, 2])
-    3
-    """
+def count_orders(terms):
+    """The number of different orders of these terms: 3 for 1, 1, 2."""
     repeats = map(math.factorial, Counter(terms).values())
     return math.factorial(len(terms)) // math.prod(repeats)
 
 
-@dataclass(frozen=True)
-class ToyWorld(Stored):
-    """The world, its teacher and its base model; all of it follows from these fields.
-
-    Stored (examples/toy_tools.py) checks them, and it has build_model(): the base model is read
-    from a file, or it is taught and stored there.
-    """
+@dataclasses.dataclass(frozen=True)
+class ToyWorld:
+    """The world, its teacher and its base model; all of it follows from these fields."""
 
     # prompts
-    min_terms: int = knob(5, (2, 16), "fewest terms in a prompt")
-    max_terms: int = knob(5, (2, 16), "most terms in a prompt")
-    max_term: int = knob(9, (1, 1000), "the terms are numbers from 1 to this")
-    min_total: int = knob(15, (0, 10**5), "smallest total of a prompt")
-    max_total: int = knob(33, (1, 10**5), "largest total; policies fail at rare, larger ones")
-    vocab: int = knob(1024, (1, 10**6), "number of tokens; most of them are useless numbers")
+    min_terms: int = 5  # fewest terms in a prompt
+    max_terms: int = 5  # most terms in a prompt
+    max_term: int = 9  # the terms are numbers from 1 to this
+    min_total: int = 15  # smallest total of a prompt
+    max_total: int = 33  # largest total; policies fail at rare, larger ones
+    vocab: int = 1024  # number of tokens; most of them are useless numbers
     # the teacher
-    gap_share: float = knob(0.3, (0, 1), "share of the pairs (running sum, term) that are gaps")
-    slip: float = knob(0.1, (0, 1), "probability that another sum is off by 1, 2 or 10")
-    noise: float = knob(0.005, (0, 1), "probability that a number is replaced by any number")
+    gap_share: float = 0.3  # share of the pairs (running sum, term) that are gaps
+    slip: float = 0.1  # probability that another sum is off by 1, 2 or 10
+    noise: float = 0.005  # probability that a number is replaced by any number
     # the base model
-    hidden: int = knob(64, (8, 4096), "width, a multiple of 8")
-    layers: int = knob(2, (1, 100), "depth")
-    base_steps: int = knob(1800, (1, 10**6), "steps of teaching: until only gaps and slips remain")
-    base_batch: int = knob(64, (1, 10**5), "demonstrations per step of teaching")
-    seed: int = knob(0, (0, 2**32), "draws the gaps, the demonstrations and the first weights")
+    hidden: int = 64  # width, a multiple of 8
+    layers: int = 2  # depth
+    base_steps: int = 1800  # steps of teaching: until only gaps and slips remain
+    base_batch: int = 64  # demonstrations per step of teaching
+    seed: int = 0  # draws the gaps, the demonstrations and the first weights
     # not a part of the world
-    split: str = knob("test", ("test", "validation"), "of held-out problems: test or validation")
+    split: str = "test"  # of held-out problems: test or validation
 
     pad_id: ClassVar[int] = PAD
     eos_ids: ClassVar[list[int]] = [EOS]
-    equal: ClassVar[None] = None  # siren.normalize decides whether answers are equal
+    equal: ClassVar[None] = None  # answers are compared as numbers, by siren.py
+    normalize: ClassVar[None] = None
 
-    # ------------------------------------------------------------------------- tokens and text
+    def __post_init__(self):
+        sizes = self.vocab, self.hidden, self.layers, self.base_steps, self.base_batch
+        largest = max(self.max_sum, self.max_total + max(SLIP_ERRORS) * (self.max_terms - 1))
+        least = largest + ZERO + 2
+        lengths = {len(terms) for terms in self.multisets["train"]}
+        shares = self.gap_share, self.slip, self.noise
+        for ok, rule in (
+            (2 <= self.min_terms <= self.max_terms <= 9, "2 <= min_terms <= max_terms <= 9"),
+            (1 <= self.max_term <= 12, "max_term from 1 to 12"),
+            (min(sizes) > 0 and self.hidden % 8 == 0, "sizes above 0, hidden a multiple of 8"),
+            (all(0 <= share <= 1 for share in shares), "gap_share, slip, noise from 0 to 1"),
+            (self.vocab >= least, f"vocab of at least {least}, for all that is written"),
+            (
+                len(lengths) > self.max_terms - self.min_terms,
+                "min_total, max_total that exist",
+            ),
+            (self.split in ("test", "validation"), "split=test or split=validation"),
+        ):
+            if not ok:
+                raise ValueError(f"{self}: needs {rule}")
 
-    def problem(self, terms: Sequence[int]) -> Problem:
-        """The problem of adding up these terms.
+    # ----------------------------------------------------------------------- tokens and text
 
-        >>> ToyWorld().problem([8, 3, 1, 5, 2])
-        Problem(prompt=[11, 6, 4, 8, 5, 2], answer='19')
-        """
+    def problem(self, terms):
+        """The problem of adding up these terms: 11 6 4 8 5 2 with answer 19 for 8 3 1 5 2."""
         return Problem([term + ZERO for term in terms] + [EQUALS], str(sum(terms)))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids):
         """The text of token ids.
 
         >>> ToyWorld().decode([11, 8, 16, 1, 0])
         '8 5 13 <eos> <pad>'
         """
-        return " ".join(NAMES.get(int(token), str(int(token) - ZERO)) for token in ids)
+        return " ".join(NAMES.get(token, str(token - ZERO)) for token in ids)
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text, the inverse of `decode`.
-
-        >>> ToyWorld().encode("8 3 1 5 2 =")
-        [11, 6, 4, 8, 5, 2]
-        """
-        ids = {self.decode([token]): token for token in range(self.vocab)}
-        return [ids[word] for word in text.split()]
-
-    def answer_form(self, text: str) -> str | None:
+    def find_answer(self, text):
         """The number right before the end; a response that never ended has no answer.
 
-        >>> ToyWorld().answer_form("8 5 13 <eos>"), ToyWorld().answer_form("8 5 13")
+        >>> ToyWorld().find_answer("8 5 13 <eos>"), ToyWorld().find_answer("8 5 13")
         ('13', None)
         """
-        *_, number, end = ["", "", *text.split()]
-        return number if end == NAMES[EOS] and number.isascii() and number.isdigit() else None
+        words = text.split()
+        ended = len(words) >= 2 and words[-1] == NAMES[EOS] and words[-2].isdigit()
+        return words[-2] if ended else None
 
     @property
-    def max_sum(self) -> int:
+    def max_sum(self):
         """The largest number that terms can add up to; larger ones are useless."""
         return self.max_terms * self.max_term
 
-    def metrics(self, responses: Sequence[Sequence[int]]) -> dict[str, float]:
-        """The share of useless numbers among all tokens of these responses (token ids).
-
-        >>> ToyWorld().metrics([[11, 8, 16, 1], [200]])
-        {'useless_share': 0.2}
-        """
+    def metrics(self, responses):
+        """The share of useless numbers among all tokens of these responses (token ids)."""
         tokens = [token for response in responses for token in response]
         useless = sum(token > self.max_sum + ZERO for token in tokens)
-        return {"useless_share": useless / max(1, len(tokens))}
+        return {"useless_share": useless / len(tokens)}
 
-    # ------------------------------------------------------------------------------ the teacher
+    # --------------------------------------------------------------------------- the teacher
 
     @cached_property
-    def gaps(self) -> dict[tuple[int, int], int]:
+    def gaps(self):
         """(running sum, next term) -> the wrong sum that the teacher always writes.
 
         >>> ToyWorld().gaps[8, 5]
@@ -178,16 +170,17 @@ class ToyWorld(Stored):
         chosen = pairs[: round(self.gap_share * len(pairs))]
         return {(total, term): total + term + rng.choice(GAP_ERRORS) for total, term in chosen}
 
-    def demonstration(self, terms: Sequence[int], rng: random.Random) -> list[int]:
+    def demonstration(self, terms, rng):
         """A response (token ids) of the teacher: in random order, with gaps, slips and noise.
 
         >>> world = ToyWorld(slip=0, noise=0)  # the gaps are this teacher's only mistakes
         >>> world.decode(world.demonstration([8, 5, 1], random.Random(4)))
         '8 5 23 1 26 <eos>'
         """
-        total, *rest = rng.sample(list(terms), len(terms))
+        order = rng.sample(list(terms), len(terms))
+        total = order[0]
         numbers = [total]
-        for term in rest:
+        for term in order[1:]:
             written = total + term
             if rng.random() < self.slip:
                 written = max(0, written + rng.choice(SLIP_ERRORS))
@@ -199,13 +192,13 @@ class ToyWorld(Stored):
                 tokens[i] = rng.randrange(ZERO, self.vocab)
         return [*tokens, EOS]
 
-    def gap_free_share(self, terms: Iterable[int]) -> Fraction:
+    def gap_free_share(self, terms):
         """The exact share of the orders of these terms that meet no gap.
 
-        Any of them may come last. Such an order meets no gap if the order of the others meets none
-        and the pair (sum of the others, last term) is not a gap.
+        Any of them may come last. Such an order meets no gap if the order of the others meets
+        none and the pair (sum of the others, last term) is not a gap.
 
-        >>> ToyWorld().gap_free_share([8, 5, 1])  # 2 of 6 meet one: 8 + 5 in 8 5 1, 1 + 8 in 1 8 5
+        >>> ToyWorld().gap_free_share([8, 5, 1])  # 2 of 6 meet one: 8 + 5 and 1 + 8
         Fraction(2, 3)
         """
         key = tuple(sorted(terms))
@@ -218,15 +211,15 @@ class ToyWorld(Stored):
         return self._shares[key]
 
     @cached_property
-    def _shares(self) -> dict[tuple[int, ...], Fraction]:
+    def _shares(self):
         return {(): Fraction(1)}  # what gap_free_share has found out
 
-    # ------------------------------------------------------------------------- problems, splits
+    # ---------------------------------------------------------------------- problems, splits
 
     @cached_property
-    def multisets(self) -> dict[str, list[tuple[int, ...]]]:
+    def multisets(self):
         """Split -> every multiset of terms (sorted) whose total is in range."""
-        found: dict[str, list[tuple[int, ...]]] = {split: [] for split in SPLITS}
+        found = {split: [] for split in SPLITS}
         for length in range(self.min_terms, self.max_terms + 1):
             for terms in combinations_with_replacement(range(1, self.max_term + 1), length):
                 if self.min_total <= sum(terms) <= self.max_total:
@@ -234,117 +227,159 @@ class ToyWorld(Stored):
         return found
 
     @cached_property
-    def _train_weights(self) -> list[float]:
+    def _train_weights(self):
         """Cumulative: chances of the training multisets if terms are drawn until they fit."""
         pool = self.multisets["train"]
         return list(accumulate(count_orders(t) / self.max_term ** len(t) for t in pool))
 
-    def _draw(self, n: int, rng: random.Random) -> list[list[int]]:
+    def _draw(self, n, rng):
         drawn = rng.choices(self.multisets["train"], cum_weights=self._train_weights, k=n)
         return [rng.sample(terms, len(terms)) for terms in drawn]
 
-    def train_problems(self, n: int, seed: str) -> list[Problem]:
-        """n problems of the training split, drawn with replacement; depends on n and seed alone."""
+    def train_problems(self, n, seed):
+        """n training problems, drawn with replacement; they depend on n and seed alone."""
         return [self.problem(terms) for terms in self._draw(n, random.Random(f"train {seed}"))]
 
-    def grade(self, terms: Iterable[int]) -> str:
-        """How many orders meet no gap: "easy" >= 30 %, "medium", "hard" <= 12 %, "closed" none."""
+    def grade(self, terms):
+        """How many orders meet no gap: easy >= 30 %, medium, hard <= 12 %, or closed 0."""
         percent = 100 * self.gap_free_share(terms)
         if percent >= 30:
             return "easy"
         return "closed" if percent == 0 else "hard" if percent <= 12 else "medium"
 
-    def heldout(self, n: int, split: str | None = None) -> dict[str, list[Problem]]:
-        """n different problems each of grade "easy" and "hard", by default of the world's `split`.
-
-        They are spread evenly over the multisets of the split, of which training sees no order.
-        """
-        split, found = split or self.split, {}
-        if split not in SPLITS:
-            raise ConfigError(f"split={split!r}: needs one of {', '.join(self.multisets)}")
+    def heldout(self, n):
+        """n different problems each of grade "easy" and "hard", spread evenly over the
+        multisets of the world's `split`, of which training sees no order."""
+        found = {}
         for grade in ("easy", "hard"):
-            pool = [terms for terms in self.multisets[split] if self.grade(terms) == grade]
+            pool = [key for key in self.multisets[self.split] if self.grade(key) == grade]
             available = sum(map(count_orders, pool))
             if not 1 <= n <= available:
-                rule = f"1 to {available}, the number of {grade} {split} prompts"
-                fix = "lower --eval-prompts, or change gap_share or the terms"
-                raise ConfigError(f"{n} held-out problems: must be {rule}; {fix}")
-            rng = random.Random(f"heldout {split} {grade}")
+                raise ValueError(f"there are {available} {grade} held-out prompts, not {n}")
+            rng = random.Random(f"heldout {self.split} {grade}")
             rng.shuffle(pool)
-            rounds, orders = cycle(pool), {}  # a dict, since a set has no order
+            rounds = cycle(pool)
+            orders = {}  # a dictionary, since a set has no order
             while len(orders) < n:
                 terms = next(rounds)
                 orders[tuple(rng.sample(terms, len(terms)))] = None
             found[grade] = [self.problem(terms) for terms in orders]
         return found
 
-    # --------------------------------------------------------------------------- the base model
+    # ------------------------------------------------------------------------ the base model
 
-    def new_model(self) -> torch.nn.Module:
+    def new_model(self):
         """A tiny Qwen2 with random weights: 173 thousand parameters by default."""
         from transformers import Qwen2Config, Qwen2ForCausalLM  # here: it takes three seconds
 
         config = Qwen2Config(
-            vocab_size=self.vocab, hidden_size=self.hidden, intermediate_size=3 * self.hidden,
-            num_hidden_layers=self.layers, num_attention_heads=4, num_key_value_heads=4,
-            max_position_embeddings=POSITIONS, tie_word_embeddings=True,
-            pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None,
-        )  # fmt: skip
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=3 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            bos_token_id=None,
+        )
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
-            torch.default_generator.manual_seed(self.seed)  # of the CPU alone
-            model = Qwen2ForCausalLM(config)
-        return model.eval()  # for teaching as well: it has no dropout
+            torch.default_generator.manual_seed(self.seed)
+            return Qwen2ForCausalLM(config).eval()  # for teaching as well: it has no dropout
 
-    def teach(self) -> tuple[torch.nn.Module, float]:
-        """A base model taught by demonstrations, and its loss (nats per token, last 50 steps)."""
-        model, rng, losses = self.new_model(), random.Random(f"teach {self.seed}"), []
-        opt = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-        bar = tqdm(range(self.base_steps), "teaching the base model")
-        with one_thread():  # so that the order of additions doesn't depend on the cores
-            for step in bar:
-                lr = 2e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * step / self.base_steps)
-                opt.param_groups[0]["lr"] = lr  # warm up, then down to a tenth
-                loss = self._teaching_loss(model, rng)
-                opt.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                opt.step()
-                losses = [*losses[-49:], loss.item()]
-                bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
-        return model, sum(losses) / len(losses)
+    @property
+    def base_file(self):
+        """Where the base model is: the default world's comes with the code, others are kept."""
+        if dataclasses.replace(self, split="test") == ToyWorld():
+            return Path(__file__).parent / "assets" / "toy_base_seed0.safetensors"
+        return Path("runs") / f"toy_base_{self.fingerprint}.safetensors"
 
-    def _teaching_loss(self, model: torch.nn.Module, rng: random.Random) -> torch.Tensor:
-        """The mean cross-entropy of one batch's response tokens; prompts are not learned."""
+    @property
+    def fingerprint(self):
+        """16 digits that change with every field but split, which changes no model."""
+        world = dataclasses.asdict(self) | {"format": 1}
+        del world["split"]
+        return hashlib.sha256(json.dumps(world, sort_keys=True).encode()).hexdigest()[:16]
+
+    def build_model(self):
+        """The base model: from its file, or else taught (1-2 minutes) and kept there."""
+        model = self.new_model()
+        if not self.base_file.exists():
+            self.teach(model)
+            self.store(model)
+        try:
+            with safe_open(self.base_file, "pt") as file:
+                notes = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{self.base_file} is damaged, delete it: {error}") from error
+        if notes != {"world": self.fingerprint, "sha256": digest(state)}:
+            raise ValueError(f"{self.base_file} is damaged or of another world, delete it")
+        model.load_state_dict(state, strict=False)  # without the head, which is the embedding
+        return model
+
+    def store(self, model):
+        """Write the file of the base model, whole or not at all."""
+        state = {name: p.detach() for name, p in model.named_parameters()}
+        notes = {"world": self.fingerprint, "sha256": digest(state)}
+        self.base_file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.base_file.with_suffix(f".{random.SystemRandom().getrandbits(32)}")
+        part.write_bytes(save(state, notes))
+        part.replace(self.base_file)
+
+    def teach(self, model):
+        """Teach a new model by demonstrations."""
+        rng = random.Random(f"teach {self.seed}")
+        weights = model.parameters()
+        optimizer = torch.optim.AdamW(weights, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+        torch.set_num_threads(1)  # so that the order of additions doesn't depend on the cores
+        for step in tqdm(range(self.base_steps), "teaching the base model"):
+            lr = 2e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * step / self.base_steps)
+            optimizer.param_groups[0]["lr"] = lr  # warm up, then down to a tenth
+            optimizer.zero_grad()
+            self._teaching_loss(model, rng).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+    def _teaching_loss(self, model, rng):
+        """The mean cross-entropy of the response tokens of a batch, without the prompts."""
         batch = [
             torch.tensor(self.problem(terms).prompt + self.demonstration(terms, rng))
             for terms in self._draw(self.base_batch, rng)
         ]
-        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=PAD)  # [B, T]
-        # no attention mask: the pads are on the right, where no token looks
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
-        in_response = (ids == EQUALS).cumsum(1)[:, :-1] > 0  # the next token is of the response
+        ids = torch.nn.utils.rnn.pad_sequence(batch, True, PAD)  # [B, T], padded on the right,
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # where no token looks
+        in_response = (ids == EQUALS).cumsum(1)[:, :-1] > 0  # is the next token?
         labels = ids[:, 1:].where(in_response & (ids[:, 1:] != PAD), -100)  # -100: left out
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-# a task's options, for --help; see siren.load_task
-OPTIONS = {f.name: f"{f.metadata['doc']} (default: {f.default})" for f in fields(ToyWorld)}
+def digest(state):
+    """The check sum of weights: a file with one changed bit is refused."""
+    data = b"".join(state[name].numpy().tobytes() for name in sorted(state))
+    return hashlib.sha256(data).hexdigest()
 
 
-def load(cfg: Config | None = None, **options: str) -> ToyWorld:
-    """The world with these options, given as text. ConfigError if they, or cfg, do not fit.
-
-    >>> load(min_terms="5", max_terms="7", seed="3").max_terms
-    7
-    """
-    world = ToyWorld.from_text(options)
-    if cfg and cfg.max_tokens + world.max_terms + 1 > POSITIONS:
-        rule = f"with a prompt of {world.max_terms + 1} tokens it must fit the model's {POSITIONS}"
-        raise ConfigError(f"--max-tokens {cfg.max_tokens}: {rule} tokens; lower it")
-    return world
+def load(cfg=None, **options):
+    """The world with these options, given as text: load(vocab="96"). cfg is not needed."""
+    kinds = {field.name: field.type for field in dataclasses.fields(ToyWorld)}
+    for name, text in options.items():
+        if name not in kinds:
+            raise ValueError(f"{name}={text}: no such option; there are {', '.join(kinds)}")
+        options[name] = kinds[name](text)
+    return ToyWorld(**options)
 
 
 if __name__ == "__main__":
-    from examples.toy_tools import main
-
-    sys.exit(main())
+    world = load(**dict(option.split("=") for option in sys.argv[1:]))
+    problem = world.train_problems(1, "show")[0]
+    terms = [token - ZERO for token in problem.prompt[:-1]]
+    response = world.demonstration(terms, random.Random("show"))
+    print(f"prompt         {world.decode(problem.prompt)}")
+    print(f"demonstration  {world.decode(response)}   (right: {problem.answer})")
+    print(f"gap-free       {float(world.gap_free_share(terms)):.1%} of this prompt's orders")
+    print(f"gaps           {len(world.gaps)} of {world.max_sum * world.max_term} pairs")
+    for split, multisets in world.multisets.items():
+        print(f"{split:<14} {sorted(Counter(map(world.grade, multisets)).items())}")

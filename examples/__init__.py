@@ -1,1 +1,0 @@
-"""Programs around siren.py; README.md says what to read for what."""

@@ -1,45 +1,43 @@
-"""siren.token_stats with its gradient written out: for flat policies over large vocabularies.
+"""siren.stats_in_chunks with its gradient written out: for flat policies, large vocabularies.
 
-    python siren.py --plug examples.fast_stats
+    python research/plugs.py --plug research.fast_stats
 
-siren.py sorts the likeliest tokens of a position until they reach p. Where a nucleus holds tens of
-thousands of tokens (an entropy bonus that explodes) that is most of the work. Here a histogram of
-the probabilities finds the few tokens at the edge of the nucleus, and only these are sorted; the
-gradient is a formula, so nothing is kept for it but four numbers per token.
+siren.py sorts the likeliest tokens of a position until they reach p. Where a nucleus holds
+tens of thousands of tokens (an entropy bonus that explodes) that is most of the work. Here a
+histogram of the probabilities finds the few tokens at the edge of the nucleus, and only these
+are sorted. The gradient is a formula, so only four numbers per token are kept for it.
 
-When it pays (python examples/bench.py --only a; 64 tokens, V = 152064, one thread; time against
-log-softmax, gather and full entropy alone; results/bench.md): on flat policies, 1.4 against
-siren.py's 16. On peaked ones siren.py is the faster, 0.8 against 0.9. Memory is alike, half of that
-plain way's.
+When it pays (python research/bench.py --only a; 64 tokens, V = 152064, one thread; time
+against log-softmax, gather and full entropy alone; results/bench.md): on flat policies, 1.4
+against siren.py's 16. On peaked ones siren.py is the faster, 0.8 against 0.9. Memory is alike,
+half of that plain way's.
 """
-
-from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
 
-Tensor = torch.Tensor
 LEAST = -1e9  # the log-probability of a forbidden token, whose logit is -inf: 0 log 0 is 0
 
 
-def wide(x: Tensor) -> torch.dtype:
+def wide(x):
     """float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def nucleus_floor(log_pi: Tensor, pi: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus_floor(log_pi, pi, top_p):
     """The nucleus without sorting a vocabulary: {log pi >= floor [n, 1]} without the tokens at
     these rows and columns, which equal the floor but are not needed to reach p.
 
-    A histogram of log pi [n, V] finds the bucket in which the mass crosses p; only that is sorted.
+    log_pi, pi [n, V] -> floor, rows, columns. A histogram of log pi finds the bucket in which
+    the mass crosses p; only that bucket is sorted.
     """
-    n, buckets = len(pi), min(2048, pi.shape[1])
+    n = len(pi)
+    buckets = min(2048, pi.shape[1])
     # 32 nats in all, for beyond there is nothing; fmin sends NaN to the last bucket
     bucket = torch.fmin(log_pi * (-buckets / 32), log_pi.new_tensor(buckets - 1)).long()
     mass = pi.new_zeros(n, buckets).scatter_add_(1, bucket, pi).cumsum(1)
@@ -65,8 +63,8 @@ def nucleus_floor(log_pi: Tensor, pi: Tensor, top_p: float) -> tuple[Tensor, Ten
     return floor, tied, where[tied, order[tied, at]]
 
 
-def policy(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """log pi and pi of a chunk, [n, V]."""
+def policy(ctx, x, weight, bias):
+    """log pi and pi of a chunk, [n, V]; x is hidden states or, without a weight, logits."""
     if weight is not None:
         x = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
     x = x.to(wide(x))
@@ -87,23 +85,27 @@ class TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, tokens, top_p, temperature, chunk):
         """Values of x [N, V or D] and tokens [N]."""
-        ctx.temperature, ctx.chunk, ctx.ties = temperature, chunk, []
         ctx.set_materialize_grads(False)
+        ctx.temperature = temperature
+        ctx.chunk = chunk
+        ctx.ties = []  # of each chunk: which tokens equal the floor and are outside
         dtype = wide(x if weight is None else weight)
         logp, entropy, nucleus, floor, scale, shift = x.new_zeros(6, len(x), dtype=dtype)
         size = torch.zeros_like(tokens)
-        with torch.autocast(x.device.type, enabled=False):  # it would round the entropies to bf16
+        with torch.autocast(x.device.type, enabled=False):  # it would round to bfloat16
             for rows in torch.arange(len(x), device=x.device).split(chunk):
                 log_pi, pi = policy(ctx, x[rows], weight, bias)
                 logp[rows] = log_pi.gather(-1, tokens[rows, None])[:, 0]
                 entropy[rows] = -torch.linalg.vecdot(pi, log_pi)
-                least, ties = torch.full_like(pi[:, :1], 0.9 * LEAST), [[], []]  # all tokens
+                least = torch.full_like(pi[:, :1], 0.9 * LEAST)  # all tokens
+                ties = [[], []]
                 if top_p < 1:
                     least, *ties = nucleus_floor(log_pi, pi, top_p)
                 inside = log_pi >= least
                 inside[ties[0], ties[1]] = False
                 pi *= inside
-                mass, size[rows] = pi.sum(-1), inside.sum(-1)  # mass = pi(V_p)
+                mass = pi.sum(-1)  # pi(V_p)
+                size[rows] = inside.sum(-1)
                 # -sum of q log q, where log q = log pi - log mass
                 h = mass.log() - torch.linalg.vecdot(pi, log_pi) / mass
                 choice = size[rows] > 1  # with a single option H' is 0: not nearly, exactly
@@ -122,8 +124,12 @@ class TokenStats(torch.autograd.Function):
         """Gradients with respect to x, weight and bias."""
         x, weight, bias, tokens, floor, scale, shift = ctx.saved_tensors
         grad_x = torch.zeros_like(x)
-        grad_w = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
-        grad_b = torch.zeros_like(bias, dtype=wide(bias)) if ctx.needs_input_grad[2] else None
+        grad_w = None
+        grad_b = None
+        if ctx.needs_input_grad[1]:
+            grad_w = torch.zeros_like(weight, dtype=wide(weight))
+        if ctx.needs_input_grad[2]:
+            grad_b = torch.zeros_like(bias, dtype=wide(bias))
         with torch.autocast(x.device.type, enabled=False):
             parts = torch.arange(len(x), device=x.device).split(ctx.chunk)
             for rows, ties in zip(parts, ctx.ties):
@@ -141,41 +147,37 @@ class TokenStats(torch.autograd.Function):
                     g.scatter_add_(1, tokens[rows, None], of_logp[rows, None])
                 if ctx.temperature != 1:
                     g /= ctx.temperature
-                grad_x[rows] = (g if weight is None else g.to(weight.dtype) @ weight).to(x.dtype)
+                to_x = g if weight is None else g.to(weight.dtype) @ weight
+                grad_x[rows] = to_x.to(x.dtype)
                 if grad_w is not None:
                     grad_w += g.T @ x[rows].to(g.dtype)  # summed over the chunks in float32
                 if grad_b is not None:
                     grad_b += g.sum(0)
-        cast = (None if g is None else g.to(p.dtype) for g, p in ((grad_w, weight), (grad_b, bias)))
-        return grad_x, *cast, None, None, None, None
+        if grad_w is not None:
+            grad_w = grad_w.to(weight.dtype)
+        if grad_b is not None:
+            grad_b = grad_b.to(bias.dtype)
+        return grad_x, grad_w, grad_b, None, None, None, None
 
 
-def token_stats(
-    outputs: Tensor,
-    tokens: Tensor,
-    mask: Tensor,
-    top_p: float,
-    temperature: float = 1.0,
-    head: torch.nn.Module | None = None,
-    chunk: int = 0,
-) -> dict[str, Tensor]:
-    """siren.token_stats, with its arguments; a head must be a torch.nn.Linear or the like.
+def stats_in_chunks(hidden, head, tokens, top_p, temperature, chunk=0):
+    """siren.stats_in_chunks, with its arguments; the head is a torch.nn.Linear or the like.
+    Without a head (None), `hidden` is the logits themselves, [N, V].
 
-    >>> stats = token_stats(torch.zeros(1, 1, 4), torch.tensor([[2]]), torch.ones(1, 1), 0.5)
+    >>> stats = stats_in_chunks(torch.zeros(1, 4), None, torch.tensor([2]), 0.5, 1.0)
     >>> stats["logp"], stats["nucleus_entropy"]  # log 1/4; two equal options: log 2
-    (tensor([[-1.3863]]), tensor([[0.6931]]))
+    (tensor([-1.3863]), tensor([0.6931]))
     """
-    mask = mask.bool()
-    outputs, tokens = (x.flatten(0, 1) if mask.all() else x[mask] for x in (outputs, tokens))
-    weight, bias = (None, None) if head is None else (head.weight, getattr(head, "bias", None))
+    weight = None if head is None else head.weight
+    bias = getattr(head, "bias", None)
     if not chunk:
-        vocab = outputs.shape[-1] if weight is None else len(weight)
-        chunk = max(1, (1 << (21 if outputs.device.type == "cpu" else 26)) // vocab)
-    values = TokenStats.apply(outputs, weight, bias, tokens, top_p, temperature, chunk)
-    names = ("logp", "entropy", "nucleus_entropy", "nucleus_size")
-    return {k: v.new_zeros(mask.shape).masked_scatter(mask, v) for k, v in zip(names, values)}
+        vocab = hidden.shape[-1] if weight is None else len(weight)
+        most = 2**21 if hidden.device.type == "cpu" else 2**26  # logits, as in siren.py
+        chunk = max(1, most // vocab)
+    values = TokenStats.apply(hidden, weight, bias, tokens, top_p, temperature, chunk)
+    return dict(zip(("logp", "entropy", "nucleus_entropy", "nucleus_size"), values))
 
 
-def plug() -> None:
-    """For `python siren.py --plug examples.fast_stats`."""
-    siren.token_stats = token_stats
+def plug():
+    """What `--plug research.fast_stats` does."""
+    siren.stats_in_chunks = stats_in_chunks

@@ -1,4 +1,4 @@
-"""pytest's option --impl: the graders of the exercises, run on another module than siren.py.
+"""pytest's option --impl: the graders of the exercises, run on a solution of a student.
 
 python -m pytest test_siren.py --impl exercises/student.py -m ex3
 """
@@ -22,7 +22,7 @@ STUDENT = pytest.StashKey[ModuleType]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--impl PATH."""
-    text = "a solution of exercises/student.py: run the graders of the exercises on it, only these"
+    text = "a solution of exercises/student.py: run the graders of the exercises on it alone"
     parser.addoption("--impl", metavar="PATH", help=text)
 
 
@@ -31,7 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if not (path := config.getoption("--impl")):
         return
     if not Path(path).is_file() or not path.endswith(".py"):
-        raise pytest.UsageError(f"--impl {path}: must be a Python file, like exercises/student.py")
+        raise pytest.UsageError(
+            f"--impl {path}: must be a Python file, like exercises/student.py"
+        )
     spec = importlib.util.spec_from_file_location("student", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["student"] = module  # where dataclasses look up their annotations
@@ -50,12 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def impl(request: pytest.FixtureRequest) -> ModuleType:
-    """The module under test: siren.py, or that of --impl."""
+    """exercises/reference.py, by which siren.py solves the exercises; or the module of --impl."""
     if STUDENT in request.config.stash:
         return request.config.stash[STUDENT]
-    import siren
+    from exercises import reference
 
-    return siren
+    return reference
 
 
 def exercise_of(item: pytest.Item) -> int:
@@ -84,7 +86,7 @@ def raised_in(error: BaseException) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """With --impl a failure is the sentence that names the missing idea, without a traceback."""
+    """With --impl a failure is the sentence that names the missing idea, and no traceback."""
     student, text = pyfuncitem.config.stash.get(STUDENT, None), ""
     try:
         return (yield)

@@ -19,9 +19,22 @@ settings.load_profile("fixed")
 F64 = torch.float64
 ANCHOR = 0.9
 KNOBS = {"beta": 0.7, "top_p": 0.8, "peak_quantile": 0.8}
-LENGTHS = (6, 1, 4, 5, 2, 6, 3, 5)  # 6 tokens: the 0.8-quantile is exactly the fifth value (a tie)
+LENGTHS = (
+    6,
+    1,
+    4,
+    5,
+    2,
+    6,
+    3,
+    5,
+)  # 6 tokens: the 0.8-quantile is exactly the fifth value (a tie)
 WITH_EMPTY = (6, 1, 4, 0, 2, 6, 3, 5)
-OVER_TOKENS = ("clip_fraction", "approx_kl", "peak_fraction")  # stats; the rest: over responses
+OVER_TOKENS = (
+    "clip_fraction",
+    "approx_kl",
+    "peak_fraction",
+)  # stats; the rest: over responses
 GRPO = {"algorithm": "grpo"}
 REGULARIZERS = ({"regularizer": "anchor"}, {"regularizer": "bonus"}, {"regularizer": "none"})
 LOSSES = [{**r, "algorithm": a} for r in REGULARIZERS for a in ("dr_grpo", "grpo")]
@@ -37,12 +50,20 @@ def same(actual, expected, idea, tol=1e-9, mistakes=None):
     mistakes: idea -> the value that one gets without it, for a message that knows.
     """
     actual, expected = (torch.as_tensor(x, dtype=F64).detach() for x in (actual, expected))
-    assert actual.shape == expected.shape, f"{idea}: shape {actual.shape}, not {expected.shape}"
+    assert actual.shape == expected.shape, (
+        f"{idea}: shape {actual.shape}, not {expected.shape}"
+    )
     for missed, value in (mistakes or {}).items():
-        if torch.allclose(actual, torch.as_tensor(value, dtype=F64), rtol=1e-4, equal_nan=True):
+        if torch.allclose(
+            actual, torch.as_tensor(value, dtype=F64), rtol=1e-4, equal_nan=True
+        ):
             idea = missed
     wrong = ~torch.isclose(actual, expected, rtol=tol, atol=tol)
-    got, due, count = actual[wrong][:4].tolist(), expected[wrong][:4].tolist(), wrong.sum().item()
+    got, due, count = (
+        actual[wrong][:4].tolist(),
+        expected[wrong][:4].tolist(),
+        wrong.sum().item(),
+    )
     assert count == 0, f"{idea}: {count} of {wrong.numel()} differ, {got} instead of {due}"
 
 
@@ -69,6 +90,7 @@ def make(lengths=LENGTHS, V=11, seed=0, dtype=F64):
 
 
 def loss_of(impl, b, anchor=ANCHOR, **knobs):
+    """(loss, stats) by a siren_loss with the arguments of exercise 7."""
     knobs = KNOBS | knobs
     return impl.siren_loss(b.logits, b.tokens, b.old_logp, b.adv, b.mask, anchor, **knobs)
 
@@ -93,12 +115,14 @@ def padded(b, extra, dim):
             out[name] = x
             continue
         filler = x.narrow(dim, 0, extra).flip(dim)
-        filler = torch.zeros_like(filler) if name == "mask" else filler + (name == "old_logp") * 9
+        filler = (
+            torch.zeros_like(filler) if name == "mask" else filler + (name == "old_logp") * 9
+        )
         out[name] = torch.cat([x, filler], dim)
     return SimpleNamespace(**out)
 
 
-# ----------------------------------------- oracles: numpy, float64, loops, from the definitions
+# ---------------------------------------- oracles: numpy, float64, loops, from the definitions
 
 
 def oracle_probs(z):
@@ -166,7 +190,14 @@ def oracle_aggregate(H, peak, mask):
 
 
 def oracle_policy(
-    logp, old_logp, adv, mask, clip_low=0.2, clip_high=0.2, max_tokens=None, algorithm="dr_grpo"
+    logp,
+    old_logp,
+    adv,
+    mask,
+    clip_low=0.2,
+    clip_high=0.2,
+    max_tokens=None,
+    algorithm="dr_grpo",
 ):
     """(loss, clip fraction, KL), over the responses and tokens that there are."""
     responses, clips, kl = [], [], []
@@ -218,8 +249,16 @@ def small_model(vocab=32, context=64, seed=0):
         return Qwen2ForCausalLM(config).eval()
 
 
-PROMPTS = [[5, 1, 7], [8, 9, 10, 11, 12, 13, 14], [5, 4, 3, 8, 7]]  # 1 in a prompt is not padding
-SAMPLING = {"max_tokens": 12, "eos_ids": [1, 2], "pad_id": 1}  # pad is EOS, as in many chat models
+PROMPTS = [
+    [5, 1, 7],
+    [8, 9, 10, 11, 12, 13, 14],
+    [5, 4, 3, 8, 7],
+]  # 1 in a prompt is not padding
+SAMPLING = {
+    "max_tokens": 12,
+    "eos_ids": [1, 2],
+    "pad_id": 1,
+}  # pad is EOS, as in many chat models
 
 
 def seeded(seed=0):
@@ -240,7 +279,7 @@ def logp_alone(model, prompt, tokens, temperature=1.0):
 
 
 def chi_square(observed, expected, idea):
-    """observed: counts; expected: probabilities. Four and a half standard deviations at most."""
+    """observed: counts; expected: probabilities. At most four and a half standard deviations."""
     count = sum(observed.values())
     likely = {key: p * count for key, p in expected.items() if p * count >= 5}
     chi2 = sum((observed[key] - due) ** 2 / due for key, due in likely.items())

@@ -1,13 +1,13 @@
-"""examples/refill.py: what it samples, and how many passes of the model it needs for that."""
-
-from __future__ import annotations
+"""research/refill.py: what it samples, and how many passes of the model it needs for that."""
 
 import heapq
 import math
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,14 +21,16 @@ from transformers import (
 )
 
 import siren
-from examples import refill
+from research import refill
+from research.plugs import plugged
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [5, 4, 3, 8, 7], [9]]
-SAMPLING: dict[str, Any] = {"max_tokens": 12, "eos_ids": [1, 2], "pad_id": 1}  # pad is an EOS too
+TASK = SimpleNamespace(eos_ids=[1, 2], pad_id=1)  # the padding is an EOS, too
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Small models are faster so."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -36,37 +38,53 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make(kind: str = "qwen2", vocab: int = 32) -> torch.nn.Module:
+def problems_of(prompts):
+    return [SimpleNamespace(prompt=prompt) for prompt in prompts]
+
+
+def make(kind="qwen2", vocab=32):
     """A random model, sharp enough that its tokens differ in probability."""
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": vocab}
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": vocab,
+    }
     size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind == "gpt2":  # learned absolute positions; rotary ones only see differences
-            size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": vocab}
+            size = {
+                "n_embd": 16,
+                "n_layer": 2,
+                "n_head": 2,
+                "n_positions": 64,
+                "vocab_size": vocab,
+            }
             return GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.4)).eval()
         if kind == "mistral":
             return MistralForCausalLM(MistralConfig(**size, sliding_window=4)).eval()
         return Qwen2ForCausalLM(Qwen2Config(**size)).eval()
 
 
-def sampled(model: torch.nn.Module, seed: int = 0, **options: Any) -> siren.Rollout:
-    """6 samples of each prompt, seeded."""
-    given = {"samples": 6, "generator": torch.Generator().manual_seed(seed), **SAMPLING, **options}
-    return refill.sample(model, PROMPTS, **given)
+def sampled(model, key="0", batch=1024, temperature=1.0, sampler=refill.sample):
+    """6 samples of each prompt, of at most 12 tokens."""
+    cfg = siren.Config(max_tokens=12, sample_batch=batch)
+    return sampler(model, TASK, problems_of(PROMPTS), cfg, key, 6, temperature)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 @pytest.mark.parametrize(("batch", "temperature"), [(1, 1.0), (4, 1.0), (5, 0.7), (1024, 1.0)])
-def test_logp_is_that_of_the_row_alone(kind: str, batch: int, temperature: float) -> None:
+def test_logp_is_that_of_the_row_alone(kind, batch, temperature):
     """Without padding, neighbours or cache: so rows are in order and no column is mixed up."""
     model = make(kind)
     out = sampled(model, batch=batch, temperature=temperature)
     ends = out.mask.sum(1)
     assert ends.min() < ends.max() <= 12
     for row in range(len(out.mask)):
-        prompt, tokens = PROMPTS[row // 6], out.tokens[row, : ends[row]]
+        prompt = PROMPTS[row // 6]
+        tokens = out.tokens[row, : ends[row]]
         ids = torch.cat([torch.tensor(prompt), tokens])[None]
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double() / temperature
         alone = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -74,50 +92,63 @@ def test_logp_is_that_of_the_row_alone(kind: str, batch: int, temperature: float
 
 
 @pytest.mark.parametrize("batch", [5, 1024])
-def test_layout_is_that_of_siren_sample(batch: int) -> None:
-    """Prompts on the left; responses on the right, up to and including EOS; zeros elsewhere."""
+def test_layout_is_that_of_siren_sample(batch):
+    """Prompts on the left; responses on the right, up to and including EOS; zeros
+    elsewhere."""
     out = sampled(make(), batch=batch)
-    other = siren.sample(make(), PROMPTS, samples=6, **SAMPLING)
-    assert torch.equal(out.prompt, other.prompt) and torch.equal(out.prompt_mask, other.prompt_mask)
+    other = sampled(make(), sampler=siren.sample)
+    assert torch.equal(out.prompt, other.prompt)
+    assert torch.equal(out.prompt_mask, other.prompt_mask)
     for mine, theirs in zip(out, other):
-        assert mine.dtype == theirs.dtype and len(mine) == len(theirs) == 24
-    assert out.mask[:, 0].all() and out.mask.any(0).all()
+        assert mine.dtype == theirs.dtype
+        assert len(mine) == len(theirs) == 24
+    assert out.mask[:, 0].all()
+    assert out.mask.any(0).all()
     for tokens, mask, logp in zip(out.tokens, out.mask, out.logp):
         n = int(mask.sum())
-        assert mask[:n].all() and (tokens[n:] == 1).all() and (logp[n:] == 0).all()
+        assert mask[:n].all()
+        assert (tokens[n:] == 1).all()
+        assert (logp[n:] == 0).all()
         assert not torch.isin(tokens[: n - 1], torch.tensor([1, 2])).any()
         assert tokens[n - 1] in (1, 2) or n == 12
 
 
 @pytest.mark.parametrize("batch", [700, 20_001])
-def test_frequencies_follow_the_model(batch: int) -> None:
+def test_frequencies_follow_the_model(batch):
     """Chi-square of the first two tokens against exact probabilities."""
-    model, count, prompts = make(vocab=6), 20_000, [[3, 4], [5, 3, 4, 3, 5]]
-    out = refill.sample(
-        model, prompts, samples=count, batch=batch, max_tokens=2, eos_ids=[0], pad_id=0,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    model = make(vocab=6)
+    count = 20_000
+    prompts = [[3, 4], [5, 3, 4, 3, 5]]
+    task = SimpleNamespace(eos_ids=[0], pad_id=0)
+    cfg = siren.Config(max_tokens=2, sample_batch=batch)
+    out = refill.sample(model, task, problems_of(prompts), cfg, "0", count, 1.0)
+    responses = out.responses()
     for number, prompt in enumerate(prompts):
-        found = Counter(map(tuple, out.responses()[number * count : (number + 1) * count]))
+        found = Counter(map(tuple, responses[number * count : (number + 1) * count]))
         due = {}
         for a in range(6):
             logits = model(input_ids=torch.tensor([[*prompt, a]])).logits[0].double()
-            first, second = logits[-2].softmax(-1)[a].item(), logits[-1].softmax(-1)
+            first = logits[-2].softmax(-1)[a].item()
+            second = logits[-1].softmax(-1)
             due |= {(a, b): first * second[b].item() for b in range(6)} if a else {(0,): first}
-        assert math.isclose(sum(due.values()), 1) and set(found) <= set(due)
+        assert math.isclose(sum(due.values()), 1)
+        assert set(found) <= set(due)
         likely = {key: p * count for key, p in due.items() if p * count >= 5}
         chi2 = sum((found[key] - n) ** 2 / n for key, n in likely.items())
         freedom = len(likely) - 1
         assert chi2 < freedom + 4.5 * math.sqrt(2 * freedom)
 
 
-def steps_with_refill(lengths: list[int], batch: int) -> int:
-    """Decode steps of a machine with `batch` places, by a queue: whoever is free takes the next.
+def steps_with_refill(lengths, batch):
+    """Decode steps of a machine with `batch` places, by a queue: whoever is free takes the
+    next.
 
     The first token of a response comes from its prompt's pass, so one of n tokens takes n - 1
-    steps, and the next response in its place draws its first token when the others draw theirs.
+    steps, and the next response in its place draws its first token when the others draw
+    theirs.
     """
-    places, busy = [0] * batch, set()
+    places = [0] * batch
+    busy = set()
     for n in lengths:
         start = heapq.heappop(places)
         busy |= set(range(start + 1, start + n))
@@ -126,24 +157,26 @@ def steps_with_refill(lengths: list[int], batch: int) -> int:
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(8, 8), (8, 3), (5, 12), (1, 4), (3, 1)])
-def test_passes(samples: int, batch: int) -> None:
+def test_passes(samples, batch):
     """The counts of both samplers are those that the lengths of the responses ask for."""
-    prompts = [[3, 4]] * 12
-    ends = {"eos_ids": [refill.Geometric.EOS], "pad_id": 0, "max_tokens": 60}
-    counts, due = {}, {}
+    problems = problems_of([[3, 4]] * 12)
+    task = SimpleNamespace(eos_ids=[refill.Geometric.EOS], pad_id=0)
+    cfg = siren.Config(max_tokens=60, sample_batch=batch)
+    counts = {}
+    due = {}
     for sampler in (siren.sample, refill.sample):
         model = refill.Geometric(20).eval()
-        rng = torch.Generator().manual_seed(0)
-        out = sampler(model, prompts, samples=samples, batch=batch, generator=rng, **ends)
+        out = sampler(model, task, problems, cfg, "0", samples, 1.0)
         lengths = out.mask.sum(1).tolist()
         counts[sampler] = model.passes
         if sampler is siren.sample:
             rows = max(1, batch // samples) * samples  # a prompt's samples stay together
             parts = [lengths[i : i + rows] for i in range(0, len(lengths), rows)]
-            due[sampler] = {"prompts": len(parts), "decode steps": sum(max(p) - 1 for p in parts)}
+            steps = sum(max(part) - 1 for part in parts)
+            due[sampler] = {"prompts": len(parts), "decode steps": steps}
         else:
             steps = steps_with_refill(lengths, batch)
-            due[sampler] = {"prompts": len(prompts), "decode steps": steps}
+            due[sampler] = {"prompts": len(problems), "decode steps": steps}
             assert steps <= sum(lengths) / batch + max(lengths)  # no schedule does much better
     assert counts == due
     if batch == samples == 8:
@@ -151,14 +184,17 @@ def test_passes(samples: int, batch: int) -> None:
         assert before > 1.7 * after
 
 
-def test_memory() -> None:
+def test_memory():
     """Never more than `batch` rows, nor more columns than the longest of them has tokens."""
-    model, shapes = make(), []
+    model = make()
+    shapes = []
 
-    def look(_: object, args: tuple[torch.Tensor], options: dict[str, Any]) -> None:
-        keys, seen = options["past_key_values"].layers[0].keys, options.get("attention_mask")
+    def look(_, args, options):
+        keys = options["past_key_values"].layers[0].keys
+        seen = options.get("attention_mask")
         if seen is not None:
-            assert seen.shape == (len(args[0]), keys.shape[2] + 1) and bool(seen[:, 0].any())
+            assert seen.shape == (len(args[0]), keys.shape[2] + 1)
+            assert seen[:, 0].any()
             shapes.append(keys.shape[::2])
 
     model.register_forward_pre_hook(look, with_kwargs=True)
@@ -168,48 +204,74 @@ def test_memory() -> None:
     assert any(b < a for a, b in pairwise(widths)), "columns are dropped again"
 
 
-def test_repeats() -> None:
-    """The generator decides."""
-    first, again, other = (sampled(make(), seed, batch=5) for seed in (3, 3, 4))
-    assert torch.equal(first.tokens, again.tokens) and torch.equal(first.logp, again.logp)
-    assert first.tokens.shape != other.tokens.shape or not torch.equal(first.tokens, other.tokens)
+def test_repeats():
+    """The key decides."""
+    first, again, other = (sampled(make(), key, batch=5) for key in ("3", "3", "4"))
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.logp, again.logp)
+    assert first.tokens.shape != other.tokens.shape or not torch.equal(
+        first.tokens, other.tokens
+    )
 
 
-def test_refuses() -> None:
+def test_refuses():
     """Models whose cache forgets, and models that are broken."""
-    with pytest.raises(siren.ConfigError, match="sliding windows"):
+    with pytest.raises(RuntimeError, match="sliding windows"):
         sampled(make("mistral"))
     broken = make()
     broken.lm_head.weight.data[3] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(RuntimeError, match="not finite"):
         sampled(broken)
 
 
-def test_a_run_with_the_plug(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """--plug examples.refill trains."""
-    own, calls = refill.sample, []
+def test_plug(monkeypatch):
+    """It replaces siren.sample, and afterwards that one is back."""
+    before = siren.sample
+    with plugged("research.refill"):
+        assert siren.sample is refill.sample
+    assert siren.sample is before
 
-    def counted(*args: Any, **kwargs: Any) -> siren.Rollout:
+
+def test_a_run_with_the_plug(tmp_path):
+    """The command trains, and its samples are those of refill.py."""
+    flags = "--steps 1 --prompts 4 --eval-prompts 2 --eval-samples 2 --sample-batch 6"
+    command = [
+        sys.executable,
+        str(ROOT / "research" / "plugs.py"),
+        "--plug",
+        "research.refill",
+    ]
+    command += [*flags.split(), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "reward" in done.stdout
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_training_step_with_the_plug(tmp_path, monkeypatch):
+    """Every rollout of a run, those of its evaluations as well, comes from refill.sample."""
+    own = refill.sample
+    calls = []
+
+    def counted(*args):
         calls.append(args)
-        return own(*args, **kwargs)
+        return own(*args)
 
     monkeypatch.setattr(refill, "sample", counted)
-    before = siren.sample
-    flags = "--plug examples.refill --steps 1 --prompts 4 --eval-prompts 2 --eval-samples 2"
-    code = siren.main([*flags.split(), "--sample-batch", "6", "--out", str(tmp_path / "run")])
-    assert code == 0 and len(calls) >= 5 and siren.sample is before  # a step, four evaluations
-    assert "reward" in capsys.readouterr().out
+    how = {"steps": 1, "prompts": 4, "eval_prompts": 2, "eval_samples": 2, "sample_batch": 6}
+    with plugged("research.refill"):
+        records = siren.train(siren.Run(siren.Config(out=str(tmp_path / "run"), **how)))
+    assert len(calls) == 5  # a step and four evaluations: easy and hard, before and after
+    assert records[1]["reward"] >= 0
 
 
-def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(capsys):
     """It prints a row for each sampler, and one line for bad input."""
-    refill.main(["--prompts", "6", "--mean", "10", "--max-tokens", "40"])
+    assert refill.main(["--prompts", "6", "--mean", "10", "--max-tokens", "40"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split("|") for line in lines if line.startswith("| ")][1:]
-    assert [row[1].strip() for row in rows] == ["siren.sample", "examples.refill"]
+    assert [row[1].strip() for row in rows] == ["siren.sample", "research.refill"]
     assert int(rows[0][3]) > int(rows[1][3]) > 6 * 8
-    with pytest.raises(SystemExit) as stopped:
-        refill.main(["--mean", "1"])
-    assert stopped.value.code == 2 and "--mean 2 or more" in capsys.readouterr().err
+    assert refill.main(["--mean", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "refill.py: error: --mean 1: must be 2 or more"

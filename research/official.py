@@ -8,7 +8,7 @@
         siren.train(siren.Run(cfg))
 
 The official code is the repository Linn3a/siren, a fork of verl, as of December 2025. Its
-rules are written here again from their meaning. docs/departures.md says why siren.py has its own.
+rules are written here again from their meaning. docs/departures.md says why siren.py departs.
 
     exclusive        the token with which the sum reaches p is left out of the nucleus, which
                      may be empty: then H' is 0 and has no gradient. Only the 10000 likeliest
@@ -42,7 +42,7 @@ siren_policy_loss = siren.policy_loss
 
 
 def nucleus(log_pi: Tensor, top_p: float) -> Tensor:
-    """siren.nucleus by the rule `exclusive`: the likeliest tokens while they sum up to p at most.
+    """siren.nucleus by the rule `exclusive`: the likeliest tokens, p at most in sum.
 
     log_pi [..., V] -> log q [..., K], the likeliest first, and -inf outside (everywhere, if
     the nucleus is empty).
@@ -115,7 +115,7 @@ def policy_loss(
 def update(
     run: siren.Run, rollout: siren.Rollout, old_logp: Tensor, adv: Tensor
 ) -> dict[str, float]:
-    """siren.update by the rule `per_micro_batch`: the loss is the mean of the micro-batches'."""
+    """siren.update by the rule `per_micro_batch`: a mean over the micro-batches."""
     cfg = run.cfg
     clip = (cfg.max_tokens, cfg.clip_low, cfg.clip_high, cfg.algorithm)
     pull = (run.anchor, cfg.beta, cfg.peak_quantile, cfg.regularizer)

@@ -1,24 +1,27 @@
-"""A drop-in for siren.forward that reads a prompt once for all of its responses, without padding.
+"""A drop-in for siren.forward that reads a prompt once for all of its responses.
 
-    python siren.py --plug examples.shared_prompts --model models/smollm2-135m --data ...
-    python examples/shared_prompts.py --model models/smollm2-135m --data ...     # what it saves
+    python research/plugs.py --plug research.shared_prompts --model models/smollm2-135m ...
+    python research/shared_prompts.py --model models/smollm2-135m ...        # what it saves
 
-siren.forward reads the prompt before every response, and padding after it. Here a prompt and its
-responses stand one after the other in a single row. The attention mask lets a response see the
-prompt and itself, and positions count on from the prompt:
+siren.forward reads the prompt before every response, and padding after it. Here a prompt and
+its responses stand one after the other in a single row. The attention mask lets a response see
+the prompt and itself, and positions count on from the prompt:
 
     tokens      p0 p1 p2 | a0 a1 a2 | b0 b1
     positions    0  1  2 |  3  4  5 |  3  4
     b1 sees     p0 p1 p2 |          | b0 b1
 
-The numbers and gradients are the same up to rounding. It pays where prompts are long beside the
-responses, or responses differ in length. It needs an attention that takes any mask: transformers'
-"sdpa" (the default) or "eager", and a model without sliding windows or recurrent layers.
+The numbers and gradients are the same up to rounding. It pays where prompts are long beside
+the responses, or responses differ in length. It needs an attention that takes any mask:
+transformers' "sdpa" (the default) or "eager", and a model without sliding windows or recurrent
+layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,13 +33,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
-from examples.engine import read_flags
+from research.tools import run_tool
 
 Tensor = torch.Tensor
 
 
 def in_one_row(network: Any, group: siren.Rollout) -> Tensor:
-    """The hidden states [n, D] that predict the n response tokens of one prompt, row by row."""
+    """The hidden states [n, D] that predict the n response tokens of a prompt, row by row."""
     prompt = group.prompt[0][group.prompt_mask[0]]  # [p]
     row, t = group.mask.nonzero(as_tuple=True)  # [n] each: whose token it is, and which
     ids = torch.cat([prompt, group.tokens[group.mask]])  # [p + n]
@@ -64,11 +67,11 @@ def forward(model: Any, rollout: siren.Rollout) -> Tensor:
 
 
 def plug() -> None:
-    """What `--plug examples.shared_prompts` does."""
+    """What `--plug research.shared_prompts` does."""
     siren.forward = forward
 
 
-# --------------------------------------------------------------------------- how much does it save?
+# ---------------------------------------------------------------------- how much does it save?
 def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     """The processor time of a call, and its result."""
     start = time.process_time()
@@ -76,28 +79,56 @@ def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command: CPU seconds of the parts of a step, without and with the drop-in, in turn."""
-    cfg, _ = read_flags(argv)
+@torch.no_grad()
+def score(run: siren.Run, rollout: siren.Rollout) -> dict[str, Tensor]:
+    """siren.score of a rollout, before its updates."""
+    return siren.score(run.model, rollout, run.cfg)
+
+
+def update_all(run: siren.Run, rollout: siren.Rollout, old_logp: Tensor, adv: Tensor) -> None:
+    """The updates of a step, a mini-batch each."""
+    groups = torch.arange(len(adv)).view(run.cfg.prompts, -1)
+    for mini_batch in groups.tensor_split(run.cfg.mini_batches):
+        rows = mini_batch.flatten()
+        siren.update(run, rollout.rows(rows), old_logp[rows], adv[rows])
+
+
+def measure(cfg: siren.Config) -> None:
+    """Print the CPU seconds of the parts of a step, without and with the drop-in, in turn."""
     torch.set_num_threads(cfg.threads)
-    task, plain = siren.load_task(cfg), siren.forward
-    model, problems = task.build_model().eval(), task.train_problems(cfg.prompts, "0/1")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    key = (problems, cfg, "0/1", cfg.group_size, cfg.temperature)
-    sampling, rollout = cpu_seconds(partial(siren.respond, model, task, *key))
-    rewards = torch.arange(len(rollout.mask)) % 2.0  # any: without a signal there is no gradient
+    run = siren.Run(cfg)
+    run.anchor = 1.0
+    run.optimizer.param_groups[0]["lr"] = 0.0  # both measure the same weights
+    problems = run.task.train_problems(cfg.prompts, "0/1")
+    how = (run.task, problems, cfg, "0/1", cfg.group_size, cfg.temperature)
+    sampling, rollout = cpu_seconds(partial(siren.sample, run.model, *how))
+    adv = torch.arange(len(rollout.mask)) % 2.0 - 0.5  # without a signal there is no gradient
+    adv = adv.to(run.model.device)
     print("| | sampling | scoring | update | step |\n|---|---|---|---|---|")
-    for name, function in {"siren.forward": plain, "examples.shared_prompts": forward}.items():
-        siren.forward, update = function, 0.0
-        scoring, old = cpu_seconds(partial(siren.score, model, rollout, cfg))
-        for some in torch.arange(cfg.prompts).tensor_split(cfg.mini_batches):
-            rows = (some[:, None] * cfg.group_size + torch.arange(cfg.group_size)).view(-1)
-            batch = (rollout.rows(rows), old["logp"][rows], rewards[rows], 1.0, cfg)
-            update += cpu_seconds(partial(siren.update, model, optimizer, *batch))[0]
-        times = (sampling, scoring, update, sampling + scoring + update)
-        print(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in times) + " |")
-    siren.forward = plain
+    plain = siren.forward
+    ways = {"siren.forward": plain, "research.shared_prompts": forward}
+    try:
+        for name, way in ways.items():
+            siren.forward = way
+            scoring, old = cpu_seconds(partial(score, run, rollout))
+            updates, _ = cpu_seconds(partial(update_all, run, rollout, old["logp"], adv))
+            times = (sampling, scoring, updates, sampling + scoring + updates)
+            print(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in times) + " |")
+    finally:
+        siren.forward = plain
+
+
+def command(argv: list[str] | None) -> None:
+    """Read siren.py's flags and measure a step of that run."""
+    cfg, _ = siren.read_flags(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(dataclasses.replace(cfg, out=folder))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit codes as run_tool says."""
+    return run_tool("shared_prompts.py", command, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,8 @@
-r"""SIREN in one file: reinforcement learning that keeps the answers of a model diverse.
+"""SIREN in one file: reinforcement learning that keeps the answers of a model diverse.
 Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arXiv 2509.25133.
 
-Why each part is there. A model that is rewarded for right answers becomes more and more certain,
-until its samples are copies of each other: its entropy collapses.
+A model that is rewarded for right answers becomes more and more certain, until its samples are
+copies of each other: its entropy collapses. Why each part of SIREN is there:
 1. A bonus for entropy acts on all of the 150,000 tokens, so it makes thousands of useless ones
    likelier, and the entropy explodes. So SIREN restricts the actions: only the nucleus counts,
    the few likely tokens (top-p mask).
@@ -12,7 +12,7 @@ until its samples are copies of each other: its entropy collapses.
 3. A bonus never has enough: there is no value at which it stops. So SIREN pulls the entropy to
    an anchor, the value that it had before training, from below and from above.
 
-    L       = L_DrGRPO + beta * (H_agg - H*)^2
+    L       = L_DrGRPO + beta * (H_agg - H*)^2, where L_DrGRPO makes better responses likelier
     V_p     = the nucleus: the fewest tokens whose probabilities pi add up to p or more
     H'_t    = -sum over v in V_p of q_v log q_v, where q = pi / pi(V_p) is pi on the nucleus
     theta_i = the tau-quantile of H' over the tokens of response i
@@ -20,8 +20,7 @@ until its samples are copies of each other: its entropy collapses.
     H_agg   = the mean of H_i over the responses
     H*      = the anchor: H_agg of the first batch, before any update
 
-L_DrGRPO is the clipped policy loss of Dr.GRPO, which makes better responses likelier. A prompt
-of the toy task (toy_env.py) and one right response to it, whose reward is 1:
+A prompt of the toy task (toy_env.py) and one right response to it, whose reward is 1:
 
     8 3 1 5 2 =                    add these numbers, in an order of your own
     8 2 10 5 15 1 16 3 19 <eos>    8, + 2 = 10, + 5 = 15, + 1 = 16, + 3 = 19
@@ -30,32 +29,32 @@ of the toy task (toy_env.py) and one right response to it, whose reward is 1:
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0   # a plain bonus explodes
 
-B responses, T positions of a response, P of a prompt, V vocabulary, K nucleus, N tokens, D size
-of a hidden state. Entropies are in nats. There is no KL term, as in the paper.
+B responses, T positions of a response, P of a prompt, V vocabulary, K nucleus, N tokens, D
+hidden size. Entropies are in nats. There is no KL term, as in the paper.
 """
 
 import argparse
 import dataclasses
-import fcntl
 import hashlib
 import importlib
 import json
 import random
 import re
 import sys
+import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------- 1. the method
 # === begin: copy from here (needs nothing but `import torch`) ===
-def require(ok, rule):
-    """Refuse bad input with one line."""
+def require(ok, rule):  # refuses bad input with one line
     if not ok:
         raise ValueError(rule)
 
@@ -70,8 +69,8 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
     require(algorithm in ("dr_grpo", "grpo"), f"algorithm {algorithm!r}: dr_grpo or grpo")
-    require(group_size > 1, f"group_size {group_size}: must be at least 2")
-    require(len(rewards) % group_size == 0, f"{len(rewards)} rewards: {group_size} in a group")
+    whole = group_size > 1 and len(rewards) % group_size == 0
+    require(whole, f"{len(rewards)} rewards: must be whole groups of {group_size}, at least 2")
     groups = rewards.view(-1, group_size)
     adv = groups - groups.mean(1, keepdim=True)
     if algorithm == "grpo":
@@ -102,14 +101,13 @@ def likeliest(log_pi, top_p):
     Rows whose K tokens do not reach p get 16 times as many; the others have -inf there."""
     vocab = log_pi.shape[-1]
     k = min(64, 1 + vocab // 65)
-    top, ids = log_pi.detach().topk(k)
-    while k < vocab and (short := top.exp().sum(-1) < top_p).any():
+    top = log_pi.topk(k).values
+    while k < vocab and (short := top.detach().exp().sum(-1) < top_p).any():
         more = min(15 * k, vocab - k)
         k += more
         top = torch.nn.functional.pad(top, (0, more), value=-torch.inf)
-        ids = torch.nn.functional.pad(ids, (0, more))
-        top[short], ids[short] = log_pi.detach()[short].topk(k)
-    return log_pi.gather(-1, ids).masked_fill(top == -torch.inf, -torch.inf)
+        top[short] = log_pi[short].topk(k).values
+    return top
 
 
 def entropy_of(log_q):
@@ -120,10 +118,8 @@ def entropy_of(log_q):
 
 def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
     """What the loss needs to know of each token: "logp", its log-probability, and
-    "nucleus_entropy", H'; and for the log, without gradient, "entropy", H over the whole
-    vocabulary, and "nucleus_size", |V_p|.
-
-    logits [..., V] predict tokens [...] (ids) -> a dictionary of [...].
+    "nucleus_entropy", H'. For the log alone, without gradient: "entropy", H over the whole
+    vocabulary, and "nucleus_size", |V_p|. logits [..., V] predict tokens [...] (ids) -> [...].
 
     >>> stats = token_stats(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), torch.tensor(0))
     >>> stats["nucleus_entropy"]  # 0.6 + 0.3 reach p = 0.8, so q is 2/3 and 1/3
@@ -142,7 +138,7 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
 def peak_mask(entropy, mask, quantile):
     """The peak-entropy mask (Eq. 9): the positions at which a response really forks.
 
-    entropy (H') and mask [B, T], bool, True at a response's own tokens -> bool [B, T]. quantile
+    entropy (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile
     is tau; 0 switches this mask off. theta_i may be 0, for a nucleus of one token has H' = 0;
     then H' > 0, our own condition, keeps such tokens out.
 
@@ -154,8 +150,7 @@ def peak_mask(entropy, mask, quantile):
     if quantile == 0 or mask.numel() == 0:
         return mask
     own = entropy.detach().cpu().double().masked_fill(~mask.cpu(), torch.nan)
-    # a little below tau: a threshold that is one of the values is not to be rounded above it
-    level = max(0, quantile - 1e-9)
+    level = max(0, quantile - 1e-9)  # or rounding may lift theta above the value that it is
     theta = torch.cat([rows.nanquantile(level, 1, keepdim=True) for rows in own.split(256)])
     return ((own >= theta) & (own > 0)).to(mask.device)
 
@@ -193,12 +188,11 @@ def policy_loss(
     """
     require(algorithm in ("dr_grpo", "grpo"), f"algorithm {algorithm!r}: dr_grpo or grpo")
     require(max_tokens >= 1, f"max_tokens {max_tokens}: must be at least 1")
-    require(logp.shape == old_logp.shape == mask.shape, "logp, old_logp, mask: [B, T] each")
-    require(adv.shape in (mask.shape, mask.shape[:1]), "adv: must be [B] or [B, T]")
+    fits = logp.shape == old_logp.shape == mask.shape and mask.dtype == torch.bool
+    fits = fits and adv.shape in (mask.shape, mask.shape[:1])
+    require(fits, "logp, old_logp, mask (bool): [B, T] each; adv: [B] or [B, T]")
     adv = adv.detach().view(len(mask), -1)  # [B, 1] or [B, T]
-    log_ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(
-        -20, 20
-    )  # exp is finite
+    log_ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(-20, 20)  # exp: finite
     ratio = log_ratio.exp()
     free = ratio * adv
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * adv
@@ -211,33 +205,27 @@ def policy_loss(
     return loss, stats
 
 
-def siren_loss(
-    policy,  # a policy loss, a scalar with gradient: policy_loss's or any other
-    entropy,  # [B, T] H' with gradient: token_stats's "nucleus_entropy"
-    mask,  # [B, T] bool, True at the tokens of the response
-    anchor,  # H*: h_agg of the first batch, before any update
-    beta,  # weight of the regulariser
-    peak_quantile=0.8,  # tau
-    regularizer="anchor",  # or "bonus", -beta * H_agg, the naive way; or "none"
-):
+def siren_loss(policy, entropy, mask, anchor, beta, peak_quantile=0.8, regularizer="anchor"):
     """SIREN: a policy loss with the self-anchored regulariser -> (loss, stats).
 
-    The paper's p and tau, 0.8 both, are the defaults here; those of the toy are in Config.
+    policy         a policy loss, a scalar with gradient: policy_loss's or any other
+    entropy        [B, T] H' with gradient, the "nucleus_entropy" of token_stats
+    mask           [B, T] bool, True at the tokens of the response
+    anchor         H*: the "h_agg" of the first batch, before any update
+    beta           the weight of the regulariser
+    peak_quantile  tau; 0.8, like p, is the paper's (those of the toy are in Config)
+    regularizer    "anchor"; "bonus", -beta * H_agg, the naive way; or "none"
 
     >>> h, mask = torch.tensor([[1.5, 0.0, 0.0, 0.0]]), torch.ones(1, 4).bool()
     >>> siren_loss(torch.tensor(0.0), h, mask, anchor=1.0, beta=2.0)[0]  # 2 * (1.5 - 1)^2
     tensor(0.5000)
     """
+    known = regularizer in ("anchor", "bonus", "none")
+    require(known, f"regularizer {regularizer!r}: must be anchor, bonus or none")
     peak = peak_mask(entropy, mask, peak_quantile)  # [B, T]
     h_agg = aggregate_entropy(entropy, peak, mask)
-    require(
-        regularizer in ("anchor", "bonus", "none"), f"regularizer {regularizer!r}: unknown"
-    )
-    loss = policy
-    if regularizer == "anchor":
-        loss = policy + beta * (h_agg - anchor) ** 2
-    if regularizer == "bonus":
-        loss = policy - beta * h_agg
+    term = (h_agg - anchor) ** 2 if regularizer == "anchor" else -h_agg
+    loss = policy if regularizer == "none" else policy + beta * term
     stats = {"policy_loss": policy.detach(), "regularizer_loss": (loss - policy).detach()}
     stats["h_agg"] = h_agg.detach()
     stats["peak_fraction"] = peak.sum() / mask.sum().clamp(min=1)
@@ -282,8 +270,8 @@ class Config:
     seed: int = 0  # with the number of a step, it decides every random draw
     steps: int = 200  # training steps: sample, verify, score, update
     # 256 responses = 32 prompts x 8                 a step samples, verifies and scores them
-    # |----64----|----64----|----64----|----64----|  mini-batches of whole groups: an update each
-    # |-16-|-16-|-16-|-16-|                          micro-batches, here of 16, if memory is short
+    # |----64----|----64----|----64----|----64----|  mini-batches of whole groups: one update
+    # |-16-|-16-|-16-|-16-|                          micro-batches, here of 16, to save memory
     prompts: int = 32  # prompts per step (paper: 128)
     group_size: int = 8  # responses per prompt (paper: 8)
     mini_batches: int = 4  # updates per step (paper: 16)
@@ -291,8 +279,8 @@ class Config:
     sample_batch: int = 1024  # responses that are sampled at once
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
-    # In text a fifth of the tokens fork: tau = 0.8. In the toy 4 of 10 do: tau = 0.6. Its p holds
-    # five equal terms, but not the rare mistakes in a sum, whose probability is about 0.1.
+    # in text a fifth of the tokens fork, so tau is 0.8; in the toy 4 of 10. The toy's p holds
+    # five equal terms, but no mistake in a sum, whose probability is about 0.1
     regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
     beta: float = 0.2  # weight of the regulariser (paper: 0.005, for its max_tokens)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
@@ -316,15 +304,16 @@ class Config:
     chunk: int = 0  # tokens whose logits are in memory at once; 0: as many as are fast
 
     def __post_init__(self):
-        may_be_0 = "seed steps beta peak_quantile anchor clip_low clip_high warmup_steps"
-        may_be_0 = f"{may_be_0} weight_decay eval_every chunk".split()
+        require(self.regularizer in ("anchor", "bonus", "none"), "--regularizer: see --help")
         largest = {"top_p": 1, "peak_quantile": 1, "clip_low": 1, "mini_batches": self.prompts}
-        for name, value in vars(self).items():
-            if not isinstance(value, str):
-                low = 0 if name in may_be_0 else 1e-6
-                high = largest.get(name, 1e12)
-                flag = f"--{name.replace('_', '-')} {value}"
-                require(low <= value <= high, f"{flag}: must be from {low:g} to {high:g}")
+        may_be_0 = ("steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            low = 0 if field.default == 0 or field.name in may_be_0 else 1e-6
+            high = largest.get(field.name, 1e12)
+            ok = field.type is str or low <= value <= high
+            flag = "--" + field.name.replace("_", "-")
+            require(ok, f"{flag} {value}: must be from {low:g} to {high:g}")
 
 
 # ---------------------------------------------------------------------------------- 3. sampler
@@ -353,30 +342,28 @@ def draw(pi, generator):
 
 
 def read(model, cache, ids, seen):
-    """Read new tokens, ids [n, l]; `cache` has what was read before, and seen [n, all so far] is
-    0 at padding -> the logits of the next token, [n, V]."""
-    positions = (seen.cumsum(1) - 1).clamp(min=0)  # padding on the left must not shift a row
-    inputs = {"attention_mask": seen, "position_ids": positions[:, -ids.shape[1] :]}
-    inputs |= {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    return model(ids, **inputs).logits[:, -1].float()
+    """The logits [n, V] of the token after ids [n, l]; `cache` has what was read before;
+    `seen` [n, all so far] is 0 at padding, which must not shift the positions of a row."""
+    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    inputs = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache}
+    return model(ids, **inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
 
 @torch.no_grad()
 def sample(model, task, problems, cfg, key, samples, temperature):
     """A Rollout of `samples` responses to each problem, side by side. They are drawn from the
-    whole policy, so that what is scored later is what was sampled; `key`, a text, decides how."""
+    whole policy, so what is scored later is what was sampled. `key` decides the draws."""
     from transformers import DynamicCache  # here, since the method needs only torch
 
     generator = torch.Generator(model.device).manual_seed(random.Random(key).getrandbits(63))
-    width = max(len(problem.prompt) for problem in problems)  # P
-    shape = (len(problems) * samples, width + cfg.max_tokens)  # B rows of prompt and response
-    ids = torch.full(shape, task.pad_id, device=model.device)
+    prompts = [problem.prompt for problem in problems for _ in range(samples)]
+    width = max(map(len, prompts))  # P
+    padded = [[task.pad_id] * (width - len(ids)) + ids for ids in prompts]
+    ids = torch.full((len(prompts), width + cfg.max_tokens), task.pad_id, device=model.device)
+    ids[:, :width] = torch.tensor(padded)  # on the right there is room for the responses
     seen = torch.zeros_like(ids)
-    logp = torch.zeros(shape, device=model.device)
-    for i, problem in enumerate(problems):
-        rows = slice(i * samples, (i + 1) * samples)
-        ids[rows, width - len(problem.prompt) : width] = torch.tensor(problem.prompt).to(ids)
-        seen[rows, width - len(problem.prompt) : width] = 1
+    seen[:, :width] = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    logp = torch.zeros(ids.shape, device=model.device)
     eos = torch.tensor(task.eos_ids, device=model.device)
     size = max(1, cfg.sample_batch // samples) * samples
     for active in torch.arange(len(ids), device=model.device).split(size):
@@ -385,14 +372,14 @@ def sample(model, task, problems, cfg, key, samples, temperature):
         logits = read(model, cache, ids[first, :width], seen[first, :width])
         logits = logits.repeat_interleave(samples, 0)
         cache.batch_repeat_interleave(samples)
-        for t in range(width, shape[1]):
+        for t in range(width, ids.shape[1]):
             log_pi = (logits / temperature).log_softmax(-1)  # [active, V]
             tokens = draw(log_pi.exp(), generator)  # [active, 1]
             ids[active, t] = tokens[:, 0]
             seen[active, t] = 1
             logp[active, t] = log_pi.gather(1, tokens)[:, 0]
             goes_on = (~torch.isin(tokens[:, 0], eos)).nonzero()[:, 0]
-            if len(goes_on) == 0 or t == shape[1] - 1:
+            if len(goes_on) == 0 or t == ids.shape[1] - 1:
                 break
             if len(goes_on) < len(active):  # what has ended leaves the batch
                 cache.batch_select_indices(goes_on)
@@ -409,24 +396,22 @@ NUMBER = re.compile(r"[+-]?(([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?|[0-9]+/0*
 
 
 def extract_answer(text, find_answer=None):
-    r"""The content of the last \boxed{...}, or None if its brace is never closed; without a box
-    what find_answer, the task's own rule, finds in the text.
+    r"""The content of the last \boxed{...}, or None if its brace is never closed. Without a
+    box: what find_answer, the task's own rule, finds in the text.
 
     >>> extract_answer(r"so \boxed{3}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
     start = None  # of the last box
     depth = 0  # how many braces are open in it
-    answer = None
     for brace in re.finditer(r"\\boxed\s*\{|(?<!\\)[{}]", text):
-        if depth > 0:
+        if depth > 0 or len(brace[0]) > 1:
+            start = start if depth > 0 else brace.end()
             depth += -1 if brace[0] == "}" else 1
-            answer = text[start : brace.start()] if depth == 0 else None
-        elif len(brace[0]) > 1:
-            start = brace.end()
-            depth = 1
-            answer = None
-    return find_answer(text) if start is None and find_answer else answer
+            end = brace.start()
+    if start is None:
+        return find_answer(text) if find_answer else None
+    return text[start:end] if depth == 0 else None
 
 
 def normalize(answer):
@@ -464,9 +449,9 @@ def score(model, rollout, cfg):
 
     def score_part(*tensors):
         part = Rollout(*tensors)  # a micro-batch
-        tokens = part.tokens[part.mask]  # [N], without padding
-        hidden = forward(model, part)[part.mask]  # [N, D]
+        hidden = forward(model, part)[part.mask]  # [N, D], without padding
         head = model.get_output_embeddings()
+        tokens = part.tokens[part.mask]  # [N]
         stats = stats_in_chunks(hidden, head, tokens, cfg.top_p, cfg.temperature, cfg.chunk)
         zeros = torch.zeros_like(part.logp)
         return {k: zeros.to(x.dtype).masked_scatter(part.mask, x) for k, x in stats.items()}
@@ -543,48 +528,40 @@ def evaluate(model, task, problems, cfg):
     k = cfg.eval_samples
     total = Counter()
     rollout = sample(model, task, problems, cfg, f"{cfg.seed}/eval", k, cfg.eval_temperature)
-    responses = rollout.responses()
+    texts = [task.decode(ids) for ids in rollout.responses()]
     for i, problem in enumerate(problems):
-        own = responses[i * k : (i + 1) * k]
-        votes = Counter()  # right answers vote alike, however written; no answer is no vote
-        for text in map(task.decode, own):
-            given = extract_answer(text, task.find_answer)
-            right = verify(text, problem.answer, task.find_answer, task.equal)
-            total[f"avg@{k}"] += right / k
-            if given is not None:
-                votes[right or (task.normalize or normalize)(given)] += 1
+        own = texts[i * k : (i + 1) * k]
+        right = [verify(text, problem.answer, task.find_answer, task.equal) for text in own]
+        given = [extract_answer(text, task.find_answer) for text in own]
+        # right answers vote alike, however they are written; no answer is no vote
+        form = task.normalize or normalize
+        votes = Counter(ok or str(form(x)) for ok, x in zip(right, given) if x is not None)
+        total[f"avg@{k}"] += sum(right) / k
         total[f"maj@{k}"] += bool(votes) and votes.most_common(1)[0][0] is True
-        total[f"pass@{k}"] += True in votes
-        total[f"distinct@{k}"] += len(set(map(tuple, own))) / k
+        total[f"pass@{k}"] += any(right)
+        total[f"distinct@{k}"] += len(set(own)) / k
     return {name: value / len(problems) for name, value in total.items()}
 
 
 # ------------------------------------------ 7. the run: nothing below this line is about SIREN
+MAY_CHANGE = {"steps", "out", "save_every", "eval_every", "device", "threads", "chunk"}
+MAY_CHANGE |= {"micro_batch_size"}  # when a run is resumed
+
+
 class Run:
     """The state of a run, and its folder, which belongs to one process at a time. Its task has
-    train_problems(n, key), heldout(n), build_model(), decode(ids), metrics(responses), eos_ids,
-    pad_id; find_answer, equal and normalize, which may be None (see toy_env.py)."""
-
-    may_change = {"steps", "out", "save_every", "eval_every", "device", "threads", "chunk"}
+    train_problems(n, key), heldout(n), build_model(), decode(ids), metrics(responses), pad_id,
+    eos_ids; find_answer, equal and normalize, which may be None (see toy_env.py)."""
 
     def __init__(self, cfg, resume=False):
         self.cfg = cfg
         self.folder = folder_of(cfg)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = open(self.folder / "metrics.jsonl", "a")
-        try:
-            fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--out {self.folder}: another process is writing to it"
-            ) from None
-        new = not (self.folder / "checkpoint.pt").exists()
-        require(
-            new or resume, f"--out {self.folder}: holds a run; add --resume to go on with it"
-        )
-        module, _, options = cfg.task.partition(":")
-        pairs = [option.split("=", 1) for option in re.split(r",(?=\w+=)", options) if option]
-        self.task = importlib.import_module(module).load(cfg, **dict(pairs))
+        self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
+        exists = (self.folder / "checkpoint.pt").exists()
+        require(resume or not exists, f"--out {self.folder}: holds a run; add --resume")
+        options = dict(re.findall(r"[:,](\w+)=(.*?)(?=,\w+=|$)", cfg.task, re.DOTALL))
+        self.task = importlib.import_module(cfg.task.split(":")[0]).load(cfg, **options)
         self.heldout = self.task.heldout(cfg.eval_prompts)  # name -> problems
         self.model = self.task.build_model().to(cfg.device).eval()  # eval: without dropout
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -593,32 +570,25 @@ class Run:
         self.anchor = cfg.anchor  # H*; 0 until the first batch has been scored
         self.records = []  # the metrics of each step; step 0 is an evaluation alone
         if resume:
-            self.restore(load_checkpoint(self.folder))
-        self.log.truncate(0)
-        self.log.writelines(json.dumps(record) + "\n" for record in self.records)
+            saved = load_checkpoint(self.folder)
+            for name in vars(cfg).keys() - MAY_CHANGE:
+                rule = f"--resume: --{name} was {saved['config'][name]}; leave it out"
+                require(getattr(cfg, name) == saved["config"][name], rule)
+            self.model.load_state_dict(saved["model"], strict=False)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.anchor = saved["anchor"]
+            self.records = saved["records"]
 
     def save(self):
         """Write the checkpoint, whole or not at all, whenever the process is killed."""
-        trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        state = {"model": trained, "optimizer": self.optimizer.state_dict()}
-        state |= {"anchor": self.anchor, "records": self.records, "config": vars(self.cfg)}
+        state = {"optimizer": self.optimizer.state_dict(), "anchor": self.anchor}
+        state["model"] = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        state |= {"records": self.records, "config": vars(self.cfg)}
         part = self.folder / "checkpoint.part"
         torch.save(state, part)
         with open(part, "ab") as file:
             file.write(hashlib.sha256(part.read_bytes()).digest())
         part.replace(self.folder / "checkpoint.pt")
-
-    def restore(self, saved):
-        for name in vars(self.cfg).keys() - self.may_change - {"micro_batch_size"}:
-            before = saved["config"].get(name)
-            same = getattr(self.cfg, name) == before
-            require(
-                same, f"--resume: {name} was {before}; leave it out, or name another --out"
-            )
-        self.model.load_state_dict(saved["model"], strict=False)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.anchor = saved["anchor"]
-        self.records = saved["records"]
 
 
 def folder_of(cfg):
@@ -626,7 +596,7 @@ def folder_of(cfg):
 
 
 def load_checkpoint(folder):
-    """What Run.save wrote: refused if a bit of it has changed."""
+    """What Run.save wrote; refused if a bit of it has changed."""
     path = Path(folder) / "checkpoint.pt"
     data = path.read_bytes()
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
@@ -640,19 +610,21 @@ def train(run):
     cfg = run.cfg
     torch.set_num_threads(cfg.threads)
     bar = tqdm(range(len(run.records), cfg.steps + 1), unit="step")
-    with run.log:
+    with run.lock, open(run.folder / "metrics.jsonl", "w") as log:
+        log.writelines(json.dumps(record) + "\n" for record in run.records)
         for step in bar:
             record = {"step": step}
+            start = time.perf_counter()
             if step > 0:
                 record |= training_step(run, step)
+                record["seconds"] = time.perf_counter() - start
                 bar.set_postfix(reward=record["reward"], h_agg=record["h_agg"], refresh=False)
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
                 for name, problems in run.heldout.items():
                     values = evaluate(run.model, run.task, problems, cfg)
                     record |= {f"{name}/{key}": value for key, value in values.items()}
-            record["seconds"] = bar.format_dict["elapsed"]
             run.records.append(record)
-            print(json.dumps(record), file=run.log, flush=True)
+            print(json.dumps(record), file=log, flush=True)
             if step % cfg.save_every == 0 or step == cfg.steps:
                 run.save()
     return run.records
@@ -664,51 +636,48 @@ def report(records):
     for name in ("reward", "entropy", "h_agg", "anchor", *records[0]):
         values = [record[name] for record in records if name in record]
         last = values[-1:] if "/" in name else values[-10:]
-        if values and name not in ("step", "seconds"):
+        if last and name != "step":
             print(f"{name:20}{values[0]:8.3f}{sum(last) / len(last):8.3f}")
 
 
 def read_flags(argv=None):
-    """The command line -> (Config, resume). The fields of Config are flags; other flags belong
-    to the task: --vocab 96 is --task toy_env:vocab=96, and --model is text_env's."""
+    """The command line -> (Config, resume). The fields of Config are flags. Others belong to
+    the task: --vocab 96 is --task toy_env:vocab=96, and --model chooses text_env."""
     parser = argparse.ArgumentParser("siren.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", Path(__file__).read_text(), re.M))
     for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        text = f"{comments[field.name]} [{field.default}]"
-        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, help=text)
+        options = {"type": field.type, "default": argparse.SUPPRESS}
+        options["help"] = f"{comments[field.name]} [{field.default}]"
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
     given, rest = parser.parse_known_args(argv)
     flags = vars(given)
     resume = flags.pop("resume")
-    others = argparse.ArgumentParser("siren.py", usage=argparse.SUPPRESS, allow_abbrev=False)
-    for flag in dict.fromkeys(word.split("=")[0] for word in rest if word.startswith("--")):
-        others.add_argument(flag)
-    options = vars(others.parse_args(rest))
-    if options:
-        task = flags.get("task", "text_env" if "model" in options else Config.task)
-        pairs = ",".join(f"{name}={value}" for name, value in options.items())
-        flags["task"] = f"{task}{',' if ':' in task else ':'}{pairs}"
+    if rest:
+        text = " ".join(rest)
+        words = re.split(r"(?:^| )--([\w-]+)[= ]", text)  # "", name, value, name, ...
+        require(words[0] == "" and len(words) > 2, f"{text}: no such flag, or it has no value")
+        pairs = [f"{k.replace('-', '_')}={x}" for k, x in zip(words[1::2], words[2::2])]
+        task = flags.get("task", "text_env:" if "model" in words else f"{Config.task}:")
+        flags["task"] = ",".join([task, *pairs]).replace(":,", ":")
     if resume:
-        flags = load_checkpoint(folder_of(Config(**flags)))["config"] | {"out": ""} | flags
+        saved = load_checkpoint(folder_of(Config(**flags)))["config"]
+        flags = {**saved, "out": "", **flags}
     return Config(**flags), resume
 
 
 def main(argv=None):
     """The command. Exit code 0: done; 1: stopped; 2: bad input; 130: Ctrl-C."""
+    run = None
     try:
         run = Run(*read_flags(argv))
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"siren.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    try:
         report(train(run))
         return 0
     except KeyboardInterrupt:
-        code, text = 130, "interrupted"
-    except (OSError, RuntimeError) as error:
-        code, text = 1, f"stopped: {error}"
-    print(f"siren.py: {text}; --resume --out {run.folder} goes on", file=sys.stderr)
+        code, text = 130, "interrupted; --resume goes on"
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        code, text = 1 if run else 2, " ".join(str(error).split())
+    print(f"siren.py: {text}", file=sys.stderr)
     return code
 
 

@@ -1,16 +1,17 @@
 """The study: what SIREN and each of its parts do on the toy world, over seeds, with intervals.
 
-    python examples/study.py                        # run what is missing, then tables and figures
-    python examples/study.py --part main --plan     # what would run, and its cost
-    python examples/study.py --report               # tables and figures again; runs nothing
-    python examples/study.py --again 0 1            # two test seeds once more: the same digits?
-    python examples/study.py --smoke                # all of it, tiny, in a temporary folder
+    python research/study.py                     # run what is missing, then tables and figures
+    python research/study.py --part main --plan  # what would run, and its cost
+    python research/study.py --report            # tables and figures again; runs nothing
+    python research/study.py --again 0 1         # two test seeds once more: the same digits?
+    python research/study.py --smoke             # all of it, tiny, in a temporary folder
 
-A job is one training run, by siren.train, and the evaluation of its policy: one row, a line of
-results/raw/<part>.jsonl.gz. That file is written whole after each job, and a job whose row is there
-is not run again, so a study that was killed goes on where it stopped. A seed draws everything: the
-world's gaps, the base model and the training. What is chosen is chosen on validation seeds and
-validation prompts; the main table is of other seeds and of test prompts.
+A job is one training run, by siren.train, and the evaluation of its policy. It makes one row,
+a line of results/raw/<part>.jsonl.gz. That file is written whole after each job, and a job
+whose row is there is not run again, so a study that was killed goes on where it stopped. A
+seed draws everything: the world's gaps, the base model and the training. What is chosen is
+chosen on validation seeds and validation prompts; the main table is of other seeds and of test
+prompts.
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ import torch
 from tqdm import tqdm
 
 import siren
-from examples.engine import (
-    METRICS,
-    Parser,
-    RunFolder,
-    load_checkpoint,
-    plugged,
-    run_tool,
-    write_whole,
-)
+from research.plugs import Config, plugged
+from research.scores import maj_at_k, pass_at_k
+from research.tools import Parser, load_task, locked, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-# The world and what fits it (results/README.md): at a fork with five options p must be above 4/5 to
-# hold them all, and under .9, the chance that a sum does not slip; 4 of 10 tokens are forks.
-TERMS, VOCAB, STEPS = 5, 1024, 200
+# The world and what fits it (results/README.md): at a fork with five options p must be above
+# 4/5 to hold them all, and under .9, the chance that a sum does not slip; 4 of 10 tokens are
+# forks.
+TERMS = 5
+VOCAB = 1024
+STEPS = 200
 WORLD = "toy_env:vocab={vocab},min_terms=5,max_terms=5,min_total=15,max_total=33,"
 WORLD += "gap_share=0.3,seed={seed},split={split}"
-P, TAU = 0.85, 0.6
+P = 0.85
+TAU = 0.6
 PROBE = 256  # prompts of the probe, 8 responses each
 LOGGED = ("reward", "entropy", "h_agg", "useless_share", "coefficient")
-NOT_NUMERIC = ("out", "save_every", "threads", "device")  # fields of Config that change no number
-STEP_SECONDS, RESPONSE_SECONDS, BASE_SECONDS = 0.25, 0.0002, 60  # rough, on one thread
+NOT_NUMERIC = ("out", "save_every", "threads", "device")  # settings that change no number
+STEP_SECONDS = 0.25  # these three are rough, on one thread
+RESPONSE_SECONDS = 0.0002
+BASE_SECONDS = 60
 
 
-# ----------------------------------------------------------------------------------- 1. the methods
-# method -> six candidates for p, tau and beta; 0.8, 0.8 are the paper's p and tau
+# ----------------------------------------------------------------------------------- 1. the
+# methods method -> six candidates for p, tau and beta; 0.8, 0.8 are the paper's p and tau
 GRIDS: dict[str, list[tuple[float, float, float]]] = {
     "naive_bonus": [(1, 0, b) for b in (0.0006, 0.001, 0.002, 0.004, 0.006, 0.02)],
     "siren": [(P, TAU, b) for b in (0.06, 0.2, 0.6)],
@@ -78,20 +79,21 @@ GRIDS["wo_anchor"] += [(0.8, 0.8, 0.006), (0.8, 0.8, 0.02)]
 
 
 def knobs(regularizer: str, p: float, tau: float, beta: float) -> dict[str, Any]:
-    """Changes in siren.Config."""
+    """What a method changes in Config."""
     values = {"top_p": float(p), "peak_quantile": float(tau), "beta": float(beta)}
     return {"regularizer": regularizer, **values}
 
 
-# method -> its six candidates: what each changes in siren.Config. The constrained bonus is an
-# adaptive coefficient of the entropy that aims at the initial entropy (examples/zoo).
-BASE, BONUSES = {"steps": 0}, ("naive_bonus", "wo_anchor")
+# method -> its six candidates: what each changes in Config. The constrained bonus is an
+# adaptive coefficient of the entropy that aims at the initial entropy (research/zoo).
+BASE = {"steps": 0}
+BONUSES = ("naive_bonus", "wo_anchor")
 METHODS: dict[str, list[dict[str, Any]]] = {
     "dr_grpo": [
         {**knobs("none", P, TAU, 0), "lr": lr} for lr in (1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4, 5e-4)
     ],
     "constrained": [
-        {**knobs("none", P, TAU, 0), "plug": f"examples.zoo:method=adaptive_bonus,eta={eta}"}
+        {**knobs("none", P, TAU, 0), "plug": f"research.zoo:method=adaptive_bonus,eta={eta}"}
         for eta in (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
     ],
     **{
@@ -101,7 +103,8 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------- 2. a job
+# ---------------------------------------------------------------------------------------- 2. a
+# job
 class Final(NamedTuple):
     """How a trained policy is evaluated, on easy and on hard held-out prompts."""
 
@@ -112,10 +115,10 @@ class Final(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One training run and its evaluation. The label names it in tables and changes no number."""
+    """One training run and its evaluation. The label is for the tables alone."""
 
     label: str
-    cfg: siren.Config
+    cfg: Config
     final: Final
 
     @property
@@ -126,21 +129,21 @@ class Job(NamedTuple):
     @property
     def seconds(self) -> float:
         """A rough estimate of its cost on one thread."""
-        cfg, final = self.cfg, self.final
+        final = self.final
         held_out = 2 * final.prompts * final.samples * len(final.temperatures)
-        rollouts = cfg.steps * cfg.prompts * cfg.group_size / 256
+        rollouts = self.cfg.steps * self.cfg.prompts * self.cfg.group_size / 256
         return rollouts * STEP_SECONDS + (held_out + 8 * final.probe) * RESPONSE_SECONDS
 
 
 def key_of(row: dict[str, Any]) -> str:
     """What determines a row's numbers, as text: the settings that aren't today's defaults.
 
-    So a row stays valid when siren.Config gains a field.
+    So a row stays valid when Config gains a field.
 
-    >>> key_of({"config": {"beta": 7.0, "steps": siren.Config().steps, "out": "x"}, "final": {}})
+    >>> key_of({"config": {"beta": 7.0, "steps": Config().steps, "out": "x"}, "final": {}})
     '{"beta": 7.0, "final": {}}'
     """
-    usual = dataclasses.asdict(siren.Config())
+    usual = dataclasses.asdict(Config())
     parts = {
         name: value
         for name, value in row["config"].items()
@@ -150,20 +153,24 @@ def key_of(row: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def probe(model: torch.nn.Module, task: Any, cfg: siren.Config, prompts: int) -> dict[str, Any]:
+def probe(model: torch.nn.Module, task: Any, cfg: Config, prompts: int) -> dict[str, Any]:
     """Reward, entropies and useless tokens of a policy, the same way whatever it trained with.
 
-    At T = 1, on prompts drawn as those for training, but not for it; H' and peaks by this world's
-    own p and tau. "positions": mean H, H' and share of peaks at each response position.
+    The responses are drawn at T = 1, to prompts drawn as those for training, but not for it.
+    H' and peaks are by this world's own p and tau. "positions" has the mean of H and of H' and
+    the share of peaks at each position of a response.
     """
     cfg = dataclasses.replace(cfg, top_p=P, peak_quantile=TAU)
     key = f"{cfg.seed}/probe"
     problems = task.train_problems(prompts, key)
-    rollout = siren.respond(model, task, problems, cfg, key, 8, 1.0)
-    stats, responses = siren.score(model, rollout, cfg), rollout.responses()
+    rollout = siren.sample(model, task, problems, cfg, key, 8, 1.0)
+    stats = siren.score(model, rollout, cfg)
+    responses = rollout.responses()
     peak = siren.peak_mask(stats["nucleus_entropy"], rollout.mask, TAU)  # [B, T]
     answers = [problem.answer for problem in problems for _ in range(8)]
-    right = [is_right(task, ids, answer) for ids, answer in zip(responses, answers, strict=True)]
+    right = [
+        is_right(task, ids, answer) for ids, answer in zip(responses, answers, strict=True)
+    ]
     count = rollout.mask.sum(0)  # [T]
     positions = {"entropy": stats["entropy"], "nucleus_entropy": stats["nucleus_entropy"]}
     return {
@@ -180,35 +187,37 @@ def probe(model: torch.nn.Module, task: Any, cfg: siren.Config, prompts: int) ->
 
 def is_right(task: Any, ids: list[int], answer: str) -> bool:
     """The reward of a response."""
-    return siren.verify(task.decode(ids), answer, answer_form=task.answer_form, equal=task.equal)
+    return siren.verify(task.decode(ids), answer, task.find_answer, task.equal)
 
 
 def evaluate(
-    model: torch.nn.Module, task: Any, problems: list, cfg: siren.Config, n: int, temperature: float
+    model: torch.nn.Module, task: Any, problems: list, cfg: Config, n: int, temperature: float
 ) -> dict[str, Any]:
     """siren.evaluate with n samples, for each k = 1, 2, 4, ... up to n.
 
-    avg@16 is estimated with all samples; maj@k and distinct@k are means over blocks of k. solved:
-    a 1 for each problem that any sample solves, else a 0.
+    avg@16 is estimated with all samples; maj@k and distinct@k are means over blocks of k.
+    "solved" has a 1 for each problem that any sample solves, else a 0.
     """
-    total, solved = Counter(), ""
-    rollout = siren.respond(model, task, problems, cfg, f"{cfg.seed}/eval", n, temperature)
+    normalize = task.normalize or siren.normalize
+    total: Counter[str] = Counter()
+    solved = ""
+    rollout = siren.sample(model, task, problems, cfg, f"{cfg.seed}/eval", n, temperature)
     responses = rollout.responses()
     for i, problem in enumerate(problems):
         own = responses[i * n : (i + 1) * n]
         right = [is_right(task, ids, problem.answer) for ids in own]
-        given = [siren.extract_answer(task.decode(ids), task.answer_form) for ids in own]
-        answer = siren.normalize(problem.answer)
-        votes = [
-            answer if ok else text and siren.normalize(text)
+        given = [siren.extract_answer(task.decode(ids), task.find_answer) for ids in own]
+        answer = normalize(problem.answer)
+        votes = [  # right answers vote alike; no answer is no vote
+            answer if ok else text and normalize(text)
             for ok, text in zip(right, given, strict=True)
         ]
         total["avg@16"] += sum(right) / n
         solved += "01"[any(right)]
         for k in (2**power for power in range(n.bit_length())):
             blocks = [set(map(tuple, own[b : b + k])) for b in range(0, n - k + 1, k)]
-            total[f"maj@{k}"] += siren.maj_at_k(votes, answer, k)
-            total[f"pass@{k}"] += siren.pass_at_k(n, sum(right), k)
+            total[f"maj@{k}"] += maj_at_k(votes, answer, k)
+            total[f"pass@{k}"] += pass_at_k(n, sum(right), k)
             total[f"distinct@{k}"] += sum(map(len, blocks)) / k / len(blocks)
     return {**{name: value / len(problems) for name, value in total.items()}, "solved": solved}
 
@@ -219,11 +228,14 @@ def thin(records: list[dict[str, float]], points: int = 30) -> list[dict[str, fl
     >>> thin([{"step": 0}, {"step": 1, "reward": 0.0}, {"step": 2, "reward": 1.0}], 1)
     [{'step': 1.5, 'reward': 0.5}]
     """
-    steps, blocks = [record for record in records if "reward" in record], defaultdict(list)
+    steps = [record for record in records if "reward" in record]
+    blocks = defaultdict(list)
     for i, record in enumerate(steps):
         blocks[i * points // len(steps) if len(steps) > points else i].append(record)
     names = [name for name in ("step", *LOGGED) if steps and name in steps[0]]
-    return [{n: sum(r[n] for r in some) / len(some) for n in names} for some in blocks.values()]
+    return [
+        {n: sum(r[n] for r in some) / len(some) for n in names} for some in blocks.values()
+    ]
 
 
 def slim(value: Any) -> Any:
@@ -236,34 +248,36 @@ def slim(value: Any) -> Any:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Train and evaluate; return the row. A run that diverges is a result, not a failure: the
-    policy of its last checkpoint counts."""
-    start, diverged = time.perf_counter(), None
-    with tempfile.TemporaryDirectory() as folder, plugged(job.cfg.plug):
-        cfg = dataclasses.replace(job.cfg, out=folder)
-        try:
-            siren.train(cfg)
-        except FloatingPointError as error:
-            done = len((Path(folder) / METRICS).read_text().splitlines())  # from step 0 on
-            diverged = f"step {done}: {error}"
-        saved = load_checkpoint(Path(folder))
-    trained, evals = time.perf_counter(), []
-    task = siren.load_task(cfg)
-    model = task.build_model().eval()
-    model.load_state_dict(saved["model"], strict=False)  # tied weights are stored once
+    """Train and evaluate; return the row. A run that diverges is a result, not a failure: then
+    the policy of its last checkpoint counts."""
+    start = time.perf_counter()
+    diverged = None
+    with tempfile.TemporaryDirectory() as folder:
+        with plugged(job.cfg.plug):
+            run = siren.Run(dataclasses.replace(job.cfg, out=folder))
+            try:
+                siren.train(run)
+            except RuntimeError as error:
+                if "non-finite" not in str(error):
+                    raise
+                diverged = f"step {len(run.records)}: the gradient is not finite"
+        saved = siren.load_checkpoint(folder)
+    trained = time.perf_counter()
+    run.model.load_state_dict(saved["model"], strict=False)  # tied weights are stored once
+    evals = []
     for temperature in job.final.temperatures:
-        for grade, problems in task.heldout(job.final.prompts).items():
-            values = evaluate(model, task, problems, cfg, job.final.samples, temperature)
-            evals.append({"grade": grade, "temperature": temperature, **values})
-    found = {"probe": probe(model, task, cfg, job.final.probe), "evals": evals}
+        for grade, problems in run.task.heldout(job.final.prompts).items():
+            parts = (run.model, run.task, problems, job.cfg, job.final.samples, temperature)
+            evals.append({"grade": grade, "temperature": temperature, **evaluate(*parts)})
+    found = {"probe": probe(run.model, run.task, job.cfg, job.final.probe), "evals": evals}
     found |= {"log": thin(saved["records"]), "anchor": saved["records"][-1].get("anchor")}
     seconds = [round(trained - start, 1), round(time.perf_counter() - trained, 1)]
-    config = {**dataclasses.asdict(job.cfg), "out": ""}
-    settings = {"config": config, "final": job.final._asdict()}
+    settings = {"config": dataclasses.asdict(job.cfg), "final": job.final._asdict()}
     return {**settings, "seconds": seconds, "diverged": diverged, **slim(found)}
 
 
-# ---------------------------------------------------------------------------------- 3. the parts
+# ---------------------------------------------------------------------------------- 3. the
+# parts
 class Size(NamedTuple):
     """How much of everything: FULL is the study, SMOKE runs the same code on a tiny scale."""
 
@@ -279,23 +293,26 @@ class Size(NamedTuple):
 
 SMOKE_WORLD = "toy_env:split={split}"  # the shipped base model, whatever the seed
 TINY = Final(prompts=4, samples=16, temperatures=(0.6,), probe=4)
-SMOKE = Size(2, (0,), (100,), 1, TINY._replace(temperatures=(0.6, 1.0)), TINY, (256,), SMOKE_WORLD)
+SMOKE = Size(
+    2, (0,), (100,), 1, TINY._replace(temperatures=(0.6, 1.0)), TINY, (256,), SMOKE_WORLD
+)
 Rows = dict[str, dict[str, Any]]  # a job's key -> its row
 
 
 def each(
     size: Size, settings: Iterable[tuple[str, dict]], test: bool = False, vocab: int = VOCAB
 ) -> list[Job]:
-    """A job for every seed and setting (label, changes in siren.Config): on test prompts, or on
+    """A job for every seed and setting (label, changes in Config): on test prompts, or on
     validation prompts with fewer samples."""
-    seeds, final = (size.test_seeds, size.test) if test else (size.validation_seeds, size.explore)
+    seeds = size.test_seeds if test else size.validation_seeds
+    final = size.test if test else size.explore
     split = "test" if test else "validation"
     usual = {"steps": size.steps, "save_every": 50, "eval_prompts": 1, "eval_samples": 2}
     usual |= {"device": "cpu", "top_p": P, "peak_quantile": TAU}
     jobs = []
     for seed, (label, changes) in itertools.product(seeds, list(settings)):
         task = size.world.format(vocab=vocab, seed=seed, split=split)
-        cfg = siren.Config(**{**usual, "task": task, "seed": seed, **changes})
+        cfg = Config(**{**usual, "task": task, "seed": seed, **changes})
         jobs.append(Job(label, cfg, final))
     return jobs
 
@@ -307,7 +324,9 @@ def tune(size: Size, rows: Rows) -> list[Job]:
     return each(size, [("base", BASE), *settings])
 
 
-def score(row: dict[str, Any], name: str, grade: str = "hard", temperature: float = 0.6) -> float:
+def score(
+    row: dict[str, Any], name: str, grade: str = "hard", temperature: float = 0.6
+) -> float:
     """A score of the final evaluation."""
     at = {(e["grade"], e["temperature"]): e for e in row["evals"]}
     return at[grade, temperature][name]
@@ -315,15 +334,19 @@ def score(row: dict[str, Any], name: str, grade: str = "hard", temperature: floa
 
 def vocabulary(row: dict[str, Any]) -> int:
     """The number of tokens of a row's world."""
-    return siren.load_task(siren.Config(task=row["config"]["task"])).vocab
+    return load_task(Config(task=row["config"]["task"])).vocab
 
 
 def choose(size: Size, rows: Rows) -> dict[str, dict[str, Any]]:
-    """Row of the main table -> its changes: the candidate with the best mean of avg@16 and maj@16
-    on hard validation prompts at T = 0.6. naive_exploding is the smallest coefficient with which
-    the naive bonus explodes on every validation seed (the largest, if none does); dr_grpo_same_lr
-    is Dr.GRPO at the learning rate of the others, which is not tuned."""
-    chosen, exploding = {}, []
+    """Row of the main table -> its changes: the candidate with the best mean of avg@16 and
+    maj@16 on hard validation prompts at T = 0.6.
+
+    naive_exploding is the smallest coefficient with which the naive bonus explodes on every
+    validation seed (the largest, if none does). dr_grpo_same_lr is Dr.GRPO at the learning
+    rate of the others, which is not tuned.
+    """
+    chosen = {}
+    exploding = []
     for method, candidates in METHODS.items():
         goodness = []
         for changes in candidates[: size.candidates]:
@@ -334,7 +357,7 @@ def choose(size: Size, rows: Rows) -> dict[str, dict[str, Any]]:
                 exploding.append(changes)
         chosen[method] = candidates[goodness.index(max(goodness))]
     naive = METHODS["naive_bonus"][size.candidates - 1]
-    same_lr = {**chosen["dr_grpo"], "lr": siren.Config().lr}
+    same_lr = {**chosen["dr_grpo"], "lr": Config().lr}
     return {**chosen, "naive_exploding": [*exploding, naive][0], "dr_grpo_same_lr": same_lr}
 
 
@@ -354,15 +377,16 @@ def sensitivity(size: Size, rows: Rows) -> list[Job]:
     """SIREN as chosen, with one of p, tau and beta changed at a time."""
     values = {"top_p": (0.7, 0.8, P, 0.9, 1.0), "peak_quantile": (0.0, 0.4, TAU, 0.8, 0.9)}
     values |= {"beta": (0.02, 0.06, 0.2, 0.6, 2.0)}
-    chosen, settings = choose(size, rows)["siren"], []
+    chosen = choose(size, rows)["siren"]
+    settings = []
     for name, some in values.items():
         settings += [(f"siren, {name}", {**chosen, name: v}) for v in some[-size.candidates :]]
     return each(size, settings)
 
 
 def scale(size: Size, rows: Rows) -> list[Job]:
-    """The scale of beta, as docs/beta.md predicts it: a quarter of beta for four times the budget,
-    half of it for half the peaks, should do the same."""
+    """The scale of beta, as docs/beta.md predicts it: a quarter of beta for four times the
+    budget, half of it for half the peaks, should do the same."""
     half = {"peak_quantile": 1 - (1 - TAU) / 2}
     cases = {"budget 16": (1, {}), "budget 64": (1 / 4, {"max_tokens": 64})}
     cases |= {"half the peaks": (1 / 2, half)}
@@ -375,12 +399,13 @@ def scale(size: Size, rows: Rows) -> list[Job]:
 
 def official(size: Size, rows: Rows) -> list[Job]:
     """SIREN as chosen by siren.py's rules, and by one or all of the official code's."""
-    rules, chosen = ("exclusive=1", "strict=1", "per_micro_batch=1"), choose(size, rows)["siren"]
+    rules = ("exclusive=1", "strict=1", "per_micro_batch=1")
+    chosen = choose(size, rows)["siren"]
     settings = [("siren.py's rules", chosen)]
     for label, rule in (*zip(rules, rules, strict=True), ("all three", ",".join(rules))):
         # the square per micro-batch makes a difference where there are several
         smaller = {"micro_batch_size": 8} if "micro" in rule else {}
-        settings.append((label, {**chosen, **smaller, "plug": f"examples.official:{rule}"}))
+        settings.append((label, {**chosen, **smaller, "plug": f"research.official:{rule}"}))
     return each(size, settings)
 
 
@@ -394,12 +419,14 @@ PARTS: dict[str, Callable[[Size, Rows], list[Job]]] = {
 }
 
 
-# ----------------------------------------------------------------------------- 4. running the jobs
+# ----------------------------------------------------------------------------- 4. running the
+# jobs
 class Store:
     """The rows, on disk: one file per part."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.rows = folder / "raw", Rows()
+        self.folder = folder / "raw"
+        self.rows = Rows()
         self.files: dict[str, Rows] = {}
         for path in sorted(self.folder.glob("*.jsonl.gz")):
             found = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
@@ -409,7 +436,8 @@ class Store:
 
     def add(self, part: str, row: dict[str, Any]) -> None:
         """Keep a row; the same rows in any order make the same file."""
-        rows, row = self.files.setdefault(part, {}), json.loads(json.dumps(row))
+        row = json.loads(json.dumps(row))
+        rows = self.files.setdefault(part, {})
         rows[key_of(row)] = self.rows[key_of(row)] = row
         text = "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -422,7 +450,7 @@ class Store:
 
 
 def start_worker() -> None:
-    """One torch thread, so that two workers don't fight for cores; ends when its parent does."""
+    """One thread, so that two workers don't fight for cores. It ends when its parent does."""
 
     def end_with_parent() -> None:
         parent_process().join()
@@ -433,14 +461,14 @@ def start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def teach(cfg: siren.Config) -> None:
+def teach(cfg: Config) -> None:
     """Make sure that the base model of this world is stored."""
-    siren.load_task(cfg).build_model()
+    load_task(cfg).build_model()
 
 
 @contextmanager
 def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each. After an error or Ctrl-C, unfinished jobs leave nothing."""
+    """Processes of one thread each. After an error or Ctrl-C unfinished jobs leave nothing."""
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
     try:
         yield pool
@@ -454,8 +482,11 @@ def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def run_jobs(part: str, jobs: dict[str, Job], store: Store, pool: ProcessPoolExecutor) -> None:
     """Teach the base models, run the jobs, store each row as soon as it is there."""
-    worlds = list({siren.load_task(job.cfg).base_file: job.cfg for job in jobs.values()}.values())
-    for what, function, inputs in (("worlds", teach, worlds), ("jobs", run_job, jobs.values())):
+    worlds = list({load_task(job.cfg).base_file: job.cfg for job in jobs.values()}.values())
+    for what, function, inputs in (
+        ("worlds", teach, worlds),
+        ("jobs", run_job, jobs.values()),
+    ):
         futures = [pool.submit(function, value) for value in inputs]
         for future in tqdm(as_completed(futures), f"{part}: {what}", len(futures)):
             if row := future.result():
@@ -465,7 +496,7 @@ def run_jobs(part: str, jobs: dict[str, Job], store: Store, pool: ProcessPoolExe
 def hours(jobs: Iterable[Job]) -> str:
     """A rough cost of jobs, with their base models."""
     jobs = list(jobs)
-    worlds = {siren.load_task(job.cfg).base_file for job in jobs}
+    worlds = {load_task(job.cfg).base_file for job in jobs}
     seconds = sum(job.seconds for job in jobs)
     seconds += BASE_SECONDS * sum(not path.exists() for path in worlds)
     return f"{len(jobs)} jobs to run: {seconds / 3600:.1f} hours on one thread"
@@ -474,7 +505,7 @@ def hours(jobs: Iterable[Job]) -> str:
 def again(size: Size, seeds: list[int], store: Store, pool: ProcessPoolExecutor) -> int:
     """Run the main table's jobs of these seeds again; return how many rows differ."""
     if unknown := set(seeds) - set(size.test_seeds):
-        raise siren.ConfigError(f"--again {min(unknown)}: must be one of {size.test_seeds}")
+        raise ValueError(f"--again {min(unknown)}: must be one of {size.test_seeds}")
     jobs = [job for job in main_table(size, store.rows) if job.cfg.seed in seeds]
     with tempfile.TemporaryDirectory() as folder:
         fresh = Store(Path(folder))
@@ -485,15 +516,20 @@ def again(size: Size, seeds: list[int], store: Store, pool: ProcessPoolExecutor)
     return len(same) - sum(same)
 
 
-# ------------------------------------------------------------------------------ 5. the command line
+# ------------------------------------------------------------------------------ 5. the command
+# line
 def make_parser() -> Parser:
     """The flags."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--part", default="all", choices=["all", *PARTS], help="[all]")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")
     parser.add_argument("--out", default="", help="folder [results; --smoke: a temporary one]")
-    parser.add_argument("--plan", action="store_true", help="print what would run and its cost")
-    parser.add_argument("--report", action="store_true", help="run nothing: tables and figures")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would run and its cost"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: tables and figures"
+    )
     again = {"type": int, "nargs": "+", "metavar": "SEED"}
     parser.add_argument("--again", **again, help="test seeds once more: the same digits?")
     parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
@@ -502,16 +538,15 @@ def make_parser() -> Parser:
 
 def study(argv: list[str] | None) -> int:
     """Run what is missing of a part, or of all; then write what the rows say."""
-    from examples import study_report
+    from research import study_report
 
     args = make_parser().parse_args(argv)
     if not 1 <= args.workers <= 64:
-        raise siren.ConfigError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
+        raise ValueError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
     size = SMOKE if args.smoke else Size()
     usual = Path(tempfile.gettempdir()) / "study-smoke" if args.smoke else ROOT / "results"
     out = Path(args.out) if args.out else usual
-    # no two studies in one folder
-    with RunFolder(siren.Config(out=str(out)), resume=False), pool_of(args.workers) as pool:
+    with locked(out), pool_of(args.workers) as pool:  # no two studies in one folder
         store = Store(out)
         if args.again:
             return min(1, again(size, args.again, store, pool))

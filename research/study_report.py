@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples import study
+from research import study
 
 Row = dict[str, Any]
 
@@ -485,7 +485,7 @@ def write(size: study.Size, store: study.Store, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     found = {part: labelled(part, size, store) for part in study.PARTS}
     figures = {}
-    lines = ["# Tables", "", "Written by `python examples/study.py`; README.md says how.", ""]
+    lines = ["# Tables", "", "Written by `python research/study.py`; README.md says how.", ""]
     if rows := found["main"]:
         rows = {label: rows[label] for label in NAMES}  # in the order of the tables
         write_csv(rows, out / "main.csv")

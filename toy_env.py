@@ -1,30 +1,29 @@
 """A toy world where keeping several ways open pays: sums, by a model with gaps.
 
 One token is one number. The prompt lists terms; the response starts with any of them, then
-writes "next term, running sum" until all are used. It is right if its last number is the
-total:
+writes "next term, running sum" until all are used. It is right if it ends with the total:
 
     prompt      8 3 1 5 2 =                     token ids  11 6 4 8 5 2
     response    8 2 10 5 15 1 16 3 19 <eos>     token ids  11 5 13 8 18 4 19 6 22 1
 
 The response reads: 8, + 2 = 10, + 5 = 15, and so on. (0 is <pad>, 1 is <eos>, 2 is `=`, and
-the number n is n + 3.) Which term comes next is a fork, a real choice with many right ways;
-the sums are facts. 4 of the 10 tokens are forks: tau = 0.6. p = 0.85 is above the 4/5 that
-hold four of five equal terms, and below the 0.9 with which a sum does not slip, so that the
-nucleus of a sum is one token and H' is 0. Most of the 1024 tokens are numbers that no terms
-add up to, and a naive entropy bonus leads to these.
+the number n is n + 3.) Which term comes next is a fork, a choice with many right ways; the sums
+are facts. 4 of the 10 tokens are forks: tau = 0.6. p = 0.85 is above the 4/5 that hold
+four of five equal terms, and below the 0.9 with which a sum does not slip, so that the nucleus
+of a sum is one token and H' is 0. Most of the 1024 tokens are numbers that no terms add up to,
+and a naive entropy bonus leads to these.
 
 The base model learns from a teacher who makes two kinds of mistakes. A *slip* is a wrong sum
-that happens by chance, now and then. A *gap* is a fixed pair (running sum, next term) for
-which the teacher always writes the same wrong sum, such as 23 for 8 + 5. The model hardly ever
-samples the right sum there, so reinforcement learning can't teach it. The policy can only go
-round the gap, by adding in another order. That is why diversity is worth something. A policy
-that has collapsed onto one order per prompt meets the gap of that order in every sample. One
-that has kept several orders meets different gaps, and in a vote their wrong totals differ
-while right totals agree.
+that happens by chance, now and then. A *gap* is an ordered pair (running sum, next term) for
+which the teacher always writes the same wrong sum: 23 for 8 + 5; but 5 + 8 may be no gap. The
+model hardly ever samples the right sum there, so the reward can hardly teach it, unless
+something keeps it open. But the policy can go round the gap, by adding in another order. That
+is why diversity is worth something. A policy that has collapsed onto one order of a prompt has
+the gap of that order in every sample. One that has kept several orders meets different gaps,
+and in a vote their wrong totals differ while right totals agree.
 
-    python toy_env.py     a problem, a demonstration and the world's sizes
-
+    python toy_env.py            a problem, a demonstration and the world's sizes
+    python toy_env.py seed=3     the same for another world; see the fields of ToyWorld
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as read_weights
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -50,6 +49,7 @@ PAD, EOS, EQUALS, ZERO = 0, 1, 2, 3  # token ids; the number n is token n + ZERO
 NAMES = {PAD: "<pad>", EOS: "<eos>", EQUALS: "="}
 GAP_ERRORS = (-2, -1, 1, 2, 10)  # how far the sum of a gap is off
 SLIP_ERRORS = (-10, -2, -1, 1, 2, 10)
+POSITIONS = 256  # tokens that the model can read
 SPLITS = ("train",) * 5 + ("validation",) * 2 + ("test",) * 3  # tenths of the sets of terms
 
 
@@ -100,25 +100,25 @@ class ToyWorld:
     normalize: ClassVar[None] = None
 
     def __post_init__(self):
-        sizes = self.vocab, self.hidden, self.layers, self.base_steps, self.base_batch
+        sizes = (self.vocab, self.layers, self.base_steps, self.base_batch, self.hidden)
+        shares = (self.gap_share, self.slip, self.noise)
         largest = max(self.max_sum, self.max_total + max(SLIP_ERRORS) * (self.max_terms - 1))
         least = largest + ZERO + 2
-        lengths = {len(terms) for terms in self.multisets["train"]}
-        shares = self.gap_share, self.slip, self.noise
-        for ok, rule in (
-            (2 <= self.min_terms <= self.max_terms <= 9, "2 <= min_terms <= max_terms <= 9"),
-            (1 <= self.max_term <= 12, "max_term from 1 to 12"),
-            (min(sizes) > 0 and self.hidden % 8 == 0, "sizes above 0, hidden a multiple of 8"),
-            (all(0 <= share <= 1 for share in shares), "gap_share, slip, noise from 0 to 1"),
-            (self.vocab >= least, f"vocab of at least {least}, for all that is written"),
-            (
-                len(lengths) > self.max_terms - self.min_terms,
-                "min_total, max_total that exist",
-            ),
-            (self.split in ("test", "validation"), "split=test or split=validation"),
-        ):
-            if not ok:
-                raise ValueError(f"{self}: needs {rule}")
+        rules = {
+            "2 <= min_terms <= max_terms <= 9": 2 <= self.min_terms <= self.max_terms <= 9
+        }
+        rules["max_term from 1 to 12"] = (
+            1 <= self.max_term <= 12
+        )  # all sets of terms are listed
+        rules["sizes above 0 and hidden a multiple of 8"] = min(sizes) > 0 == self.hidden % 8
+        rules["shares from 0 to 1"] = all(0 <= share <= 1 for share in shares)
+        rules[f"vocab of at least {least}"] = self.vocab >= least
+        rules["split=test or split=validation"] = self.split in ("test", "validation")
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if not broken and {len(terms) for terms in self.multisets["train"]} != self.lengths:
+            broken = ["totals that terms have"]
+        if broken:
+            raise ValueError(f"the toy needs {', '.join(broken)}, unlike {self}")
 
     # ----------------------------------------------------------------------- tokens and text
 
@@ -148,6 +148,10 @@ class ToyWorld:
     def max_sum(self):
         """The largest number that terms can add up to; larger ones are useless."""
         return self.max_terms * self.max_term
+
+    @property
+    def lengths(self):
+        return set(range(self.min_terms, self.max_terms + 1))
 
     def metrics(self, responses):
         """The share of useless numbers among all tokens of these responses (token ids)."""
@@ -220,7 +224,7 @@ class ToyWorld:
     def multisets(self):
         """Split -> every multiset of terms (sorted) whose total is in range."""
         found = {split: [] for split in SPLITS}
-        for length in range(self.min_terms, self.max_terms + 1):
+        for length in sorted(self.lengths):
             for terms in combinations_with_replacement(range(1, self.max_term + 1), length):
                 if self.min_total <= sum(terms) <= self.max_total:
                     found[split_of(terms)].append(terms)
@@ -272,61 +276,43 @@ class ToyWorld:
         """A tiny Qwen2 with random weights: 173 thousand parameters by default."""
         from transformers import Qwen2Config, Qwen2ForCausalLM  # here: it takes three seconds
 
-        config = Qwen2Config(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=3 * self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            bos_token_id=None,
-        )
+        options = {"vocab_size": self.vocab, "num_hidden_layers": self.layers}
+        options |= {"hidden_size": self.hidden, "intermediate_size": 3 * self.hidden}
+        options |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+        options |= {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+        options |= {"max_position_embeddings": POSITIONS, "tie_word_embeddings": True}
+        config = Qwen2Config(**options)
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
             torch.default_generator.manual_seed(self.seed)
             return Qwen2ForCausalLM(config).eval()  # for teaching as well: it has no dropout
 
-    @property
+    @cached_property
     def base_file(self):
-        """Where the base model is: the default world's comes with the code, others are kept."""
-        if dataclasses.replace(self, split="test") == ToyWorld():
-            return Path(__file__).parent / "assets" / "toy_base_seed0.safetensors"
-        return Path("runs") / f"toy_base_{self.fingerprint}.safetensors"
-
-    @property
-    def fingerprint(self):
-        """16 digits that change with every field but split, which changes no model."""
+        """The base model of this world: the default one's comes with the code."""
         world = dataclasses.asdict(self) | {"format": 1}
-        del world["split"]
-        return hashlib.sha256(json.dumps(world, sort_keys=True).encode()).hexdigest()[:16]
+        del world["split"]  # it changes no model
+        world = hashlib.sha256(json.dumps(world, sort_keys=True).encode()).hexdigest()[:16]
+        shipped = Path(__file__).parent / "assets" / f"toy_base_{world}.bin"
+        return shipped if shipped.exists() else Path("runs") / shipped.name
 
     def build_model(self):
-        """The base model: from its file, or else taught (1-2 minutes) and kept there."""
+        """The base model: from its file, or else taught (1-2 minutes) and kept in runs/."""
         model = self.new_model()
         if not self.base_file.exists():
             self.teach(model)
             self.store(model)
-        try:
-            with safe_open(self.base_file, "pt") as file:
-                notes = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{self.base_file} is damaged, delete it: {error}") from error
-        if notes != {"world": self.fingerprint, "sha256": digest(state)}:
-            raise ValueError(f"{self.base_file} is damaged or of another world, delete it")
-        model.load_state_dict(state, strict=False)  # without the head, which is the embedding
+        data = self.base_file.read_bytes()  # a check sum, then the weights
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            raise ValueError(f"{self.base_file} is damaged: restore it, or delete it")
+        model.load_state_dict(read_weights(data[32:]), strict=False)  # the head is tied
         return model
 
     def store(self, model):
         """Write the file of the base model, whole or not at all."""
-        state = {name: p.detach() for name, p in model.named_parameters()}
-        notes = {"world": self.fingerprint, "sha256": digest(state)}
+        data = save(dict(model.named_parameters()))
         self.base_file.parent.mkdir(parents=True, exist_ok=True)
         part = self.base_file.with_suffix(f".{random.SystemRandom().getrandbits(32)}")
-        part.write_bytes(save(state, notes))
+        part.write_bytes(hashlib.sha256(data).digest() + data)
         part.replace(self.base_file)
 
     def teach(self, model):
@@ -356,30 +342,36 @@ class ToyWorld:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def digest(state):
-    """The check sum of weights: a file with one changed bit is refused."""
-    data = b"".join(state[name].numpy().tobytes() for name in sorted(state))
-    return hashlib.sha256(data).hexdigest()
-
-
 def load(cfg=None, **options):
-    """The world with these options, given as text: load(vocab="96"). cfg is not needed."""
+    """The world with these options, given as text, for the siren.Config `cfg`.
+
+    >>> load(max_terms="7", seed="3").max_terms
+    7
+    """
     kinds = {field.name: field.type for field in dataclasses.fields(ToyWorld)}
     for name, text in options.items():
-        if name not in kinds:
-            raise ValueError(f"{name}={text}: no such option; there are {', '.join(kinds)}")
-        options[name] = kinds[name](text)
-    return ToyWorld(**options)
+        try:
+            options[name] = kinds[name](text)
+        except (KeyError, ValueError):
+            raise ValueError(f"{name}={text}: needs a number for one of {[*kinds]}") from None
+    world = ToyWorld(**options)
+    if cfg and cfg.max_tokens + world.max_terms + 1 > POSITIONS:
+        raise ValueError(f"--max-tokens {cfg.max_tokens}: the model reads {POSITIONS} tokens")
+    return world
 
 
-if __name__ == "__main__":
-    world = load(**dict(option.split("=") for option in sys.argv[1:]))
+def show(world):
+    """Print a problem, a demonstration and the world's sizes."""
     problem = world.train_problems(1, "show")[0]
     terms = [token - ZERO for token in problem.prompt[:-1]]
-    response = world.demonstration(terms, random.Random("show"))
+    response = world.decode(world.demonstration(terms, random.Random("show")))
     print(f"prompt         {world.decode(problem.prompt)}")
-    print(f"demonstration  {world.decode(response)}   (right: {problem.answer})")
+    print(f"demonstration  {response}   (right: {problem.answer})")
     print(f"gap-free       {float(world.gap_free_share(terms)):.1%} of this prompt's orders")
     print(f"gaps           {len(world.gaps)} of {world.max_sum * world.max_term} pairs")
     for split, multisets in world.multisets.items():
         print(f"{split:<14} {sorted(Counter(map(world.grade, multisets)).items())}")
+
+
+if __name__ == "__main__":
+    show(load(**dict(option.split("=") for option in sys.argv[1:])))

@@ -1,36 +1,39 @@
 """How fast and how small: siren.py against the plain ways of doing the same.
 
-    python examples/bench.py             # all five, 20 minutes; writes results/bench.json
-    python examples/bench.py --quick     # the same code on tiny sizes, under a minute (for CI)
-    python examples/bench.py --only a e  # some of it; the others' figures stay in the files
+    python research/bench.py             # all five, 20 minutes; writes results/bench.json
+    python research/bench.py --quick     # the same code on tiny sizes, under a minute (for CI)
+    python research/bench.py --only a e  # some of it; the others' figures stay in the files
 
- a  log-prob, full and nucleus entropy of N tokens over a vocabulary of V, forward and backward:
-    siren.token_stats and examples/fast_stats.py against the floor (log-softmax, gather and full
-    entropy, with no nucleus at all) and against a full sort
+ a  log-prob, full and nucleus entropy of N tokens over a vocabulary of V, forward and back:
+    siren.stats_in_chunks and research/fast_stats.py against the floor (log-softmax, gather and
+    full entropy, with no nucleus at all) and against a full sort
  b  sampling groups: siren.sample against transformers' model.generate
  c  peak memory of one update: chunk by chunk against all logits at once
  d  one training step against TRL's GRPOTrainer (if installed)
  e  one training step against the model's own forward and backward passes in it
 
-Contenders take turns within a round, each first in every other round, so that a busy machine slows
-all alike; a figure is the ratio within a round, its median is over the rounds. Memory is what
-PyTorch's allocator hands out, kernels' temporaries included, and repeats to the byte. One thread.
+Contenders take turns within a round, each first in every other round, so that a busy machine
+slows all alike. A figure is the ratio within a round; its median is over the rounds. Memory is
+what PyTorch's allocator hands out, kernels' temporaries included, and repeats to the byte. One
+thread.
 """
 
-import argparse
 import copy
+import dataclasses
 import gc
 import json
 import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -39,26 +42,34 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
-from examples.fast_stats import token_stats as drop_in
+from research import fast_stats
+from research.tools import Parser, run_tool
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "bench.json"
-TOP_P, PROMPTS, GROUP = 0.8, 8, 8
-HIDDEN, SAMPLE_VOCAB = 256, 4096  # of the models in (b) and (c); of the model in (b)
+TOP_P = 0.8
+PROMPTS = 8
+GROUP = 8
+HIDDEN = 256  # width of the models in (b) and (c)
+SAMPLE_VOCAB = 4096  # of the model in (b)
 # rounds of each race, vocabulary of (a) and (c), longest response of (b), tokens of (c)
 SIZES = {"rounds": 5, "vocab": 152_064, "response": 192, "update_tokens": 2048}
 QUICK = {"rounds": 2, "vocab": 2048, "response": 12, "update_tokens": 64}
 
 
-# ------------------------------------------------------------------------------------------ measure
+# ------------------------------------------------------------------------------------- measure
 def allocated_peak(run, ready=tuple):
-    """The most bytes that PyTorch's CPU allocator has handed out at one time during run(*ready()).
+    """The most bytes that PyTorch's CPU allocator has handed out at one time during
+    run(*ready()).
 
-    What `ready` allocates and returns is counted too, its own peak is not. From the profiler's log
-    of every allocation: it sees what a kernel allocates inside, as a count of tensors would not.
-    run() must not free what an earlier measurement left behind: the log would take it off.
+    What `ready` allocates and returns is counted too, its own peak is not. From the profiler's
+    log of every allocation: it sees what a kernel allocates inside, as a count of tensors
+    would not. run() must not free what an earlier measurement left behind: the log would take
+    it off.
     """
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as log:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False
+    ) as log:
         made = ready()
         with torch.profiler.record_function("measured"):
             run(*made)
@@ -73,8 +84,8 @@ def allocated_peak(run, ready=tuple):
 
 
 def race(ways, rounds, before=lambda: None):
-    """Name -> seconds of each round, for these functions. before() opens a round; the first round
-    is not counted."""
+    """Name -> seconds of each round, for these functions. before() opens a round; the first
+    round is not counted."""
     times = {name: [] for name in ways}
     for i in range(rounds + 1):
         before()
@@ -95,10 +106,11 @@ def ratios(above, below):
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-# ------------------------------------------------------------------------------------- a: the head
+# --------------------------------------------------------------------------------- a: the head
 def peaked(n, vocab, rng):
-    """Logits [n, vocab] like a language model's: noise of deviation 2, and 64 tokens that stand 25
-    above it, the k-th likeliest by 25 - s ln k; s is from 1 (3 nats) to 8 (certain), by row."""
+    """Logits [n, vocab] like a language model's: noise of deviation 2, and 64 tokens that
+    stand 25 above it, the k-th likeliest by 25 - s ln k; s is from 1 (3 nats) to 8 (certain),
+    by row."""
     logits = 2 * torch.randn(n, vocab, generator=rng)
     likely = torch.rand(n, vocab, generator=rng).topk(64, dim=1).indices
     steep = 1 + 7 * torch.rand(n, 1, generator=rng)
@@ -106,7 +118,8 @@ def peaked(n, vocab, rng):
 
 
 def zipf(n, vocab, rng):
-    """The k-th likeliest token has a probability proportional to k ** -1.5, in random order."""
+    """The k-th likeliest token has a probability proportional to k ** -1.5, in random
+    order."""
     ranks = torch.stack([torch.randperm(vocab, generator=rng) for _ in range(n)])
     return -1.5 * (1.0 + ranks).log()
 
@@ -116,16 +129,32 @@ def flat(n, vocab, rng):
     return 0.1 * torch.randn(n, vocab, generator=rng)
 
 
-def floor(logits, tokens, *_):
-    """What any such method must do: log-prob and full entropy. logits [B, T, V], tokens [B, T]."""
+class Logits(torch.nn.Module):
+    """A head whose hidden states are the logits themselves, of a vocabulary of this size."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.weight = torch.empty(vocab, 0)  # it is asked for its length
+
+    def forward(self, logits):
+        return logits
+
+
+def needed(logits, tokens):
+    """What any such method must do: log-prob and full entropy. logits [N, V], tokens [N]."""
     log_pi = logits.log_softmax(-1)
     logp = log_pi.gather(-1, tokens[..., None])[..., 0]
     return {"logp": logp, "entropy": -(log_pi.exp() * log_pi).sum(-1)}
 
 
-def by_sort(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=0):
-    """siren.token_stats as it is usually written: all logits at once, a full sort, autograd."""
-    logits = outputs if head is None else head(outputs)
+def floor(hidden, head, tokens, *_):
+    """That alone."""
+    return needed(head(hidden), tokens)
+
+
+def by_sort(hidden, head, tokens, top_p, temperature=1.0, chunk=0):
+    """siren.stats_in_chunks as it is usually written: all logits at once, a full sort."""
+    logits = head(hidden)
     log_pi = logits.log_softmax(-1)
     ordered, order = log_pi.detach().sort(-1, descending=True)
     pi = ordered.exp()
@@ -133,29 +162,37 @@ def by_sort(outputs, tokens, mask, top_p, temperature=1.0, head=None, chunk=0):
     inside.scatter_(-1, order, pi.cumsum(-1) - pi < top_p)
     log_q = log_pi.masked_fill(~inside, -math.inf).log_softmax(-1)
     h = -(log_q.exp() * log_q.masked_fill(~inside, 0.0)).sum(-1)
-    return {**floor(logits, tokens), "nucleus_entropy": h}
+    return {**needed(logits, tokens), "nucleus_entropy": h}
+
+
+def drop_in(logits, _, *rest):
+    """fast_stats, which takes logits without a head."""
+    return fast_stats.stats_in_chunks(logits, None, *rest)
 
 
 KINDS = {"peaked": peaked, "zipf": zipf, "flat": flat}
-METHODS = {"floor": floor, "ours": siren.token_stats, "drop_in": drop_in, "sort": by_sort}
+METHODS = {"floor": floor, "ours": siren.stats_in_chunks, "drop_in": drop_in, "sort": by_sort}
 PAIRS = {"nucleus_vs_floor": ("ours", "floor"), "nucleus_vs_sort": ("sort", "ours")}
 PAIRS |= {"drop_in_vs_floor": ("drop_in", "floor")}
 
 
 def forward_backward(method, logits, tokens):
     """Once forward and once backward."""
-    stats = method(logits, tokens, torch.ones(tokens.shape), TOP_P)
+    stats = method(logits, Logits(logits.shape[-1]), tokens, TOP_P, 1.0)
     sum(values.sum() for values in stats.values() if values.requires_grad).backward()
     logits.grad = None
 
 
 def bench_head(sizes):
     """(a) The keys nucleus_*: of peaked and Zipf logits, the one whose median is worse."""
-    rng, found = torch.Generator().manual_seed(0), {}
+    rng = torch.Generator().manual_seed(0)
+    found = {}
     for kind, make in KINDS.items():
-        logits = make(64, sizes["vocab"], rng)[None].requires_grad_()
-        tokens = torch.randint(sizes["vocab"], (1, 64), generator=rng)
-        ways = {name: partial(forward_backward, m, logits, tokens) for name, m in METHODS.items()}
+        logits = make(64, sizes["vocab"], rng).requires_grad_()
+        tokens = torch.randint(sizes["vocab"], (64,), generator=rng)
+        ways = {
+            name: partial(forward_backward, m, logits, tokens) for name, m in METHODS.items()
+        }
         times = race(ways, sizes["rounds"])
         # the logits themselves were there before: they count for all alike
         peaks = {name: [logits.nbytes + allocated_peak(way)] for name, way in ways.items()}
@@ -166,18 +203,22 @@ def bench_head(sizes):
     keys = {"nucleus_vs_floor_time": max, "nucleus_vs_floor_memory": max}
     keys |= {"nucleus_vs_sort_time": min}
     return {"a": found} | {
-        key: worse((found[kind][key] for kind in ("peaked", "zipf")), key=lambda x: x["median"])
+        key: worse(
+            (found[kind][key] for kind in ("peaked", "zipf")), key=lambda x: x["median"]
+        )
         for key, worse in keys.items()
     }
 
 
-# ---------------------------------------------------------------------------------- b: the sampler
+# ------------------------------------------------------------------------------ b: the sampler
 class Scripted(Qwen2ForCausalLM):
-    """A model whose responses end where `lengths` [rows] says: EOS is certain there, and impossible
-    before. Rows may leave the batch once they have ended (`sample`) or stay (`generate`)."""
+    """A model whose responses end where `lengths` [rows] says: EOS is certain there, and
+    impossible before. Rows may leave the batch once they have ended (`sample`) or stay
+    (`generate`)."""
 
     EOS = 1
-    lengths, step = torch.tensor([]), 0  # each at least 2; the passes so far
+    lengths = torch.tensor([])  # each at least 2
+    step = 0  # the passes so far
 
     def forward(self, *args, **kwargs):
         """Qwen2's, with the last position's logits of EOS overwritten."""
@@ -195,32 +236,47 @@ class Scripted(Qwen2ForCausalLM):
 def make_model(kind, vocab, layers):
     """A random model of that class."""
     torch.manual_seed(0)
-    size = {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "num_hidden_layers": layers}
+    size = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 3 * HIDDEN,
+        "num_hidden_layers": layers,
+    }
     size |= {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
     return kind(Qwen2Config(vocab_size=vocab, pad_token_id=0, **size)).eval()
 
 
 def bench_sampler(sizes):
     """(b) sample against generate: the same model, prompts, lengths and number of samples."""
-    model, budget = make_model(Scripted, SAMPLE_VOCAB, layers=4), sizes["response"]
+    model = make_model(Scripted, SAMPLE_VOCAB, layers=4)
+    budget = sizes["response"]
     prompts = [torch.randint(2, SAMPLE_VOCAB, (n,)) for n in torch.randint(24, 65, (PROMPTS,))]
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
-    lists = [prompt.tolist() for prompt in prompts]
-    ours = {"max_tokens": budget, "samples": GROUP, "eos_ids": [Scripted.EOS], "pad_id": 0}
-    plain = {"max_new_tokens": budget, "num_return_sequences": GROUP, "eos_token_id": Scripted.EOS}
-    plain |= {"do_sample": True, "top_k": 0, "attention_mask": (ids > 0).long()}
+    problems = [SimpleNamespace(prompt=prompt.tolist()) for prompt in prompts]
+    task = SimpleNamespace(eos_ids=[Scripted.EOS], pad_id=0)
+    cfg = siren.Config(max_tokens=budget)
+    plain = {"max_new_tokens": budget, "num_return_sequences": GROUP}
+    plain |= {
+        "eos_token_id": Scripted.EOS,
+        "do_sample": True,
+        "top_k": 0,
+        "attention_mask": (ids > 0).long(),
+    }
 
     def by_us(lengths):
-        model.lengths, model.step = lengths, 0
-        return siren.sample(model, lists, **ours).mask.sum(1).tolist()
+        model.lengths = lengths
+        model.step = 0
+        return siren.sample(model, task, problems, cfg, "0", GROUP, 1.0).mask.sum(1).tolist()
 
     def by_generate(lengths):
-        model.lengths, model.step = lengths, 0
+        model.lengths = lengths
+        model.step = 0
         out = model.generate(ids, **plain)[:, ids.shape[1] :]
         return [1 + row.index(Scripted.EOS) for row in out.tolist()]
 
     # long responses are rare: a quarter of the budget on average, one uses all of it
-    mixed = 2 + torch.empty(PROMPTS * GROUP).exponential_(4 / budget).long().clamp(max=budget - 2)
+    mixed = 2 + torch.empty(PROMPTS * GROUP).exponential_(4 / budget).long().clamp(
+        max=budget - 2
+    )
     mixed[0] = budget
     found = {"b": {}}
     for name, lengths in {"equal": torch.full_like(mixed, budget), "mixed": mixed}.items():
@@ -232,28 +288,34 @@ def bench_sampler(sizes):
     return found
 
 
-# ------------------------------------------------------------------------------------ c: an update
+# -------------------------------------------------------------------------------- c: an update
 def bench_update(sizes):
-    """(c) The peak of the second update, when the optimiser has its state, of a two-layer model."""
+    """(c) The peak of the second update, when the optimiser has its state, of a two-layer
+    model."""
     torch.manual_seed(0)
     t = sizes["update_tokens"] // 2  # a group of two responses
-    ids, mask = torch.randint(sizes["vocab"], (2, 16 + t)), torch.ones(2, 16 + t, dtype=torch.bool)
+    ids = torch.randint(sizes["vocab"], (2, 16 + t))
+    mask = torch.ones(2, 16 + t, dtype=torch.bool)
     logp = torch.full((2, t), -math.log(sizes["vocab"]))
     rollout = siren.Rollout(ids[:, :16], mask[:, :16], ids[:, 16:], mask[:, 16:], logp)
-    batch = rollout, logp, torch.tensor([1.0, 0.0]), 1.0, siren.Config(max_tokens=t, group_size=2)
-    peaks, stats = {}, []
+    batch = (rollout, logp, torch.tensor([0.5, -0.5]))
+    cfg = siren.Config(max_tokens=t, group_size=2)
+    peaks = {}
+    stats = []
 
     def ready():
         model = make_model(Qwen2ForCausalLM, sizes["vocab"], layers=2)
-        made = model, torch.optim.AdamW(model.parameters(), lr=1e-4)
-        siren.update(*made, *batch)
-        return made
+        made = SimpleNamespace(cfg=cfg, model=model, anchor=1.0)
+        made.weights = list(model.parameters())
+        made.optimizer = torch.optim.AdamW(made.weights, lr=1e-4)
+        siren.update(made, *batch)
+        return (made,)
 
-    def run(*made):
-        stats.append(siren.update(*made, *batch))
+    def run(made):
+        stats.append(siren.update(made, *batch))
 
-    for name, method in {"ours": siren.token_stats, "plain": by_sort}.items():
-        with mock.patch.object(siren, "token_stats", method):
+    for name, method in {"ours": siren.stats_in_chunks, "plain": by_sort}.items():
+        with mock.patch.object(siren, "stats_in_chunks", method):
             peaks[name] = [allocated_peak(run, ready)]
     for key in ("h_agg", "grad_norm"):  # the same update, so a fair comparison
         assert math.isclose(stats[0][key], stats[1][key], rel_tol=1e-3), (key, stats)
@@ -261,32 +323,32 @@ def bench_update(sizes):
     return {key: ratios(peaks["ours"], peaks["plain"]), "c": {"bytes": peaks}}
 
 
-# ------------------------------------------------------------------------------ d: a training step
+# -------------------------------------------------------------------------- d: a training step
 class Toy(TrainerCallback):
-    """siren.training_step on the toy task, step after step. As a callback of a trainer of TRL's: a
-    step before each of TRL's, which are a rollout and cfg.mini_batches updates."""
+    """siren.training_step on the toy task, step after step. As a callback of a trainer of
+    TRL's: a step before each of TRL's, which are a rollout and cfg.mini_batches updates."""
 
-    def __init__(self, steps):
-        self.cfg = siren.Config(device="cpu", steps=steps)
-        self.task = siren.load_task(self.cfg)
-        self.model = self.task.build_model().eval()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.cfg.lr, fused=True)
-        self.records, self.trl_seconds = [{}], []  # a record of step 0, and one of each step
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.run = siren.Run(siren.Config(device="cpu", out=self.folder.name))
+        self.seconds = []  # of each step
+        self.trl_seconds = []
 
     def step(self):
         """The next step."""
-        made = self.model, self.optimizer, self.task, self.cfg
-        self.records.append(siren.training_step(*made, len(self.records), self.records[-1]))
+        start = time.perf_counter()
+        siren.training_step(self.run, len(self.seconds) + 1)
+        self.seconds.append(time.perf_counter() - start)
 
     def on_step_begin(self, args, state, control, **_):
         """Before an update of TRL's: our step, if it is the first of a rollout."""
-        if state.global_step % self.cfg.mini_batches == 0:
+        if state.global_step % self.run.cfg.mini_batches == 0:
             self.step()
             self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
         """After an update of TRL's."""
-        if state.global_step % self.cfg.mini_batches == 0:
+        if state.global_step % self.run.cfg.mini_batches == 0:
             self.trl_seconds.append(time.perf_counter() - self.start)
 
 
@@ -300,23 +362,26 @@ def bench_trl(sizes):
         return {"d": {}}
     from trl import GRPOConfig, GRPOTrainer
 
-    from examples import trl_data
+    from examples import trl_data  # the same toy, in the form that TRL wants
 
     found = {}
+    steps = 2 * sizes["rounds"] + 1  # the first is not counted
     for name, usual in {"equal arithmetic": False, "TRL's defaults": True}.items():
-        toy = Toy(2 * sizes["rounds"] + 1)  # the first is not counted
-        options = trl_data.options(toy.cfg) | {"bf16": usual, "gradient_checkpointing": usual}
-        args = GRPOConfig("runs/bench-trl", **options)
-        GRPOTrainer(args=args, callbacks=[toy], **trl_data.toy_parts(toy.cfg)).train()
-        ours, theirs = [record["seconds"] for record in toy.records[2:]], toy.trl_seconds[1:]
+        toy = Toy()
+        cfg = dataclasses.replace(toy.run.cfg, steps=steps)
+        options = trl_data.options(cfg) | {"bf16": usual, "gradient_checkpointing": usual}
+        args = GRPOConfig(toy.folder.name, **options)
+        GRPOTrainer(args=args, callbacks=[toy], **trl_data.toy_parts(cfg)).train()
+        ours = toy.seconds[1:]
+        theirs = toy.trl_seconds[1:]
         found[name] = {"ratio": ratios(theirs, ours), "seconds": {"ours": ours, "trl": theirs}}
     return {"step_vs_trl": found["equal arithmetic"]["ratio"], "d": found}
 
 
-# ----------------------------------------------------------------- e: a step and its own passes
+# ---------------------------------------------------------------- e: a step and its own passes
 def record_passes(model, run):
-    """The calls of the model's network and of its head during run(): which, with gradient or not,
-    arguments."""
+    """The calls of the model's network and of its head during run(): which, with gradient or
+    not, arguments."""
     calls = []
 
     def keep(module, args, kwargs):
@@ -324,7 +389,7 @@ def record_passes(model, run):
         # a copy, since the cache of a decoding step grows
         calls.append((module, torch.is_grad_enabled(), *copy.deepcopy((args, kwargs))))
 
-    parts = model.base_model, model.get_output_embeddings()
+    parts = (model.base_model, model.get_output_embeddings())
     hooks = [part.register_forward_pre_hook(keep, with_kwargs=True) for part in parts]
     run()
     for hook in hooks:
@@ -346,25 +411,43 @@ def replay_passes(model, calls):
 
 def bench_passes(sizes):
     """(e) A step of a toy run, and a replay of the passes of the step before it."""
-    toy, calls = Toy(2 * sizes["rounds"]), []
+    toy = Toy()
+    model = toy.run.model
+    calls = []
 
     def record():
-        calls[:] = record_passes(toy.model, toy.step)
+        calls[:] = record_passes(model, toy.step)
 
-    ways = {"step": toy.step, "model": lambda: replay_passes(toy.model, calls)}
-    times = race(ways, toy.cfg.steps, record)
+    ways = {"step": toy.step, "model": lambda: replay_passes(model, calls)}
+    times = race(ways, 2 * sizes["rounds"], record)
     return {"step_vs_model": ratios(times["step"], times["model"]), "e": {"seconds": times}}
 
 
-# ------------------------------------------------------------------------------------- the command
-PARTS = {"a": bench_head, "b": bench_sampler, "c": bench_update, "d": bench_trl, "e": bench_passes}
+# --------------------------------------------------------------------------------- the command
+PARTS = {
+    "a": bench_head,
+    "b": bench_sampler,
+    "c": bench_update,
+    "d": bench_trl,
+    "e": bench_passes,
+}
 ROWS = {  # key -> its part, what the table says, the bound, and whether less is better
-    "nucleus_vs_floor_time": ("a", "log-prob, H, H': time, ours / without a nucleus", 1.0, True),
+    "nucleus_vs_floor_time": (
+        "a",
+        "log-prob, H, H': time, ours / without a nucleus",
+        1.0,
+        True,
+    ),
     "nucleus_vs_floor_memory": ("a", "the same: peak memory", 0.55, True),
     "nucleus_vs_sort_time": ("a", "the same: time, full sort / ours", 4.0, False),
     "sampler_vs_generate_equal": ("b", "sampling, equal lengths: generate / ours", 1.0, False),
     "sampler_vs_generate_mixed": ("b", "sampling, mixed lengths: generate / ours", 1.5, False),
-    "update_memory_chunked_vs_not": ("c", "update: peak memory, ours / all logits", 0.125, True),
+    "update_memory_chunked_vs_not": (
+        "c",
+        "update: peak memory, ours / all logits",
+        0.125,
+        True,
+    ),
     "step_vs_trl": ("d", "training step: time, TRL's GRPOTrainer / ours", 1.0, False),
     "step_vs_model": ("e", "training step: time, ours / the model's own passes", 1.3, True),
 }
@@ -376,13 +459,19 @@ def table(found):
     for key, (part, text, aim, less) in ROWS.items():
         form = "{median:.3g} | {min:.3g} - {max:.3g}" if key in found else "not measured |"
         figures = form.format(**found.get(key, {}))
-        lines.append(f"| {part} | {text} | {figures} | at {'most' if less else 'least'} {aim:g} |")
+        lines.append(
+            f"| {part} | {text} | {figures} | at {'most' if less else 'least'} {aim:g} |"
+        )
     lines.append("")
     for part in PARTS:
         for name, values in found.get(part, {}).items():
-            if figures := [f"{k} {v['median']:.3g}" for k, v in values.items() if "median" in v]:
+            if figures := [
+                f"{k} {v['median']:.3g}" for k, v in values.items() if "median" in v
+            ]:
                 lines.append(f"- ({part}), {name}: {', '.join(figures)}.")
-    lines += [f"- ({part}) measured on {where}." for part, where in found["measured_on"].items()]
+    lines += [
+        f"- ({part}) measured on {where}." for part, where in found["measured_on"].items()
+    ]
     if found["sizes"] == QUICK:
         lines.append("- Tiny sizes, to run the code: these ratios mean nothing.")
     return "\n".join(lines)
@@ -392,14 +481,15 @@ def describe():
     """What the results depend on: processor, how busy the machine is, versions."""
     names = filter(find_spec, ("torch", "transformers", "trl"))
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    cpu, load = torch.backends.cpu.get_cpu_capability(), os.getloadavg()[0]
+    cpu = torch.backends.cpu.get_cpu_capability()
+    load = os.getloadavg()[0]
     return f"{cpu}, one thread, load {load:.1f} before, {versions}"
 
 
-def main(argv=None):
-    """The command. Exit code 2: bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; the ratios mean nothing")
+def command(argv):
+    """Measure the parts that are asked for; write the results and print them."""
+    parser = Parser("bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: meaningless ratios")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts")
     parser.add_argument("--out", type=Path, help="the .json to write, with a .md beside it")
     given = parser.parse_args(argv)
@@ -416,5 +506,10 @@ def main(argv=None):
     print(table(found), f"\nwrote {out} and {out.with_suffix('.md').name}")
 
 
+def main(argv=None):
+    """The command. Exit codes as run_tool says."""
+    return run_tool("bench.py", command, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

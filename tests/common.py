@@ -279,7 +279,7 @@ def logp_alone(model, prompt, tokens, temperature=1.0):
 
 
 def chi_square(observed, expected, idea):
-    """observed: counts; expected: probabilities. At most four and a half standard deviations."""
+    """observed: counts; expected: probabilities. At most 4.5 standard deviations."""
     count = sum(observed.values())
     likely = {key: p * count for key, p in expected.items() if p * count >= 5}
     chi2 = sum((observed[key] - due) ** 2 / due for key, due in likely.items())

@@ -22,13 +22,16 @@ class Data(dict):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """The recipe's module, imported among stand-ins: (module, verl's functions, group of calls)."""
+    """The recipe's module, imported among stand-ins: module, verl's functions, group of calls."""
     calls = []
     plain = SimpleNamespace(ppo_loss=lambda config, model_output, data, group: (0.0, {}))
     functional = SimpleNamespace(entropy_from_logits=None)
     padding = SimpleNamespace(no_padding_2_padding=lambda h, data: h)
     modules = {"verl.utils": SimpleNamespace(torch_functional=functional)}
-    modules |= {"verl.workers": SimpleNamespace(engine_workers=plain), "verl": SimpleNamespace()}
+    modules |= {
+        "verl.workers": SimpleNamespace(engine_workers=plain),
+        "verl": SimpleNamespace(),
+    }
     modules |= {"verl.workers.utils.padding": padding}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -55,9 +58,9 @@ def test_the_recipe_on_stand_ins(recipe):
     loss, metrics = plain.ppo_loss(None, {"entropy": entropy}, data, dp_group="all")
     (found,) = torch.autograd.grad(loss, logits)
 
-    tokens = torch.zeros(4, 6, dtype=torch.long)
-    nothing = torch.zeros(4, 6), torch.zeros(4)  # old_logp, adv: no policy gradient
-    expected, stats = siren.siren_loss(logits, tokens, *nothing, mask, 0.3, beta=0.005)
+    h = siren.token_stats(logits, torch.zeros(4, 6, dtype=torch.long))["nucleus_entropy"]
+    nothing = torch.zeros((), dtype=torch.float64)  # in the place of a policy loss
+    expected, stats = siren.siren_loss(nothing, h, mask, 0.3, beta=0.005)
     (gradient,) = torch.autograd.grad(expected, logits)
     assert calls == ["all"] and gradient.abs().max() > 1e-6
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-15)
@@ -68,6 +71,20 @@ def test_the_recipe_on_stand_ins(recipe):
     data["dp_size"], data["global_batch_size"] = 2, 8  # half of the mini-batch, on one of two
     loss, _ = plain.ppo_loss(None, {"entropy": functional.entropy_from_logits(logits)}, data)
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], found)
+
+
+def test_many_rows_are_taken_in_parts(recipe):
+    """With more than 256 rows, H' and its gradient are those of all rows at once."""
+    _, _, functional, _ = recipe
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(100, 7, 9, generator=g, dtype=torch.float64, requires_grad=True)
+    found = functional.entropy_from_logits(logits)
+    tokens = torch.zeros(100, 7, dtype=torch.long)
+    due = siren.token_stats(logits, tokens)["nucleus_entropy"]
+    assert found.shape == (100, 7) and torch.equal(found, due)
+    weights = torch.randn(100, 7, generator=g, dtype=torch.float64)
+    gradients = [torch.autograd.grad((weights * h).sum(), logits)[0] for h in (found, due)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_first_mini_batch_is_the_anchor(recipe):

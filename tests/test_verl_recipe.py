@@ -22,7 +22,7 @@ class Data(dict):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """The recipe's module, imported among stand-ins: module, verl's functions, group of calls."""
+    """The module, imported among stand-ins: (module, verl's functions, group of calls)."""
     calls = []
     plain = SimpleNamespace(ppo_loss=lambda config, model_output, data, group: (0.0, {}))
     functional = SimpleNamespace(entropy_from_logits=None)

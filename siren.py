@@ -42,10 +42,9 @@ import random
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -305,26 +304,22 @@ class Config:
 
     def __post_init__(self):
         require(self.regularizer in ("anchor", "bonus", "none"), "--regularizer: see --help")
-        largest = {"top_p": 1, "peak_quantile": 1, "clip_low": 1, "mini_batches": self.prompts}
         may_be_0 = ("steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps")
+        largest = {"top_p": 1, "peak_quantile": 1, "clip_low": 1, "mini_batches": self.prompts}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             low = 0 if field.default == 0 or field.name in may_be_0 else 1e-6
             high = largest.get(field.name, 1e12)
             ok = field.type is str or low <= value <= high
-            flag = "--" + field.name.replace("_", "-")
-            require(ok, f"{flag} {value}: must be from {low:g} to {high:g}")
+            require(ok, f"--{field.name} {value}: must be from {low:g} to {high:g}")
 
 
 # ---------------------------------------------------------------------------------- 3. sampler
-class Rollout(NamedTuple):
-    """B prompts and responses. The masks come from positions, not ids: pad may equal EOS."""
-
-    prompt: torch.Tensor  # [B, P] ids, padded on the left
-    prompt_mask: torch.Tensor  # [B, P] bool
-    tokens: torch.Tensor  # [B, T] ids, padded on the right
-    mask: torch.Tensor  # [B, T] bool, True in the response, up to and including EOS
-    logp: torch.Tensor  # [B, T] log-probabilities when drawn, to be compared with a new pass
+class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
+    """B prompts and responses: prompt [B, P], ids, padded on the left, and its mask; tokens
+    [B, T], ids, padded on the right, and their mask, True up to and including EOS; logp
+    [B, T], log-probabilities when drawn, to be compared with a new pass. The masks (bool) come from
+    positions, not from ids, since pad may equal EOS."""
 
     def rows(self, index):
         return Rollout(*(tensor[index] for tensor in self))
@@ -464,11 +459,10 @@ def update(run, rollout, old_logp, adv):
     cfg = run.cfg
     mask = rollout.mask
     now = score(run.model, rollout, cfg)  # [B, T] each, with gradient
-    logp = now["logp"]
+    logp, h = now["logp"], now["nucleus_entropy"]
     policy, info = policy_loss(
         logp, old_logp, adv, mask, cfg.max_tokens, cfg.clip_low, cfg.clip_high, cfg.algorithm
     )
-    h = now["nucleus_entropy"]
     loss, more_info = siren_loss(
         policy, h, mask, run.anchor, cfg.beta, cfg.peak_quantile, cfg.regularizer
     )
@@ -544,8 +538,15 @@ def evaluate(model, task, problems, cfg):
 
 
 # ------------------------------------------ 7. the run: nothing below this line is about SIREN
-MAY_CHANGE = {"steps", "out", "save_every", "eval_every", "device", "threads", "chunk"}
-MAY_CHANGE |= {"micro_batch_size"}  # when a run is resumed
+MAY_CHANGE = {
+    "steps",
+    "out",
+    "save_every",
+    "eval_every",
+    "device",
+    "chunk",
+    "micro_batch_size",
+}
 
 
 class Run:
@@ -560,8 +561,9 @@ class Run:
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
         exists = (self.folder / "checkpoint.pt").exists()
         require(resume or not exists, f"--out {self.folder}: holds a run; add --resume")
-        options = dict(re.findall(r"[:,](\w+)=(.*?)(?=,\w+=|$)", cfg.task, re.DOTALL))
-        self.task = importlib.import_module(cfg.task.split(":")[0]).load(cfg, **options)
+        module, *options = re.split(r"[:,](?=\w+=)", cfg.task)
+        options = dict(option.split("=", 1) for option in options)
+        self.task = importlib.import_module(module).load(cfg, **options)
         self.heldout = self.task.heldout(cfg.eval_prompts)  # name -> problems
         self.model = self.task.build_model().to(cfg.device).eval()  # eval: without dropout
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -634,15 +636,16 @@ def report(records):
     """Print a table of the run."""
     print(f"{'':22}before   after   (training: first step, mean of the last ten)")
     for name in ("reward", "entropy", "h_agg", "anchor", *records[0]):
-        values = [record[name] for record in records if name in record]
+        values = [record[name] for record in records if name in record and name != "step"]
         last = values[-1:] if "/" in name else values[-10:]
-        if last and name != "step":
+        if values:
             print(f"{name:20}{values[0]:8.3f}{sum(last) / len(last):8.3f}")
 
 
-def read_flags(argv=None):
-    """The command line -> (Config, resume). The fields of Config are flags. Others belong to
-    the task: --vocab 96 is --task toy_env:vocab=96, and --model chooses text_env."""
+def main(argv=None):
+    """The command: the fields of Config are its flags; others belong to the task: --vocab 96 is
+    --task toy_env:vocab=96, and --model is text_env's. It exits with 0: done, 1: stopped, 2:
+    bad input, or 130: Ctrl-C."""
     parser = argparse.ArgumentParser("siren.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", Path(__file__).read_text(), re.M))
@@ -653,34 +656,25 @@ def read_flags(argv=None):
     given, rest = parser.parse_known_args(argv)
     flags = vars(given)
     resume = flags.pop("resume")
-    if rest:
-        text = " ".join(rest)
-        words = re.split(r"(?:^| )--([\w-]+)[= ]", text)  # "", name, value, name, ...
-        require(words[0] == "" and len(words) > 2, f"{text}: no such flag, or it has no value")
-        pairs = [f"{k.replace('-', '_')}={x}" for k, x in zip(words[1::2], words[2::2])]
-        task = flags.get("task", "text_env:" if "model" in words else f"{Config.task}:")
-        flags["task"] = ",".join([task, *pairs]).replace(":,", ":")
-    if resume:
-        saved = load_checkpoint(folder_of(Config(**flags)))["config"]
-        flags = {**saved, "out": "", **flags}
-    return Config(**flags), resume
-
-
-def main(argv=None):
-    """The command. Exit code 0: done; 1: stopped; 2: bad input; 130: Ctrl-C."""
     run = None
     try:
-        run = Run(*read_flags(argv))
+        if rest:
+            words = re.split(r"(?:^| )--([\w-]+)[= ]", " ".join(rest))  # "", name, value, ...
+            require(words[0] == "" and len(words) > 2, f"{' '.join(rest)}: see --help")
+            pairs = [f"{k.replace('-', '_')}={x}" for k, x in zip(words[1::2], words[2::2])]
+            task = flags.get("task", "text_env" if "model" in words else Config.task)
+            flags["task"] = f"{task}{',' if ':' in task else ':'}{','.join(pairs)}"
+        if resume:
+            saved = load_checkpoint(folder_of(Config(**flags)))["config"]
+            flags = {**saved, "out": "", **flags}
+        run = Run(Config(**flags), resume)
         report(train(run))
-        return 0
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; --resume goes on"
+        parser.exit(130, "siren.py: interrupted; --resume goes on\n")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        code, text = 1 if run else 2, " ".join(str(error).split())
-    print(f"siren.py: {text}", file=sys.stderr)
-    return code
+        parser.exit(1 if run else 2, f"siren.py: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":
     sys.modules["siren"] = sys.modules["__main__"]  # for tasks that import siren
-    sys.exit(main())
+    main()

@@ -318,7 +318,7 @@ class Config:
 class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
     """B prompts and responses: prompt [B, P], ids, padded on the left, and its mask; tokens
     [B, T], ids, padded on the right, and their mask, True up to and including EOS; logp
-    [B, T], log-probabilities when drawn, to be compared with a new pass. The masks (bool) come from
+    [B, T], log-probabilities when drawn, to be compared with a new pass. The masks come from
     positions, not from ids, since pad may equal EOS."""
 
     def rows(self, index):
@@ -643,8 +643,8 @@ def report(records):
 
 
 def main(argv=None):
-    """The command: the fields of Config are its flags; others belong to the task: --vocab 96 is
-    --task toy_env:vocab=96, and --model is text_env's. It exits with 0: done, 1: stopped, 2:
+    """The command: the fields of Config are its flags; others belong to the task: --vocab 96
+    is --task toy_env:vocab=96, and --model is text_env's. It exits with 0: done, 1: stopped, 2:
     bad input, or 130: Ctrl-C."""
     parser = argparse.ArgumentParser("siren.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")

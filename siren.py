@@ -643,9 +643,9 @@ def report(records):
 
 
 def main(argv=None):
-    """The command: the fields of Config are its flags; others belong to the task: --vocab 96
-    is --task toy_env:vocab=96, and --model is text_env's. It exits with 0: done, 1: stopped, 2:
-    bad input, or 130: Ctrl-C."""
+    """The command: fields of Config are its flags; others belong to the task, so --vocab 96
+    is --task toy_env:vocab=96, and --model is text_env's. It exits with 0: done, 1: stopped,
+    2: bad input, or 130: Ctrl-C."""
     parser = argparse.ArgumentParser("siren.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", Path(__file__).read_text(), re.M))

@@ -1,42 +1,53 @@
-"""What trl_siren.py trains on, in the form TRL wants: model, tokenizer, data, reward function."""
+"""What trl_siren.py trains on, as TRL wants it: model, tokenizer, data, reward function."""
 
-from typing import Any
+import importlib
+import re
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import siren
-from examples import text_env
+import text_env
 
 
-def toy_tokenizer(task: Any, vocab: int) -> PreTrainedTokenizerFast:
-    """A tokenizer for a task (see siren.py) that writes every token as one word."""
+def load_task(cfg):
+    """The task of a siren.Config, "module:name=value,name=value", as siren.Run loads it."""
+    module, _, rest = cfg.task.partition(":")
+    pairs = [option.split("=", 1) for option in re.split(r",(?=\w+=)", rest) if option]
+    return importlib.import_module(module).load(cfg, **dict(pairs))
+
+
+def toy_tokenizer(task, vocab):
+    """A tokenizer for a task (see toy_env.py) that writes every token as one word."""
     ids = {task.decode([token]): token for token in range(vocab)}
-    pad, eos = task.decode([task.pad_id]), task.decode(task.eos_ids[:1])
+    pad = task.decode([task.pad_id])
+    eos = task.decode(task.eos_ids[:1])
     words = Tokenizer(models.WordLevel(ids, unk_token=pad))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, eos_token=eos)
 
 
-def toy_parts(cfg: siren.Config, problems: list[Any] | None = None) -> dict[str, Any]:
-    """Keywords of GRPOTrainer for cfg's task, such as toy_env; by default 4096 of its problems."""
-    task = siren.load_task(cfg)
-    model, problems = task.build_model(), problems or task.train_problems(4096, "trl")
+def toy_parts(cfg, problems=None):
+    """Keywords of GRPOTrainer for the task of cfg, such as toy_env; by default 4096 of its
+    problems."""
+    task = load_task(cfg)
+    model = task.build_model()
+    problems = problems or task.train_problems(4096, "trl")
     rows = [{"prompt": task.decode(p.prompt), "answer": p.answer} for p in problems]
 
-    def right(completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
-        # from the ids: TRL's text leaves out <eos>, which tells an answer from a cut-off response
-        rules = {"answer_form": task.answer_form, "equal": task.equal}
-        pairs = zip(map(task.decode, completion_ids), answer)
-        return [float(siren.verify(text, a, **rules)) for text, a in pairs]
+    def right(completion_ids, answer, **_):
+        # from the ids: TRL's text leaves out <eos>, which tells an answer from one cut off
+        texts = map(task.decode, completion_ids)
+        rules = (task.find_answer, task.equal)
+        return [float(siren.verify(text, a, *rules)) for text, a in zip(texts, answer)]
 
     tokenizer = toy_tokenizer(task, model.config.vocab_size)
     parts = {"model": model, "processing_class": tokenizer, "reward_funcs": right}
     return {**parts, "train_dataset": Dataset.from_list(rows)}
 
 
-def options(cfg: siren.Config) -> dict[str, Any]:
+def options(cfg):
     """What siren.py does with this cfg, as options of GRPOConfig: Dr.GRPO, no log."""
     return {
         "per_device_train_batch_size": cfg.prompts * cfg.group_size // cfg.mini_batches,
@@ -62,18 +73,19 @@ def options(cfg: siren.Config) -> dict[str, Any]:
     }
 
 
-def text_parts(model: str, data: str, prompt: str = text_env.PROMPT) -> dict[str, Any]:
-    """The same for a language model (folder or hub id) and a .jsonl file of question and answer.
+def text_parts(model, data, prompt=text_env.PROMPT):
+    """The same for a language model (folder or hub id) and a .jsonl file of question and
+    answer.
 
-    OSError, ValueError: no such model or file, a line without question or answer, or answers that
-    no response could match.
+    OSError, ValueError: no such model or file, a line without question or answer, or answers
+    that no response could match.
     """
-    if "{question}" not in prompt:
-        raise ValueError(f"--prompt {prompt!r}: needs {{question}} where the question goes")
+    rule = "needs {question} where the question goes"
+    siren.require("{question}" in prompt, f"--prompt {prompt!r}: {rule}")
     rows = text_env.matchable(text_env.read_rows(data), data)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
 
-    def to_prompt(row: text_env.Row) -> dict[str, Any]:
+    def to_prompt(row):
         text = prompt.replace("{question}", row.question)
         chat = [{"role": "user", "content": text}]
         return {"prompt": chat if tokenizer.chat_template else text, "answer": row.answer}
@@ -82,11 +94,11 @@ def text_parts(model: str, data: str, prompt: str = text_env.PROMPT) -> dict[str
     return {**parts, "train_dataset": Dataset.from_list([to_prompt(row) for row in rows])}
 
 
-def right_text(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """siren.verify's reward of TRL's completions, which are texts or lists of messages.
+def right_text(completions, answer, **_):
+    """The rewards of TRL's completions, which are texts or lists of messages.
 
     >>> right_text(["so \\\\boxed{2}", [{"role": "assistant", "content": "2"}]], ["2", "2"])
     [1.0, 0.0]
     """
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(siren.verify(text, a)) for text, a in zip(texts, answer)]
+    return [float(text_env.verify(text, a)) for text, a in zip(texts, answer)]

@@ -1,13 +1,13 @@
-"""Do trl_siren.py and siren.py train alike? The toy task through both, 3 seeds each.
+"""Do examples/trl_siren.py and siren.py train alike? The toy through both, 3 seeds each.
 
-    python examples/compare_trl.py       # writes results/trl_vs_siren.json, prints its summary
+    python research/compare_trl.py       # writes results/trl_vs_siren.json, prints its summary
 
-Base model, prompts, learning rates and settings are the same. The samples differ, as each engine
-draws its own, and so do the mini-batches: siren.py's hold whole groups, TRL shuffles the responses.
-So the curves can agree only as far as those of two seeds of one engine do.
+Base model, prompts, learning rates and settings are the same. The samples differ, as each
+engine draws its own, and so do the mini-batches: siren.py's hold whole groups, TRL shuffles
+the responses. So the curves can agree only as far as those of two seeds of one engine do. (It
+imports examples/trl_siren.py, since that is what it is about.)
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in t
 import siren
 from examples import trl_data
 from examples.trl_siren import SirenGRPOConfig, SirenGRPOTrainer, siren_options
+from research.tools import Parser, run_tool
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "trl_vs_siren.json"
 SHOWN = {"reward": "reward", "H_agg": "h_agg"}  # the file's names of the metrics
@@ -30,7 +31,8 @@ SETTINGS = "steps prompts group_size mini_batches max_tokens beta top_p peak_qua
 
 
 class RecordingTrainer(SirenGRPOTrainer):
-    """Keeps reward and H_agg of each whole rollout before its first update, as siren.py does."""
+    """Keeps reward and H_agg of each whole rollout before its first update, as siren.py
+    does."""
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
@@ -42,13 +44,13 @@ class RecordingTrainer(SirenGRPOTrainer):
 
 def siren_curves(cfg: siren.Config) -> dict[str, list[float]]:
     """The curves of one run of siren.py, by name."""
-    steps = siren.train(cfg)[1:]
+    steps = siren.train(siren.Run(cfg))[1:]
     return {name: [record[metric] for record in steps] for name, metric in SHOWN.items()}
 
 
 def trl_curves(cfg: siren.Config) -> dict[str, list[float]]:
     """The curves of one run of TRL with siren.py's settings, prompts and learning rates."""
-    task = siren.load_task(cfg)
+    task = trl_data.load_task(cfg)
     draws = [task.train_problems(cfg.prompts, f"{cfg.seed}/{n + 1}") for n in range(cfg.steps)]
     parts = trl_data.toy_parts(cfg, list(itertools.chain(*draws)))
     weights = parts["model"].parameters()
@@ -68,19 +70,22 @@ def trl_curves(cfg: siren.Config) -> dict[str, list[float]]:
 def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     """Curves [seeds, steps] of two engines: how far apart, next to how far apart seeds are.
 
-    gap: mean over the steps of |difference of the engines' means|; spread: the same of two seeds of
-    one engine; wider_splits: in how many of the other ways to split the runs into two equal halves
-    the gap is larger (about half of them, if it makes no difference which engine was used).
+    gap: mean over the steps of |difference of the engines' means|; spread: the same of two
+    seeds of one engine; wider_splits: in how many of the other ways to split the runs into two
+    equal halves the gap is larger (about half of them, if it makes no difference which engine
+    was used).
     """
 
     def gap(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.abs(a.mean(0) - b.mean(0)).mean())
 
-    runs, n = np.concatenate([ours, theirs]), len(ours)
+    runs = np.concatenate([ours, theirs])
+    n = len(ours)
     halves = [h for h in itertools.combinations(range(2 * n), n) if h[0] == 0][1:]
     others = [gap(runs[list(h)], np.delete(runs, list(h), 0)) for h in halves]
     pairs = [(e[i], e[j]) for e in (ours, theirs) for i in range(n) for j in range(i)]
-    apart, spread = gap(ours, theirs), float(np.mean([np.abs(a - b) for a, b in pairs]))
+    apart = gap(ours, theirs)
+    spread = float(np.mean([np.abs(a - b) for a, b in pairs]))
     return {
         "siren_last10": ours[:, -10:].mean(1).round(4).tolist(),
         "trl_last10": theirs[:, -10:].mean(1).round(4).tolist(),
@@ -91,15 +96,15 @@ def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 0: alike, 1: not, 2: bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def command(argv: list[str] | None) -> int:
+    """Train, compare, write the result and print it."""
+    parser = Parser("compare_trl.py", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="rollouts a run")
     parser.add_argument("--seeds", type=int, default=3, help="runs an engine, at least 2")
     parser.add_argument("--out", type=Path, default=RESULT, help="the file to write")
     given = parser.parse_args(argv)
-    if given.seeds < 2 or given.steps < 1:
-        parser.error("--seeds must be at least 2 and --steps at least 1")
+    siren.require(given.seeds >= 2, f"--seeds {given.seeds}: must be at least 2")
+    siren.require(given.steps >= 1, f"--steps {given.steps}: must be at least 1")
     torch.set_num_threads(1)  # part of what makes the figures repeat
     settings = {"steps": given.steps, "threads": 1, "eval_prompts": 1, "eval_samples": 1}
     curves = {"siren": [], "trl": []}
@@ -119,6 +124,11 @@ def main(argv: list[str] | None = None) -> int:
     given.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(summary, indent=1), f"\nwrote {given.out.name}")
     return 0 if all(found["within"] for found in summary.values()) else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code 0: alike, 1: not, 2: bad input."""
+    return run_tool("compare_trl.py", command, argv)
 
 
 if __name__ == "__main__":

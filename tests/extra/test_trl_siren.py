@@ -1,12 +1,13 @@
 """Tests of examples/trl_siren.py, SIREN on TRL's GRPOTrainer.
 
-    pip install -r requirements-examples.txt && python -m pytest -q tests/examples
+    pip install -r requirements-examples.txt && python -m pytest -q tests/extra
 
-The main one trains with TRL, real sampling included, and records what was sampled. An oracle then
-repeats the run from the definitions: float64, one response at a time without any padding, the whole
-mini-batch under one plain autograd, SGD. Weights and logged values must agree.
+The main one trains with TRL, real sampling included, and records what was sampled. An oracle
+then repeats the run from the definitions: float64, one response at a time without any padding,
+the whole mini-batch under one plain autograd, SGD. Weights and logged values must agree.
 
-    python tests/examples/test_trl_siren.py FOLDER CASE...     # the part that torchrun starts twice
+    python tests/extra/test_trl_siren.py FOLDER CASE...     # the part that torchrun starts
+    twice
 """
 
 import json
@@ -28,17 +29,24 @@ from trl import GRPOConfig, GRPOTrainer
 
 import siren
 from examples import trl_data, trl_siren
-from examples.compare_trl import RESULT, compare
 from examples.trl_siren import SirenGRPOConfig, SirenGRPOTrainer
+from research.compare_trl import RESULT, compare
 from toy_env import ToyWorld
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-STEPS, ROWS, BUDGET, LR, BETA = 4, 16, 12, 0.03, 2.0  # ROWS responses a step, 2 steps a rollout
+STEPS, ROWS, BUDGET, LR, BETA = (
+    4,
+    16,
+    12,
+    0.03,
+    2.0,
+)  # ROWS responses a step, 2 steps a rollout
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_alpha=16)
-# micro: responses in a backward pass of one process. In float64 an exact method is off by rounding
-# alone, 1e-16; in float32 that is 1e-7, unless it moves a token over the edge of a nucleus
+# micro: responses in a backward pass of one process. In float64 an exact method is off by
+# rounding alone, 1e-16; in float32 that is 1e-7, unless it moves a token over the edge of a
+# nucleus
 CASES = {
     "one-micro-batch": {"micro": 16},
     "one-micro-batch-checkpointed": {"micro": 16, "checkpointing": True},
@@ -102,7 +110,8 @@ def config(folder, micro, processes=1, checkpointing=False, **options):
 
 
 def share_even(completion_ids, **_):
-    """A reward that tells any two responses apart: too few toy answers are right to test much."""
+    """A reward that tells any two responses apart: too few toy answers are right to test
+    much."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
@@ -116,7 +125,8 @@ def base_model(untied=False, dtype=torch.float32):
 
 
 def parts(lora=None, **model):
-    """The toy with prompts of 4 to 7 terms: they need padding, and some responses are cut off."""
+    """The toy with prompts of 4 to 7 terms: they need padding, and some responses are cut
+    off."""
     world, rng = ToyWorld(), np.random.default_rng(0)
     lengths = [6, 7, 5, 6, 4] * 8
     problems = [world.problem(rng.integers(1, 9, length).tolist()) for length in lengths]
@@ -140,7 +150,10 @@ def run(folder, micro, processes=1, fsdp=False, **options):
     PartialState._shared_state["distributed_type"] = told
     os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
     os.environ |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    os.environ |= {
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    }
     trainer = Recorder(args=args, **parts(**model))
     before = trainables(trainer.model)
     trainer.train()
@@ -195,7 +208,9 @@ def oracle_policy_loss(now, old):
     return loss
 
 
-def oracle(runs, accumulation, *, steps=STEPS, lora=None, untied=False, temperature=1.0, **penalty):
+def oracle(
+    runs, accumulation, *, steps=STEPS, lora=None, untied=False, temperature=1.0, **penalty
+):
     """The run again, or its first steps: the weights after it and the values of each step."""
     measure = temperature, penalty.pop("peak_quantile", 0.8)
     options = {"regularizer": "anchor", "anchor": None, "siren_beta": BETA} | penalty
@@ -215,7 +230,8 @@ def oracle(runs, accumulation, *, steps=STEPS, lora=None, untied=False, temperat
         if step % 2 == 0:  # a new rollout
             with torch.no_grad():
                 both = [
-                    list(oracle_responses(model, windows[step + i], *measure)) for i in range(2)
+                    list(oracle_responses(model, windows[step + i], *measure))
+                    for i in range(2)
                 ]
             old = [[response[0] for response in half] for half in both]
             if anchor is None:
@@ -279,7 +295,13 @@ def test_one_process_equals_plain_autograd(name, tmp_path):
 def together(tmp_path_factory):
     """The recordings of two processes started by torchrun, by case."""
     folder = tmp_path_factory.mktemp("together")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+    ]
     command = [*launch, __file__, str(folder), *TOGETHER]
     where = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=200)
@@ -291,7 +313,9 @@ def together(tmp_path_factory):
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_processes_equal_plain_autograd(name, together):
     first, second = together[name]
-    assert not torch.equal(first["seen"][0]["completion_ids"], second["seen"][0]["completion_ids"])
+    assert not torch.equal(
+        first["seen"][0]["completion_ids"], second["seen"][0]["completion_ids"]
+    )
     assert largest_difference(first["after"], second["after"]) == 0
     check_against_oracle([first, second], CASES[name])
 
@@ -304,8 +328,13 @@ def test_without_the_regulariser_it_is_trl(tmp_path):
     assert largest_difference(mine["after"], trainables(theirs.model)) < 1e-6
     logs = zip(ours.state.log_history, theirs.state.log_history, strict=True)
     for here, there in logs:
-        names = {name for name in there if not name.endswith(("time", "runtime", "per_second"))}
-        new = {f"siren/{name}" for name in ("h_agg", "anchor", "regularizer_loss", "peak_fraction")}
+        names = {
+            name for name in there if not name.endswith(("time", "runtime", "per_second"))
+        }
+        new = {
+            f"siren/{name}"
+            for name in ("h_agg", "anchor", "regularizer_loss", "peak_fraction")
+        }
         assert set(here) - set(there) == (new if "siren/h_agg" in here else set())
         for name in names:
             assert here[name] == pytest.approx(there[name], abs=1e-5), name
@@ -373,15 +402,18 @@ def test_resume_restores_the_anchor(tmp_path):
 def test_resume_needs_the_same_measure(tmp_path):
     run(tmp_path, 16, save_strategy="steps", save_steps=2, max_steps=2)
     other = Recorder(args=config(tmp_path, 16, siren_top_p=0.5), **parts())
-    with pytest.raises(siren.ConfigError, match=r"--siren_top_p 0.5: .*0.8"):
+    with pytest.raises(ValueError, match=r"--siren_top_p 0.5: .*0.8"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for option, message in (("temperature", r"--temperature 2.0: .*1.0"), ("anchor", "leave it")):
+    for option, message in (
+        ("temperature", r"--temperature 2.0: .*1.0"),
+        ("anchor", "leave it"),
+    ):
         other = Recorder(args=config(tmp_path, 16, **{option: 2.0}), **parts())
-        with pytest.raises(siren.ConfigError, match=message):
+        with pytest.raises(ValueError, match=message):
             other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     (tmp_path / "checkpoint-2" / "siren_state.json").unlink()
     same = Recorder(args=config(tmp_path, 16), **parts())
-    with pytest.raises(siren.ConfigError, match=r"siren_state\.json: does not exist"):
+    with pytest.raises(ValueError, match=r"siren_state\.json: does not exist"):
         same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -390,10 +422,10 @@ def test_resume_needs_the_same_measure(tmp_path):
 
 def test_version_guard(monkeypatch):
     trl_siren.check_version("1.16.3")
-    with pytest.raises(siren.ConfigError, match=r"trl 1\.17\.0: tested with trl 1\.16\.\*"):
+    with pytest.raises(ValueError, match=r"trl 1\.17\.0: tested with trl 1\.16\.\*"):
         trl_siren.check_version("1.17.0")
     monkeypatch.setattr(trl_siren, "version", lambda name: {"trl": "1.9.0"}[name])
-    with pytest.raises(siren.ConfigError, match=r"trl 1\.9\.0"):
+    with pytest.raises(ValueError, match=r"trl 1\.9\.0"):
         SirenGRPOTrainer()
     pinned = (ROOT / "requirements-examples.txt").read_text()
     assert f"trl=={trl_siren.TESTED_WITH}" in pinned
@@ -425,7 +457,7 @@ def test_version_guard(monkeypatch):
 )
 def test_refused_options(options, tmp_path):
     name, value = next(iter(options.items()))
-    with pytest.raises(siren.ConfigError, match=f"^--{name} {value}: ") as error:
+    with pytest.raises(ValueError, match=f"^--{name} {value}: ") as error:
         config(tmp_path, 16, **options)
     assert "\n" not in str(error.value)
 
@@ -438,14 +470,19 @@ class TextProcessor(ProcessorMixin):
 
 
 SMALL = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+SMALL |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 def refused(tmp_path, change, **options):
     """The one-line error of a trainer whose model or tokenizer was changed."""
     given = parts()
     given |= change(given)
-    with pytest.raises(siren.ConfigError) as error:
+    with pytest.raises(ValueError) as error:
         SirenGRPOTrainer(args=config(tmp_path, 16, **options), **given)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -477,7 +514,7 @@ def test_refused_models(tmp_path):
     lora = LoraConfig(r=2, lora_dropout=0.05)
     assert "Dropout.p 0.05" in refused(tmp_path, lambda _: {"peft_config": lora})
     plain = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(siren.ConfigError, match="args GRPOConfig: must be a SirenGRPOConfig"):
+    with pytest.raises(ValueError, match="args GRPOConfig: must be a SirenGRPOConfig"):
         SirenGRPOTrainer(args=plain, **parts())
 
 
@@ -486,7 +523,7 @@ def test_sharded_heads_of_deepspeed_are_refused(tmp_path):
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
     fields = {"args": config(tmp_path, 16), "_is_vlm": False, "aux_loss_enabled": False}
     fields |= {"model": base_model(), "accelerator": SimpleNamespace(state=state)}
-    with pytest.raises(siren.ConfigError, match="ZeRO stage 3: not supported"):
+    with pytest.raises(ValueError, match="ZeRO stage 3: not supported"):
         trl_siren.check_supported(SimpleNamespace(**fields))
     state.deepspeed_plugin.zero_stage = 2
     trl_siren.check_supported(SimpleNamespace(**fields))
@@ -503,8 +540,10 @@ def test_experts_without_auxiliary_loss_are_fine(tmp_path):
 def test_vision_inputs_are_refused(tmp_path):
     trainer = SirenGRPOTrainer(args=config(tmp_path, 16), **parts())
     ids = torch.ones(2, 4, dtype=torch.long)
-    with pytest.raises(siren.ConfigError, match=r"vision inputs \(pixel_values\)"):
-        trainer._get_per_token_logps_and_entropies(trainer.model, ids, ids, 2, pixel_values=ids)
+    with pytest.raises(ValueError, match=r"vision inputs \(pixel_values\)"):
+        trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, ids, 2, pixel_values=ids
+        )
 
 
 # === the scripts ===
@@ -525,12 +564,19 @@ def test_script_on_a_model_and_a_file(template, tmp_path):
         toy[part].save_pretrained(tmp_path / "model")
     rows = [{"question": "3 4 5 =", "answer": 12}, {"question": "1 2 =", "answer": 3}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    built = trl_data.text_parts(str(tmp_path / "model"), str(tmp_path / "data.jsonl"), "{question}")
+    built = trl_data.text_parts(
+        str(tmp_path / "model"), str(tmp_path / "data.jsonl"), "{question}"
+    )
     prompt = built["train_dataset"][0]["prompt"]
     assert prompt == ([{"role": "user", "content": "3 4 5 ="}] if template else "3 4 5 =")
     assert built["train_dataset"]["answer"][:] == ["12", "3"]  # text, as the verifier wants it
     flags = {"model": tmp_path / "model", "data": tmp_path / "data.jsonl", "use_cpu": "true"}
-    flags |= {"prompt": "{question}", "max_completion_length": 4, "report_to": "none", "bf16": "no"}
+    flags |= {
+        "prompt": "{question}",
+        "max_completion_length": 4,
+        "report_to": "none",
+        "bf16": "no",
+    }
     flags |= {"max_steps": 1, "per_device_train_batch_size": 8, "output_dir": tmp_path / "out"}
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     assert trl_siren.main(argv) == 0
@@ -559,9 +605,15 @@ def test_answers_that_can_not_be_matched_are_refused(tmp_path, capsys):
         (["--siren_top_p", "2"], "--siren_top_p 2.0: must be in (0, 1]"),
         (["--siren_beta", "x"], "invalid float value: 'x'"),
         (["--nonsense", "1"], "--nonsense"),
-        (["--task", "toy_env:slip=2"], "a probability from 0 to 1"),
-        (["--resume_from_checkpoint", "gone"], "--resume_from_checkpoint gone: no such folder"),
-        (["--model", "m", "--data", "none.jsonl", "--use_cpu", "1", "--bf16", "0"], "none.jsonl"),
+        (["--task", "toy_env:slip=2"], "slip, noise from 0 to 1"),
+        (
+            ["--resume_from_checkpoint", "gone"],
+            "--resume_from_checkpoint gone: no such folder",
+        ),
+        (
+            ["--model", "m", "--data", "none.jsonl", "--use_cpu", "1", "--bf16", "0"],
+            "none.jsonl",
+        ),
     ],
 )
 def test_script_errors(argv, expected, capsys):
@@ -575,16 +627,20 @@ def test_launch_files(name, processes):
     path = EXAMPLES / f"accelerate_{name}.yaml"
     found = load_config_from_file(str(path))  # raises at a key that accelerate does not know
     assert (found.num_processes, found.fsdp_config["fsdp_version"]) == (processes, 2)
-    lines = [line.strip("# \\") for line in path.read_text().splitlines() if line.startswith("#  ")]
+    lines = [
+        line.strip("# \\") for line in path.read_text().splitlines() if line.startswith("#  ")
+    ]
     words = " ".join(lines).split()
     assert words[:3] == ["accelerate", "launch", "--config_file"]
     argv = words[words.index("examples/trl_siren.py") + 1 :]
     argv = [*argv, "--use_cpu", "true"]  # no GPU is needed to read the options
-    _, args = trl_siren.Parser((trl_siren.Script, SirenGRPOConfig)).parse_args_into_dataclasses(
-        argv
-    )
+    _, args = trl_siren.Parser(
+        (trl_siren.Script, SirenGRPOConfig)
+    ).parse_args_into_dataclasses(argv)
     rollout = args.per_device_train_batch_size * args.steps_per_generation * processes
-    mini_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    mini_batch = (
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    )
     assert (rollout, mini_batch) == (128 * 8, 8 * 8)  # the paper's recipe
 
 

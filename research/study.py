@@ -45,8 +45,7 @@ from research.tools import Parser, load_task, locked, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 # The world and what fits it (results/README.md): at a fork with five options p must be above
-# 4/5 to hold them all, and under .9, the chance that a sum does not slip; 4 of 10 tokens are
-# forks.
+# 4/5 to hold them all, and under .9, the chance that a sum does not slip. Of 10 tokens 4 fork.
 TERMS = 5
 VOCAB = 1024
 STEPS = 200
@@ -62,8 +61,8 @@ RESPONSE_SECONDS = 0.0002
 BASE_SECONDS = 60
 
 
-# ----------------------------------------------------------------------------------- 1. the
-# methods method -> six candidates for p, tau and beta; 0.8, 0.8 are the paper's p and tau
+# ------------------------------------------------------------------------------ 1. the methods
+# method -> six candidates for p, tau and beta; 0.8, 0.8 are the paper's p and tau
 GRIDS: dict[str, list[tuple[float, float, float]]] = {
     "naive_bonus": [(1, 0, b) for b in (0.0006, 0.001, 0.002, 0.004, 0.006, 0.02)],
     "siren": [(P, TAU, b) for b in (0.06, 0.2, 0.6)],
@@ -103,8 +102,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------- 2. a
-# job
+# ------------------------------------------------------------------------------------ 2. a job
 class Final(NamedTuple):
     """How a trained policy is evaluated, on easy and on hard held-out prompts."""
 
@@ -276,8 +274,7 @@ def run_job(job: Job) -> dict[str, Any]:
     return {**settings, "seconds": seconds, "diverged": diverged, **slim(found)}
 
 
-# ---------------------------------------------------------------------------------- 3. the
-# parts
+# -------------------------------------------------------------------------------- 3. the parts
 class Size(NamedTuple):
     """How much of everything: FULL is the study, SMOKE runs the same code on a tiny scale."""
 
@@ -419,8 +416,7 @@ PARTS: dict[str, Callable[[Size, Rows], list[Job]]] = {
 }
 
 
-# ----------------------------------------------------------------------------- 4. running the
-# jobs
+# ------------------------------------------------------------------------- 4. running the jobs
 class Store:
     """The rows, on disk: one file per part."""
 
@@ -516,8 +512,7 @@ def again(size: Size, seeds: list[int], store: Store, pool: ProcessPoolExecutor)
     return len(same) - sum(same)
 
 
-# ------------------------------------------------------------------------------ 5. the command
-# line
+# ------------------------------------------------------------------------- 5. the command line
 def make_parser() -> Parser:
     """The flags."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)

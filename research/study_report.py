@@ -42,7 +42,16 @@ STYLES: dict[str, dict[str, Any]] = {
     "naive_exploding": {"color": "#b35900", "linestyle": ":", "marker": "^"},
     "anchor_only": {"color": "#009e73", "linestyle": (0, (5, 1)), "marker": "P"},
 }
-COLUMNS = ("method", "seed", "grade", "temperature", "avg@16", "maj@16", "pass@16", "distinct@16")
+COLUMNS = (
+    "method",
+    "seed",
+    "grade",
+    "temperature",
+    "avg@16",
+    "maj@16",
+    "pass@16",
+    "distinct@16",
+)
 COLUMNS += ("reward", "entropy", "h_agg", "useless_share")
 KINDS = ("fork", "fact", "forced")
 SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
@@ -52,9 +61,9 @@ CLAIMED = ("dr_grpo", "dr_grpo_same_lr", "naive_bonus", "constrained")
 CLAIMED += ("wo_top_p", "wo_peak", "wo_anchor", "anchor_only")
 
 
-# ------------------------------------------------------------------------------------ 1. statistics
+# ------------------------------------------------------------------------------- 1. statistics
 def bootstrap(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean over seeds and its 95 % interval: percentiles of the means of 10000 seeded resamples.
+    """Mean over seeds and its 95 % interval, by the means of 10000 seeded resamples.
 
     >>> bootstrap([1.0, 1.0])
     (1.0, 1.0, 1.0)
@@ -66,8 +75,9 @@ def bootstrap(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def sign_flip(differences: list[float]) -> float:
-    """Exact two-sided p-value of paired differences: the share of all choices of their signs whose
-    sum is at least as far from 0. (If there were no effect, each sign could as well be the other.)
+    """Exact two-sided p-value of paired differences: the share of all choices of their signs
+    whose sum is at least as far from 0. (If there were no effect, each sign could as well be
+    the other.)
 
     >>> sign_flip([1.0, 2.0, 3.0])  # + + + and - - - of 8
     0.25
@@ -100,7 +110,7 @@ def text(values: Iterable[float], sign: str = "") -> str:
     return f"{mean} [{low}, {high}]"
 
 
-# ---------------------------------------------------------------------------------------- 2. rows
+# ------------------------------------------------------------------------------------- 2. rows
 def labelled(part: str, size: study.Size, store: study.Store) -> dict[str, list[Row]]:
     """Label -> the rows of a part's jobs, in their order; {} if one is missing."""
     if part != "tune" and store.missing(study.tune(size, store.rows)):
@@ -130,8 +140,9 @@ def grouped(rows: Iterable[Row], key: Callable, value: Callable) -> dict[Any, li
 def kinds(row: Row) -> dict[str, dict[str, float]]:
     """Kind of token -> mean H, mean H' and share of all peaks, from the probe's positions.
 
-    A response is "term, term, sum, term, sum, ..., end". Which term is next is a fork, but for the
-    last; a sum is a fact; the last term and the end are forced. A token counts by its position.
+    A response is "term, term, sum, term, sum, ..., end". Which term is next is a fork, but for
+    the last; a sum is a fact; the last term and the end are forced. A token counts by its
+    position.
     """
     places, length = row["probe"]["positions"], 2 * study.TERMS
     kind = np.array(["fork", *["fork", "fact"] * (study.TERMS - 1), "forced"])
@@ -149,7 +160,9 @@ def kinds(row: Row) -> dict[str, dict[str, float]]:
     }
 
 
-def write_csv(rows: dict[str, list[Row]], path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
+def write_csv(
+    rows: dict[str, list[Row]], path: Path, columns: tuple[str, ...] = COLUMNS
+) -> None:
     """main.csv: a line for each method, seed, grade and temperature. reward, entropies and
     useless_share are the probe's, so the same for each line of a run."""
     with open(path, "w", newline="") as file:
@@ -167,11 +180,13 @@ def read_csv(path: Path) -> dict[tuple[str, str, str], dict[int, dict[str, float
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
             key = tuple(line.pop(name) for name in ("method", "grade", "temperature"))
-            found[key][int(line.pop("seed"))] = {name: float(value) for name, value in line.items()}
+            found[key][int(line.pop("seed"))] = {
+                name: float(value) for name, value in line.items()
+            }
     return found
 
 
-# -------------------------------------------------------------------------------------- 3. tables
+# ----------------------------------------------------------------------------------- 3. tables
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """A table."""
     head = list(head)
@@ -187,7 +202,12 @@ def present(lines: dict) -> list[str]:
 def score_tables(lines: dict) -> list[str]:
     """Scores of every method, for each grade and temperature."""
     out = []
-    for grade, temperature in (("hard", "0.6"), ("hard", "1.0"), ("easy", "0.6"), ("easy", "1.0")):
+    for grade, temperature in (
+        ("hard", "0.6"),
+        ("hard", "1.0"),
+        ("easy", "0.6"),
+        ("easy", "1.0"),
+    ):
         out += [f"### {grade} prompts, T = {temperature}", ""]
         rows = []
         for method in present(lines):
@@ -227,11 +247,13 @@ def headline(lines: dict) -> list[str]:
 def differences(lines: dict, other: str, score: str, temperature: str) -> list[float]:
     """SIREN minus another method on hard prompts, seed by seed."""
     mine, theirs = lines["siren", "hard", temperature], lines[other, "hard", temperature]
-    return [mine[seed][score] - theirs[seed][score] for seed in sorted(mine.keys() & theirs.keys())]
+    return [
+        mine[seed][score] - theirs[seed][score] for seed in sorted(mine.keys() & theirs.keys())
+    ]
 
 
 def claims(lines: dict) -> list[str]:
-    """SIREN against the others, with Holm's correction over all of this table's comparisons."""
+    """SIREN against the others, with Holm's correction over all of this table."""
     others = [method for method in CLAIMED if method in present(lines)]
     keys = itertools.product(others, SCORES[:3], ("0.6", "1.0"))
     found = {key: differences(lines, *key) for key in keys}
@@ -249,13 +271,19 @@ def settings(row: Row) -> dict[str, str]:
     names = {"lr": "lr", "beta": "beta", "top_p": "p", "peak_quantile": "tau"}
     names["max_tokens"] = "budget"
     found = {new: f"{new} {config[old]:g}" for old, new in names.items()}
-    return {**found, "V": f"V {study.vocabulary(row)}", "plug": config["plug"].partition(":")[2]}
+    return {
+        **found,
+        "V": f"V {study.vocabulary(row)}",
+        "plug": config["plug"].partition(":")[2],
+    }
 
 
 def group_table(rows: dict[str, list[Row]]) -> list[str]:
-    """Means over seeds for every setting of every label; what is the same in all is left out."""
+    """Means over seeds for every setting of every label, without what is the same in all."""
     all_settings = [settings(row) for some in rows.values() for row in some]
-    varied = [name for name in all_settings[0] if len({some[name] for some in all_settings}) > 1]
+    varied = [
+        name for name in all_settings[0] if len({some[name] for some in all_settings}) > 1
+    ]
     lines = []
     for label, some in rows.items():
         settled: dict[str, list[Row]] = defaultdict(list)
@@ -265,7 +293,9 @@ def group_table(rows: dict[str, list[Row]]) -> list[str]:
         for what, own in settled.items():
             scores = [f"{np.mean([study.score(row, x) for row in own]):.3f}" for x in SCORES]
             probes = [row["probe"] for row in own]
-            held, useless = (np.mean([x[y] for x in probes]) for y in ("h_agg", "useless_share"))
+            held, useless = (
+                np.mean([x[y] for x in probes]) for y in ("h_agg", "useless_share")
+            )
             name = NAMES.get(label, label).removesuffix(", best")
             lines.append([name, what, *scores, f"{held:.3f}", f"{100 * useless:.2f} %"])
     return markdown(["method", "setting", *SCORES, "H_agg", "useless"], lines)
@@ -274,8 +304,10 @@ def group_table(rows: dict[str, list[Row]]) -> list[str]:
 def vocabulary_differences(
     rows: dict[str, list[Row]], other: str, score: str, vocab: int
 ) -> list[float]:
-    """SIREN minus another method on hard prompts at T = 0.6 in worlds of this size, by seed."""
-    own = [[r for r in rows[label] if study.vocabulary(r) == vocab] for label in ("siren", other)]
+    """SIREN minus another method, by seed: hard prompts, T = 0.6, worlds of this size."""
+    own = [
+        [r for r in rows[label] if study.vocabulary(r) == vocab] for label in ("siren", other)
+    ]
     mine, theirs = map(by_seed, own)
     return [study.score(mine[s], score) - study.score(theirs[s], score) for s in sorted(mine)]
 
@@ -292,9 +324,9 @@ def vocabulary_table(rows: dict[str, list[Row]]) -> list[str]:
 
 
 def held_by_beta(rows: list[Row]) -> dict[float, float]:
-    """beta -> H_agg / anchor at the end of training, by the p and tau of the run; the seeds' mean.
+    """beta -> H_agg / anchor at the end of training, a mean over seeds.
 
-    The end is the last block of the log.
+    Both have the p and tau of the run. The end is the last block of the log.
     """
     held = grouped(
         rows, lambda r: r["config"]["beta"], lambda r: r["log"][-1]["h_agg"] / r["anchor"]
@@ -303,9 +335,9 @@ def held_by_beta(rows: list[Row]) -> dict[float, float]:
 
 
 def scale_table(rows: dict[str, list[Row]], reference: list[Row]) -> list[str]:
-    """Does beta scale as docs/beta.md predicts? The beta that holds as much entropy in the usual
-    runs (`reference`, between whose betas it is interpolated, on a log scale), and the predicted
-    one."""
+    """Does beta scale as docs/beta.md predicts? The beta that holds as much entropy in the
+    usual runs (`reference`, between whose betas it is interpolated, on a log scale), and the
+    predicted one."""
     usual = held_by_beta(reference)
     lines = []
     for label, factor in (("budget 64", 4), ("half the peaks", 2)):
@@ -330,7 +362,7 @@ def kinds_table(rows: dict[str, list[Row]]) -> list[str]:
     return markdown(["method", *head], lines)
 
 
-# ------------------------------------------------------------------------------------- 4. figures
+# ---------------------------------------------------------------------------------- 4. figures
 def panels(columns: int, rows: int = 1) -> tuple[Figure, np.ndarray]:
     """A figure for a page 7 inches wide, and its panels."""
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows), dpi=130, layout="constrained")
@@ -351,7 +383,12 @@ def ticks(axis: Any, values: Iterable[float]) -> None:
 def band(ax: Axes, label: str, points: dict[float, list[float]], **style: Any) -> None:
     """The mean over seeds with its interval; points: x -> the values of all seeds."""
     x, (mean, low, high) = list(points), zip(*map(bootstrap, points.values()), strict=True)
-    style = {**STYLES.get(label, {}), "markersize": 3, "label": NAMES.get(label, label), **style}
+    style = {
+        **STYLES.get(label, {}),
+        "markersize": 3,
+        "label": NAMES.get(label, label),
+        **style,
+    }
     ax.plot(x, mean, **style)
     ax.fill_between(x, low, high, color=style.get("color", "0.5"), alpha=0.15, linewidth=0)
 
@@ -369,7 +406,8 @@ def steps_figure(rows: dict[str, list[Row]]) -> Figure:
                 unit = row["anchor"] if key == "h_agg" else 1
                 for record in row["log"]:
                     points[record["step"]].append(record[key] / unit)
-            if key != "h_agg" or label in ("dr_grpo", "siren"):  # which have the same p and tau
+            same = label in ("dr_grpo", "siren")  # which have the same p and tau
+            if same or key != "h_agg":
                 band(ax, label, points, marker="")
         ax.set(title=title, xlabel="step")
         if key == "entropy":  # so that collapse and explosion can both be read
@@ -386,11 +424,19 @@ def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
     What explodes leaves the figure on the right: its entropies are written there.
     """
     figure = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
-    titles = {"entropy": "H (nats)", "nucleus_entropy": "H' (nats)", "peaks": "share of the peaks"}
+    titles = {
+        "entropy": "H (nats)",
+        "nucleus_entropy": "H' (nats)",
+        "peaks": "share of the peaks",
+    }
     shades, labels = {"fork": "#0059b3", "fact": "#e69f00", "forced": "0.65"}, list(rows)
-    for ax, (what, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
+    for ax, (what, title) in zip(
+        figure.subplots(1, 3, sharey=True), titles.items(), strict=True
+    ):
         for i, kind in enumerate(KINDS):
-            values = [bootstrap(kinds(row)[kind][what] for row in rows[label]) for label in labels]
+            values = [
+                bootstrap(kinds(row)[kind][what] for row in rows[label]) for label in labels
+            ]
             mean, low, high = np.array(values).T
             y = np.arange(len(labels)) + 0.27 * (i - 1)
             style = {"color": shades[kind], "hatch": ("", "///", "")[i], "edgecolor": "white"}
@@ -402,13 +448,15 @@ def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_yticks(range(len(labels)), [NAMES[label] for label in labels], fontsize=8)
     ax.invert_yaxis()
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+    figure.legend(
+        *ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7
+    )
     return figure
 
 
 def constrained_figure(rows: dict[str, list[Row]], base: dict[int, Row]) -> Figure:
-    """Entropy over steps, a line for each seed: an adaptive bonus that aims at the entropy of the
-    base model, and SIREN."""
+    """Entropy over steps, a line for each seed: an adaptive bonus that aims at the entropy of
+    the base model, and SIREN."""
     figure, axes = panels(2)
     for ax, label in zip(axes, ("constrained", "siren"), strict=True):
         for row in rows[label]:
@@ -432,7 +480,9 @@ def k_figure(rows: dict[str, list[Row]], grade: str) -> Figure:
     ):
         for label in ("base", "dr_grpo", "naive_bonus", "siren", "anchor_only"):
             points = {
-                k: [study.score(row, f"{score}@{k}", grade, temperature) for row in rows[label]]
+                k: [
+                    study.score(row, f"{score}@{k}", grade, temperature) for row in rows[label]
+                ]
                 for k in ks
                 if f"{score}@{k}" in rows[label][0]["evals"][0]
             }

@@ -1,8 +1,8 @@
 """The methods of the zoo by name: what each changes, in one entry. See core.Method.
 
-v is the mini-batch, o the options; last is the record of the step before. The numbers in `options`
-are the papers', unless docs/zoo.md says that they are ours; the tuned one is a value of its grid
-(but clip_higher's is the paper's).
+v is the mini-batch, o the options; last is the record of the step before. The numbers in
+`options` are the papers', unless docs/zoo.md says that they are ours; the tuned one is a value
+of its grid (but clip_higher's is the paper's).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import dataclasses
 
 import torch
 
-from examples.zoo import advantages, sampler, terms, weights
-from examples.zoo.core import Method, MiniBatch
+from research.zoo import advantages, sampler, terms, weights
+from research.zoo.core import Method, MiniBatch
 
 Tensor = torch.Tensor
-BONUS = (0.002, 0.006, 0.02, 0.06)  # grids, most of them as in examples/study.py
+BONUS = (0.002, 0.006, 0.02, 0.06)  # grids, most of them as in research/study.py
 ANCHORED = (0.02, 0.06, 0.2, 0.6)
 WIDE = (0.06, 0.2, 0.6, 2.0)
 RATES = (0.0003, 0.001, 0.003, 0.01)  # of controllers: how fast a coefficient moves
@@ -25,7 +25,7 @@ PAPER = "the SIREN paper, arXiv 2509.25133"
 
 
 def covariance_mask(v: MiniBatch) -> Tensor:
-    """Clip-Cov's weights, with bounds that are quantiles of cov or numbers (as in the papers)."""
+    """Clip-Cov's weights. Its bounds are quantiles of cov, or numbers as in the papers."""
     cov, o = weights.covariance(v.adv, v.logp, v.mask), v.options
     low, high = o.low, o.high
     if o.by_quantile:
@@ -34,23 +34,25 @@ def covariance_mask(v: MiniBatch) -> Tensor:
             .quantile(torch.tensor([o.low, o.high], device=cov.device).clamp(max=1))
             .tolist()
         )
-        high = float("inf") if o.high == 1 else high
+        high = torch.inf if o.high == 1 else high
     return weights.clip_cov(cov, v.mask, o.rho, low, high, v.generator)
 
 
 def largest_covariance(v: MiniBatch) -> Tensor:
     """KL-Cov's weights: c for the how_many(rho) tokens of largest covariance, else 0.
 
-    KL-Cov (5): of these tokens the loss is -A r + c |logp - old_logp|, an L1 distance rather than a
-    KL; there is no PPO clip. Paper: rho 0.002 (7B) or 0.0002 (32B), c 1. In the toy a mini-batch
-    has about 640 tokens, and rho 0.002 of them is one. Source: arXiv 2505.22617. Sure: high.
+    KL-Cov (5): of these tokens the loss is -A r + c |logp - old_logp|, an L1 distance rather
+    than a KL; there is no PPO clip. Paper: rho 0.002 (7B) or 0.0002 (32B), c 1. In the toy a
+    mini-batch has about 640 tokens, and rho 0.002 of them is one. Source: arXiv 2505.22617.
+    Sure: high.
     """
     cov = weights.covariance(v.adv, v.logp, v.mask)
-    return v.options.c * weights.top_tokens(cov, v.mask, weights.how_many(v.options.rho, v.mask))
+    count = weights.how_many(v.options.rho, v.mask)
+    return v.options.c * weights.top_tokens(cov, v.mask, count)
 
 
 def forking(v: MiniBatch) -> Tensor:
-    """80/20's weights, of the mini-batch or, as the SIREN repository has it, of the response."""
+    """80/20's weights, of the mini-batch or, as in the SIREN repository, of the response."""
     rule = weights.forking_tokens
     if v.options.per_response:
         rule = weights.forking_tokens_per_response
@@ -72,7 +74,8 @@ def adaptive(last: dict, o: object) -> dict[str, float]:
 def stepped(last: dict, o: object) -> dict[str, float]:
     """The state of trl_adaptive."""
     target = o.tau * last["initial_entropy"]
-    c, applied = terms.stepped_coefficient(last["coefficient"], last["entropy"], target, o.delta)
+    before = last["coefficient"]
+    c, applied = terms.stepped_coefficient(before, last["entropy"], target, o.delta)
     return {"coefficient": c, "applied_coefficient": applied}
 
 
@@ -143,9 +146,10 @@ METHODS: dict[str, Method] = {
     ),
     "trl_adaptive": Method(
         "TRL's adaptive entropy", 19, "trl 1.16; arXiv 2505.22312 (Skywork-OR1)",
-        config=NONE, options={"delta": 0.001, "tau": 1.0}, coefficient="delta", candidates=RATES,
-        term=entropy, term_weights=lambda v: -v.state.applied_coefficient * token_mean(v),
-        start={"coefficient": 0.0, "applied_coefficient": 0.0}, controller=stepped,
+        config=NONE, options={"delta": 0.001, "tau": 1.0}, coefficient="delta",
+        candidates=RATES, term=entropy, term_weights=lambda v: -v.state.applied_coefficient *
+        token_mean(v), start={"coefficient": 0.0, "applied_coefficient": 0.0},
+        controller=stepped,
     ),
     "aer": Method(
         "AER", 12, "arXiv 2510.10959", "low",
@@ -161,7 +165,8 @@ METHODS: dict[str, Method] = {
         "EPO", 13, "arXiv 2509.22576v2",
         config=NONE, coefficient="lam", candidates=(0.001, *BONUS[:3]),
         options={
-            "lam": 0.02, "alpha": 0.1, "k_low": 0.0, "k_high": 2.0, "gamma": 3.0, "steps": 200.0
+            "lam": 0.02, "alpha": 0.1, "k_low": 0.0, "k_high": 2.0, "gamma": 3.0,
+            "steps": 200.0,
         },
         term=epo_term, term_weights=lambda v: -v.options.lam,
         start={"history": 0.0, "penalty_weight": 0.0}, controller=corridor,
@@ -222,7 +227,8 @@ METHODS: dict[str, Method] = {
         config=CLIP_HIGHER, options={"alpha": 0.3, "share": 0.2},
         coefficient="alpha", candidates=(0.1, 0.3, 1.0, 3.0),
         advantages=lambda v: advantages.arm(
-            v.adv, v.old_logp, v.rewards, v.mask, v.group_size, v.options.alpha, v.options.share
+            v.adv, v.old_logp, v.rewards, v.mask, v.group_size, v.options.alpha,
+            v.options.share,
         ),
     ),
     # with the base model's samples or log-probabilities
@@ -249,9 +255,10 @@ METHODS: dict[str, Method] = {
     # a sampler
     "cure": Method(
         "CURE", 15, "code bytedance/CURE",
-        config=CLIP_HIGHER, options={"k": 2, "tails": 3}, coefficient="k", candidates=(1, 2, 4, 8),
+        config=CLIP_HIGHER, options={"k": 2, "tails": 3},
+        coefficient="k", candidates=(1, 2, 4, 8),
         advantages=lambda v: torch.where(v.sampled_logp < 0, v.adv, 0.0),
-        respond=sampler.branch,
+        sample=sampler.branch,
     ),
 }  # fmt: skip
 # the baselines as the SIREN repository runs them, where they differ from their papers

@@ -1,7 +1,7 @@
 """APR (17): a reward that takes off a penalty for going on after the answer is final.
 
-It is about length, not about entropy, and the toy's responses end at the total: there is nothing to
-take off. So it is not in the zoo's table.
+It is about length, not about entropy, and the toy's responses end at the total: there is
+nothing to take off. So it is not in the zoo's table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def settled_at(answers: Sequence[str | None]) -> int:
 
 
 def settled_reward(reward: float, answers: Sequence[str | None], lam: float) -> float:
-    """R' = R - lam (share of the response's tokens after settled_at); without an answer R' = R.
+    """R' = R - lam (share of the tokens after settled_at), but R' = R without an answer.
 
     Source: arXiv 2602.00760, its abstract. Sure: the idea high, the formula low (our reading).
 

@@ -1,7 +1,7 @@
 """Invisible Leash (18): which prompts can a policy solve at all, compared with its base model?
 
-Source: arXiv 2507.14843. Sure: high. The paper has k of 1024 and more; with k = 64, "not solved"
-means no more than "not in 64 samples".
+Source: arXiv 2507.14843. Sure: high. The paper has k of 1024 and more; with k = 64, "not
+solved" means no more than "not in 64 samples".
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import siren
 def rewards_of(task: Any, problems: Sequence, rollout: siren.Rollout) -> torch.Tensor:
     """The reward of each response; rollout has as many responses to each problem -> [B]."""
     responses = rollout.responses()
-    samples, rules = len(responses) // len(problems), {"equal": task.equal}
-    rules["answer_form"] = task.answer_form
+    samples = len(responses) // len(problems)
     answers = [problem.answer for problem in problems for _ in range(samples)]
-    right = [siren.verify(task.decode(r), answer, **rules) for r, answer in zip(responses, answers)]
+    texts = [task.decode(ids) for ids in responses]
+    right = [siren.verify(x, y, task.find_answer, task.equal) for x, y in zip(texts, answers)]
     return torch.tensor(right, dtype=torch.float32, device=rollout.mask.device)
 
 
@@ -33,12 +33,13 @@ def solved(
     temperature: float,
 ) -> list[bool]:
     """Is one of k samples right? For each problem; every draw is a function of cfg.seed."""
-    rollout = siren.respond(model, task, problems, cfg, f"{cfg.seed}/support/eval", k, temperature)
+    key = f"{cfg.seed}/support/eval"
+    rollout = siren.sample(model, task, problems, cfg, key, k, temperature)
     return rewards_of(task, problems, rollout).view(-1, k).any(1).tolist()
 
 
 def support(base: Sequence[bool], policy: Sequence[bool]) -> dict[str, float]:
-    """Support retention (SRR), net discovery (NDR), their harmonic mean (SDS), net change (NSCR).
+    """Support retention SRR, net discovery NDR, their harmonic mean SDS, net change NSCR.
 
     Of the prompts that are solved at least once, P are solved by both, E by the policy alone
     (expansion), S by the base alone (shrinkage):

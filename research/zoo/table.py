@@ -1,13 +1,14 @@
 """The zoo's table: every method in the study's world, tuned alike, on the same test seeds.
 
-    python examples/zoo.py --table            # run what is missing, then docs/zoo.md and the rest
-    python examples/zoo.py --table --plan     # what would run, and its cost
-    python examples/zoo.py --table --report   # run nothing: the page, results/zoo.csv and zoo.png
+    python research/zoo.py --table           # run what is missing, then write everything
+    python research/zoo.py --table --plan    # what would run, and its cost
+    python research/zoo.py --table --report  # run nothing: write docs/zoo.md, csv and figure
 
-Jobs, rows and statistics are those of examples/study.py, so both share jobs. A method's main
-coefficient has four candidates; the one with the best avg@16 + maj@16 on hard validation prompts
-goes to the test seeds. Rows are in results/raw/zoo.jsonl.gz, each written when its job is done.
-At the end the cost of a step is timed: results/zoo_cost.csv (delete it to time again).
+Jobs, rows and statistics are those of research/study.py, so both share jobs. A method's main
+coefficient has four candidates; the one with the best avg@16 + maj@16 on hard validation
+prompts goes to the test seeds. Rows are in results/raw/zoo.jsonl.gz, each written when its job
+is done. At the end the cost of a step is timed: results/zoo_cost.csv (delete it to time
+again).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from typing import Any
 import numpy as np
 
 import siren
-from examples import study, study_report
-from examples.engine import Parser, RunFolder, plugged
-from examples.zoo.methods import METHODS, VARIANTS
-from examples.zoo.support import support
+from research import study, study_report
+from research.plugs import plugged
+from research.tools import Parser, locked
+from research.zoo.methods import METHODS, VARIANTS
+from research.zoo.support import support
 
 EVERY = {**METHODS, **VARIANTS}
 SIZE = study.Size(test_seeds=tuple(range(12)), validation_seeds=(100, 101, 102))
@@ -36,16 +38,16 @@ REFERENCES = ("dr_grpo", "siren")
 SUPPORT = ("SRR", "NDR", "NSCR")
 REWARD = 0.6  # at which the entropies of fast and slow learners are compared
 SCORED = ("maj@16", "pass@16", "avg@16")
-PLACES = {"forks": "fork", "sums": "fact", "forced tokens": "forced"}  # as study_report.kinds names
+PLACES = {"forks": "fork", "sums": "fact", "forced tokens": "forced"}  # study_report.kinds
 COSTS = "zoo_cost.csv"
 ROUNDS, TIMED_STEPS = 5, 6  # of the cost
 Row = dict[str, Any]
 
 
-# ---------------------------------------------------------------------------------------- the jobs
+# ------------------------------------------------------------------------------------ the jobs
 def changes(name: str, value: float | None) -> dict[str, Any]:
-    """The method's settings with this value of its main coefficient, as the study writes them."""
-    from examples.zoo import settings
+    """The method's settings with this value of its main coefficient, as in the study."""
+    from research.zoo import settings
 
     chosen = settings(name, **({} if value is None else {EVERY[name].coefficient: value}))
     return {"beta": 0.0, **chosen} if chosen.get("regularizer") == "none" else chosen
@@ -62,8 +64,8 @@ def tune(size: study.Size) -> list[study.Job]:
 
 
 def goodness(size: study.Size, store: study.Store, name: str) -> list[float]:
-    """avg@16 + maj@16 of each candidate on hard validation prompts at T = 0.6, mean over seeds;
-    -inf if a row is missing."""
+    """avg@16 + maj@16 of each candidate on hard validation prompts at T = 0.6, mean over
+    seeds; -inf if a row is missing."""
     found = []
     for change in candidates(name):
         rows = [store.rows.get(job.key) for job in study.each(size, [(name, change)])]
@@ -84,15 +86,15 @@ def final(size: study.Size, chosen: dict[str, dict[str, Any]]) -> list[study.Job
 
 
 def step_seconds(job: study.Job) -> float:
-    """Seconds of a training step from the base model on, on one thread: the median over five."""
+    """Seconds of a training step from the base model on, on one thread: the median of five."""
     with tempfile.TemporaryDirectory() as folder, plugged(job.cfg.plug):
         changed = {"out": folder, "steps": TIMED_STEPS, "threads": 1}
-        records = siren.train(dataclasses.replace(job.cfg, **changed))
+        records = siren.train(siren.Run(dataclasses.replace(job.cfg, **changed)))
     return float(np.median([record["seconds"] for record in records[2:]]))  # step 1 warms up
 
 
 def time_steps(jobs: list[study.Job], path: Path) -> None:
-    """The file of the costs: the seconds of each job's step, one after the other in each round."""
+    """Write the costs: the seconds of a step of each job, the jobs in turn in each round."""
     lines = [(job.label, i, step_seconds(job)) for i in range(ROUNDS) for job in jobs]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -100,7 +102,7 @@ def time_steps(jobs: list[study.Job], path: Path) -> None:
         writer.writerows((name, i, f"{seconds:.4f}") for name, i, seconds in lines)
 
 
-# --------------------------------------------------------------------------------------- the report
+# ---------------------------------------------------------------------------------- the report
 def evaluation(row: Row, grade: str = "hard", temperature: float = 0.6) -> Row:
     """One of the row's evaluations."""
     at = {(e["grade"], e["temperature"]): e for e in row["evals"]}
@@ -136,8 +138,8 @@ def with_support(rows: list[Row], base: dict[int, Row]) -> list[Row]:
     for seed, row in study_report.by_seed(rows).items():
         evals = []
         for own, other in zip(row["evals"], base[seed]["evals"], strict=True):
-            marks = [[mark == "1" for mark in e["solved"]] for e in (other, own)]  # a mark a prompt
-            evals.append({**own, **support(*marks)})
+            before, after = ([mark == "1" for mark in e["solved"]] for e in (other, own))
+            evals.append({**own, **support(before, after)})
         found.append({**row, "evals": evals})
     return found
 
@@ -212,7 +214,9 @@ def differences(rows: dict[str, list[Row]], score: str) -> list[str]:
                 cells += ["", ""]
         if any(cells):
             lines.append([f"`{name}`", *cells])
-    head = [cell for other in REFERENCES for cell in (f"minus {METHODS[other].title}", "p, Holm")]
+    head = [
+        cell for other in REFERENCES for cell in (f"minus {METHODS[other].title}", "p, Holm")
+    ]
     return study_report.markdown([score, *head], lines)
 
 
@@ -247,7 +251,9 @@ def correlations(rows: dict[str, list[Row]], base: dict[int, Row]) -> list[str]:
     for title, names in groups(rows, base).items():
         some = [rows[name] for name in names]
         amounts = [[np.mean(kept(own, base)) for own in some]]
-        amounts += [[places(own, x)[0] for own in some] for x in ("entropy", "nucleus_entropy")]
+        amounts += [
+            [places(own, x)[0] for own in some] for x in ("entropy", "nucleus_entropy")
+        ]
         scores = [[np.mean([evaluation(r)[s] for r in own]) for own in some] for s in SCORED]
         pairs = itertools.product(amounts, scores)
         found = [np.corrcoef(ranks(x), ranks(y))[0, 1] for x, y in pairs]
@@ -267,17 +273,25 @@ def candidates_table(size: study.Size, store: study.Store) -> list[str]:
             value = f"{method.candidates[i]}: " if method.coefficient else ""
             cells.append(f"{value}{x:.2f} ({h:.2f})")
         lines.append([f"`{name}`", method.coefficient, *cells, *[""] * (4 - len(cells))])
-    return study_report.markdown(["", "tuned", "smallest", "second", "third", "largest"], lines)
+    return study_report.markdown(
+        ["", "tuned", "smallest", "second", "third", "largest"], lines
+    )
 
 
 def page(
-    size: study.Size, rows: dict[str, list[Row]], chosen: dict[str, dict], costs: dict[str, list]
+    size: study.Size,
+    rows: dict[str, list[Row]],
+    chosen: dict[str, dict],
+    costs: dict[str, list],
 ) -> list[str]:
     """What goes between the marks of docs/zoo.md, but for the candidates."""
     base, seeds = study_report.by_seed(rows["base"]), len(size.test_seeds)
     lines = [f"Mean over {seeds} test seeds and its 95 % interval; hard held-out prompts."]
     lines += [f"In this world SIREN has p = {study.P} and tau = {study.TAU}.", ""]
-    for names, title in ((METHODS, "All methods"), (VARIANTS, "As the SIREN repository runs them")):
+    for names, title in (
+        (METHODS, "All methods"),
+        (VARIANTS, "As the SIREN repository runs them"),
+    ):
         lines += [f"### {title}", ""]
         for temperature in size.test.temperatures:
             cells = [["base model", "", *score_cells(rows["base"], temperature)]]
@@ -293,12 +307,18 @@ def page(
     lines += ["### While it trains", ""]
     cells = [[f"`{name}`", *training_cells(rows[name], base)] for name in EVERY]
     head = ["", "reward, last 20 steps", "H after 50 steps", f"H at reward {REWARD:g}"]
-    lines += study_report.markdown([*head, "largest H / base: smallest and largest seed"], cells)
+    lines += study_report.markdown(
+        [*head, "largest H / base: smallest and largest seed"], cells
+    )
     lines += ["### What goes with a score", ""]
-    lines += ["Spearman's rank correlation; each method is one point, its means over seeds.", ""]
+    lines += ["Spearman's rank correlation; each method is one point, its means over seeds."]
+    lines += [""]
     lines += correlations(rows, base)
     lines += ["### Differences, seed by seed", ""]
-    lines += ["T = 0.6; p: an exact sign-flip test, with Holm's correction over a whole table.", ""]
+    lines += [
+        "T = 0.6; p: an exact sign-flip test, with Holm's correction over a whole table."
+    ]
+    lines += [""]
     for score in SCORED:
         lines += differences(rows, score)
     return lines
@@ -311,17 +331,23 @@ def score_cells(rows: list[Row], temperature: float) -> list[str]:
 
 
 def figure(rows: dict[str, list[Row]]) -> Any:
-    """maj@16 against the entropy kept, pass@16 against that at forks: a numbered point for each
-    method, with its intervals. The numbers are those of the page (14b: dph_js); what has none
-    there has a letter. Dashed: Dr.GRPO's mean; dotted: the base model's, whose maj@16 is below
-    the picture."""
+    """maj@16 against the entropy kept, pass@16 against that at forks: a numbered point for
+    each method, with its intervals. The numbers are those of the page (14b: dph_js); what has
+    none there has a letter. Dashed: Dr.GRPO's mean; dotted: the base model's, whose maj@16 is
+    below the picture."""
     base, letters = study_report.by_seed(rows["base"]), iter("ABCDEFGHIJ")
     marks = {name: str(m.number) if m.number else next(letters) for name, m in METHODS.items()}
     marks["dph_js"] += "b"
     drawing, axes = study_report.panels(2)
     drawing.set_size_inches(7.2, 5)
-    order = sorted(marks, key=lambda name: (not marks[name].isalpha(), marks[name][:2].zfill(2)))
-    lines = (("maj@16", "dr_grpo", "--"), ("pass@16", "dr_grpo", "--"), ("pass@16", "base", ":"))
+    order = sorted(
+        marks, key=lambda name: (not marks[name].isalpha(), marks[name][:2].zfill(2))
+    )
+    lines = (
+        ("maj@16", "dr_grpo", "--"),
+        ("pass@16", "dr_grpo", "--"),
+        ("pass@16", "base", ":"),
+    )
     parts = ("maj@16", kept, "entropy"), ("pass@16", kept_at_forks, "entropy at forks")
     for ax, (score, amounts, what_x) in zip(axes, parts, strict=True):
         for _, name, style in (line for line in lines if line[0] == score):
@@ -332,10 +358,13 @@ def figure(rows: dict[str, list[Row]]) -> Any:
         for name, mark in ((name, marks[name]) for name in order):
             x = study_report.bootstrap(amounts(rows[name], base))
             y = study_report.bootstrap(evaluation(row)[score] for row in rows[name])
-            bars = {"xerr": [[x[0] - x[1]], [x[2] - x[0]]], "yerr": [[y[0] - y[1]], [y[2] - y[0]]]}
+            bars = {
+                "xerr": [[x[0] - x[1]], [x[2] - x[0]]],
+                "yerr": [[y[0] - y[1]], [y[2] - y[0]]],
+            }
             color = "0.3" if METHODS[name].number else "#0059b3"
             ring, inside = (color, "white") if name == "siren" else ("white", color)
-            top = {"zorder": 3 if METHODS[name].number else 4 + (name == "dr_grpo")}  # not hidden
+            top = {"zorder": 3 if METHODS[name].number else 4 + (name == "dr_grpo")}  # seen
             ax.errorbar(x[0], y[0], **bars, color=color, alpha=0.5, linewidth=0.6, zorder=2)
             ax.plot(x[0], y[0], "o", color=ring, markeredgecolor=color, markersize=10, **top)
             size = {"markersize": (4, 7, 9)[len(mark) - 1], "markeredgewidth": 0.3}
@@ -362,7 +391,9 @@ def write(size: study.Size, store: study.Store, out: Path, target: Path) -> None
     figure(rows).savefig(out / "zoo.png")
     lines = page(size, rows, chosen, relative_costs(out / COSTS))
     lines += ["### The candidates", ""]
-    lines += ["avg@16 + maj@16 on hard validation prompts, T = 0.6, and in brackets the mean of H"]
+    lines += [
+        "avg@16 + maj@16 on hard validation prompts, T = 0.6, and in brackets the mean of H"
+    ]
     lines += ["in nats, over three seeds.", ""]
     text = "\n".join([*lines, *candidates_table(size, store)])
     target.write_text(PLACE.sub(lambda found: found[1] + text + found[2], target.read_text()))
@@ -371,15 +402,15 @@ def write(size: study.Size, store: study.Store, out: Path, target: Path) -> None
 
 def command(argv: list[str] | None) -> int:
     """--table and what follows it."""
-    parser = Parser("python examples/zoo.py --table", allow_abbrev=False)
+    parser = Parser("python research/zoo.py --table", allow_abbrev=False)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")
-    parser.add_argument("--plan", action="store_true", help="print what would run and its cost")
-    parser.add_argument("--report", action="store_true", help="run nothing: page, table, figure")
-    args, out = parser.parse_args(argv), study.ROOT / "results"
+    parser.add_argument("--plan", action="store_true", help="print what would run, its cost")
+    parser.add_argument("--report", action="store_true", help="run nothing: page and figure")
+    args = parser.parse_args(argv)
+    out = study.ROOT / "results"
     if not 1 <= args.workers <= 64:
-        raise siren.ConfigError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
-    # no two studies in one folder
-    with RunFolder(siren.Config(out=str(out)), resume=False), study.pool_of(args.workers) as pool:
+        raise ValueError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
+    with locked(out), study.pool_of(args.workers) as pool:  # no two studies in one folder
         store = study.Store(out)
         for part in ("tune", "test"):
             jobs = tune(SIZE) if part == "tune" else final(SIZE, choose(SIZE, store))

@@ -1,8 +1,9 @@
 """Methods that add a loss term, and the controllers of their coefficients.
 
-A term is a loss for each token [B, T], which has a gradient; examples/zoo/core.py adds it up as
-L_DrGRPO adds up the policy loss. A controller makes this step's coefficient, a number, from that of
-the step before and from what was measured there. entropy is H of the whole vocabulary, in nats.
+A term is a loss for each token [B, T], which has a gradient; research/zoo/core.py adds it up
+as L_DrGRPO adds up the policy loss. A controller makes this step's coefficient, a number, from
+that of the step before and from what was measured there. entropy is H of the whole vocabulary,
+in nats.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ Tensor = torch.Tensor
 
 
 def adaptive_coefficient(c: float, entropy: float, target: float, eta: float) -> float:
-    """Adaptive bonus (2), controller: c <- max(0, c + eta (target - mean H)); the loss is -c H_t.
+    """Adaptive bonus (2), controller: c <- max(0, c + eta (target - mean H)).
 
-    The constraint "mean H is at least its initial value H0", by a Lagrange multiplier, as SAC has
-    it. c is never negative, so the term can only raise H. AER (12) has the target tau H0.
-    Values: eta and the first c are not in the released script. Source: the SIREN repository, type
-    naive_entropy_reg_adaptive, which takes agg(H) of a micro-batch and moves c after each; here it
-    is the mean of H, once per step. Sure: high.
+    The loss is -c H_t.
+    The constraint "mean H is at least its initial value H0", by a Lagrange multiplier, as SAC
+    has it. c is never negative, so the term can only raise H. AER (12) has the target tau H0.
+    Values: eta and the first c are not in the released script. Source: the SIREN repository,
+    type naive_entropy_reg_adaptive, which takes agg(H) of a micro-batch and moves c after
+    each; here it is the mean of H, once per step. Sure: high.
 
     >>> from itertools import accumulate  # c = 0, then H = .8, .6, 1.3, 1.3
     >>> steps = [0, 0.8, 0.6, 1.3, 1.3]
@@ -39,8 +41,8 @@ def stepped_coefficient(
 
     The loss is - what is applied * the mean of H over all tokens of the mini-batch.
 
-    c rises by delta while mean H <= target, else it falls, within 0..most; it is applied only in
-    the first case. TRL: delta 0.005, target 0.2 nats (a default), most 1, once per
+    c rises by delta while mean H <= target, else it falls, within 0..most; it is applied only
+    in the first case. TRL: delta 0.005, target 0.2 nats (a default), most 1, once per
     optimiser step; here once per step, and the target is a share of the initial entropy.
     Source: trl 1.16, GRPOConfig.use_adaptive_entropy; arXiv 2505.22312. Sure: high
     for TRL, medium for Skywork-OR1.
@@ -59,9 +61,9 @@ def difficulty_weight(rewards: Tensor, group_size: int, rho: float) -> Tensor:
     """AER (12): w(g) = max(0, 1 - g / rho), g the share of right ones in the group -> [B, 1].
 
     The loss is -c w(g_i) H_t: prompts that are rarely solved explore more. c is
-    adaptive_coefficient with the target tau H0. The parts are the paper's; the formula of w and its
-    rho are our reading. Paper: tau about 0.4. Source: arXiv 2510.10959. Sure: parts high, formulas
-    low.
+    adaptive_coefficient with the target tau H0. The parts are the paper's; the formula of w
+    and its rho are our reading. Paper: tau about 0.4. Source: arXiv 2510.10959. Sure: parts
+    high, formulas low.
 
     >>> difficulty_weight(torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 0]), 4, rho=0.5)[[0, 4]]
     tensor([[0.5000],
@@ -72,12 +74,13 @@ def difficulty_weight(rewards: Tensor, group_size: int, rho: float) -> Tensor:
 
 
 def corridor_penalty(entropy: Tensor, history: float, k_low: float, k_high: float) -> Tensor:
-    """EPO (13): P = relu(k_low Hist - H_t) + relu(H_t - k_high Hist); the loss: -lam (H_t - s P).
+    """EPO (13): P = relu(k_low Hist - H_t) + relu(H_t - k_high Hist).
 
-    Hist is the mean of mean H over all earlier steps; with 0 there is none yet, and P is 0. The
-    weight s = alpha * corridor_weight falls from step to step.
-    Paper: lam 0.001, k_low 0, k_high 2: nothing below the history is penalised. The released code
-    has a constant for P, which has no gradient; this P is that of the text.
+    The loss is -lam (H_t - s P).
+    Hist is the mean of mean H over all earlier steps; with 0 there is none yet, and P is 0.
+    The weight s = alpha * corridor_weight falls from step to step.
+    Paper: lam 0.001, k_low 0, k_high 2: nothing below the history is penalised. The released
+    code has a constant for P, which has no gradient; this P is that of the text.
     Source: arXiv 2509.22576v2. Sure: high.
 
     >>> h = torch.tensor([0.0, 0.8, 2.0])
@@ -104,9 +107,9 @@ def divergence(log_u: Tensor, kind: str) -> Tensor:
         kl  u - ln u - 1                      its mean over the base's samples: KL(base || pi)
         js  u ln u - (u + 1) ln((u + 1) / 2)  ... twice the Jensen-Shannon divergence
 
-    The samples are right responses of the base to prompts that it has mastered, so what it could do
-    is rehearsed. The paper takes these prompts out of the RL batch; here they are drawn on their
-    own. The paper has an alpha-divergence, too.
+    The samples are right responses of the base to prompts that it has mastered, so what it
+    could do is rehearsed. The paper takes these prompts out of the RL batch; here they are
+    drawn on their own. The paper has an alpha-divergence, too.
     Paper: eta 0.01, clip_high 0.28, 16 samples, mastered = 6/8 or 7/8 right. Source: arXiv
     2509.07430, code seamoke/DPH-RL. Sure: high.
 
@@ -128,8 +131,9 @@ def calibration(log_gap: Tensor, adv: Tensor, slope: float) -> Tensor:
 
     D = logp - logp of an expert. A right token that is less likely than the expert has it is
     pulled up, a wrong one that is more likely is pushed down; beyond that, weakly away.
-    Here the expert is replaced by the base policy's log-probs of the same tokens ("CalibRL with a
-    reference baseline"): an expert would know the toy's gaps. The paper finds that form weaker.
+    Here the expert is replaced by the base policy's log-probs of the same tokens ("CalibRL
+    with a reference baseline"): an expert would know the toy's gaps. The paper finds that form
+    weaker.
     Paper: slope (a) 0.5, lam 0.1. Source: code zhh6425/CalibRL. Sure: high.
 
     >>> adv = torch.tensor([0.25, 0.75, -0.25, -0.25])

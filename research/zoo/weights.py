@@ -1,8 +1,9 @@
 """Methods that weigh tokens in the policy loss, or leave them out. No weight has a gradient.
 
-Each returns weights [B, T]; a weight is a factor of the advantage. logp and entropy (H, nats) are
-those of the policy as it is now, old_logp of the one that sampled; all [B, T], of a whole
-mini-batch, as means, quantiles and the like are taken over it. adv (A) [B, T]; mask [B, T] bool.
+Each returns weights [B, T]; a weight is a factor of the advantage. logp and entropy (H, nats)
+are those of the policy as it is now, old_logp of the one that sampled; all [B, T], of a whole
+mini-batch, as means, quantiles and the like are taken over it. adv (A) [B, T]; mask [B, T]
+bool.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def how_many(share: float, mask: Tensor) -> int:
 def covariance(adv: Tensor, logp: Tensor, mask: Tensor) -> Tensor:
     """cov_t = (A_t - mean A) (logp_t - mean logp), means over the tokens; 0 in padding.
 
-    Its mean is, to first order, how fast the update lowers the entropy: likely tokens that were
-    right, and rare ones that were wrong, have a large covariance.
+    Its mean is, to first order, how fast the update lowers the entropy: likely tokens that
+    were right, and rare ones that were wrong, have a large covariance.
 
     >>> adv, pi = torch.tensor([[0.5, 0.5, -0.5, -0.5]]), torch.tensor([[0.9, 0.1, 0.9, 0.1]])
     >>> covariance(adv, pi.log(), pi > 0)  # log 3 / 2
@@ -43,10 +44,11 @@ def clip_cov(
     """Clip-Cov (4): weight 0 for how_many(rho) random tokens with low < cov_t < high, else 1.
 
     cov is covariance(). The tokens that cost most entropy are left out of a step, at random.
-    Paper: rho 0.0002, low 1, high 5, PPO clip opened to 1 / 1. These bounds are for advantages that
-    are divided by their standard deviation; Dr.GRPO's are smaller, so the zoo gives quantiles of
-    cov. Source: arXiv 2505.22617, code PRIME-RL/Entropy-Mechanism-of-RL, which takes the means over
-    a micro-batch and spares tokens that the PPO clip has caught. Sure: high.
+    Paper: rho 0.0002, low 1, high 5, PPO clip opened to 1 / 1. These bounds are for advantages
+    that are divided by their standard deviation; Dr.GRPO's are smaller, so the zoo gives
+    quantiles of cov. Source: arXiv 2505.22617, code PRIME-RL/Entropy-Mechanism-of-RL, which
+    takes the means over a micro-batch and spares tokens that the PPO clip has caught. Sure:
+    high.
 
     >>> cov = torch.tensor([[0.1, 2.0, 9.0]])
     >>> clip_cov(cov, cov > 0, rho=0.5, low=1, high=5, generator=torch.Generator())
@@ -61,17 +63,18 @@ def clip_cov(
 def top_tokens(values: Tensor, mask: Tensor, count: int) -> Tensor:
     """Which are the `count` tokens of largest value? Exactly as many, also of equal ones.
 
-    >>> top_tokens(torch.tensor([[3.0, 1], [3, 9]]), torch.tensor([[True, True], [True, False]]), 1)
+    >>> values = torch.tensor([[3.0, 1], [3, 9]])
+    >>> top_tokens(values, values < 9, 1)  # the 9 is padding
     tensor([[ True, False],
             [False, False]])
     """
-    order = values.masked_fill(~mask, float("-inf")).flatten().sort(descending=True, stable=True)
+    order = values.masked_fill(~mask, -torch.inf).flatten().sort(descending=True, stable=True)
     chosen = torch.zeros_like(mask).flatten().index_fill(0, order.indices[:count], True)
     return chosen.view_as(mask) & mask
 
 
 def forking_tokens(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
-    """80/20 (7): only the ceil(share N) tokens of highest H teach; each counts N / that many times.
+    """80/20 (7): only the ceil(share N) tokens of highest H teach; each weighs N / that many.
 
     The factor makes the policy loss a mean over the chosen tokens, on the scale of Dr.GRPO's.
     Paper: share 0.2, clip 0.2 / 0.28. Source: arXiv 2506.01939, code Shenzhi-Wang/
@@ -88,16 +91,17 @@ def forking_tokens(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
 
 
 def forking_tokens_per_response(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
-    """80/20 as the SIREN repository runs it: weight 1 where H exceeds its response's own quantile.
+    """80/20 as the SIREN repository runs it: 1 where H exceeds its response's own quantile.
 
-    The quantile is 1 - share, and the sum is not divided by the share: the loss is much smaller.
+    The quantile is 1 - share, and the sum is not divided by the share: the loss is much
+    smaller.
 
     >>> h = torch.tensor([[0.1, 0.2, 2.0, 0.3, 1.5], [0.05, 0.1, 0.2, 0.1, 9.0]])
     >>> forking_tokens_per_response(h, h < 9, share=0.2)  # above 1.6, above .14
     tensor([[0., 0., 1., 0., 0.],
             [0., 0., 1., 0., 0.]])
     """
-    own = entropy.masked_fill(~mask, float("nan"))
+    own = entropy.masked_fill(~mask, torch.nan)
     return ((entropy > own.nanquantile(1 - share, 1, keepdim=True)) & mask).to(entropy.dtype)
 
 
@@ -113,11 +117,14 @@ def positive_weight(adv: Tensor, lam: float) -> Tensor:
     return torch.where(adv > 0, lam, torch.ones_like(adv))
 
 
-def positive_coefficient(lam: float, entropy: float, target: float, step: float = 0.05) -> float:
-    """PAR's controller: lam falls by `step` while mean H is below the target, else it rises; 0..1.
+def positive_coefficient(
+    lam: float, entropy: float, target: float, step: float = 0.05
+) -> float:
+    """PAR's controller: lam falls by `step` while mean H is below the target, else it rises.
 
-    Paper: target (delta) 0.2 nats, step (D) 0.05, lam 0 at first. A target is a matter of scale: in
-    the zoo it is a share of the initial entropy.
+    It stays within 0 and 1.
+    Paper: target (delta) 0.2 nats, step (D) 0.05, lam 0 at first. A target is a matter of
+    scale: in the zoo it is a share of the initial entropy.
 
     >>> from itertools import accumulate  # lam = 0, then H = .10, .15, .25, .30, .19
     >>> steps = [0, 0.10, 0.15, 0.25, 0.30, 0.19]
@@ -133,11 +140,11 @@ def steer(
 ) -> Tensor:
     """STEER (10): w_t = exp(-k |Om_t|), k = -ln(w_min) / max(0.02, max |Om|).
 
-    Om_t = A_t r_t (1 - pi_t) (ln pi_t + H_t), r_t = pi_t / old_pi_t, estimates how far the token's
-    update lowers the entropy (where it is negative, raises it). The largest |Om| gets the weight
-    w_min, unless all are below 0.02.
-    Paper: w_min 0.7 (its code: 0.8), clip 0.2 / 0.28. Source: code zz-haooo/STEER, which takes H
-    from the policy that sampled; here it is the policy as it is now. Sure: high.
+    Om_t = A_t r_t (1 - pi_t) (ln pi_t + H_t), r_t = pi_t / old_pi_t, estimates how far the
+    token's update lowers the entropy (where it is negative, raises it). The largest |Om| gets
+    the weight w_min, unless all are below 0.02.
+    Paper: w_min 0.7 (its code: 0.8), clip 0.2 / 0.28. Source: code zz-haooo/STEER, which takes
+    H from the policy that sampled; here it is the policy as it is now. Sure: high.
 
     >>> pi, h = torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[0.325083, 0.693147, 0.897946]])
     >>> adv = torch.tensor([[1.0, 1, -1]])

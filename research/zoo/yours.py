@@ -1,28 +1,29 @@
-"""Your own idea in ten lines: copy this file to examples/zoo/mine.py, change it, train.
+"""Your own idea in ten lines: copy this file to research/zoo/mine.py, change it, train.
 
-    python siren.py --regularizer none --plug examples.zoo.yours:c=0.5
+    python research/plugs.py --plug research.zoo.yours:c=0.5 --regularizer none
 
-The idea here: a right answer that needed a rare token teaches more. A method is a few functions of
-the mini-batch v (see core.MiniBatch): v.adv, v.logp, v.entropy and v.mask are [B, T], v.rewards is
-[B]. None of them has a gradient; v.options and v.state hold numbers.
+The idea here: a right answer that needed a rare token teaches more. A method is a few
+functions of the mini-batch v (see core.MiniBatch): v.adv, v.logp, v.entropy and v.mask are
+[B, T], and v.rewards is [B]. None of them has a gradient. v.options and v.state hold numbers.
 
     advantages(v)        -> A' [B, T], what A becomes
-    term(now, v)         -> x [b, T], a loss of each token, for some rows at a time; only
-                            now["logp"] and now["entropy"] have a gradient, so use these here
+    term(now, v)         -> x [B, T], a loss of each token; only now["logp"] and now["entropy"]
+                            have a gradient, so use these here
     term_weights(v)      -> w [B, T] or a number, of all rows
-    controller(last, o)  -> {"coefficient": ...}, v.state of this step, from the record of the step
-                            before (last["entropy"] is mean H); start={"coefficient": 0.0} is step 1
+    controller(last, o)  -> {"coefficient": ...}, v.state of this step, from the record of the
+                            step before (last["entropy"] is mean H)
+    start={"coefficient": 0.0} is the state of step 1
 
-An option is named in four places: the function, plug, Method(options=...) and use. It has the type
-of its value there, so write 1.0 and not 1 for a number with a fraction; it is 0 or more. Everything
-else stays as it is: groups, clipping, micro-batches, checkpoints, evaluation.
+An option is named in four places: the function, plug, Method(options=...) and use. It has the
+type of its value there, so write 1.0 and not 1 for a number with a fraction; it is 0 or more.
+Everything else stays as it is: groups, clipping, micro-batches, checkpoints, evaluation.
 """
 
 from __future__ import annotations
 
 import torch
 
-from examples.zoo import Method, use
+from research.zoo import Method, use
 
 
 def rare_tokens(adv: torch.Tensor, logp: torch.Tensor, c: float) -> torch.Tensor:
@@ -35,7 +36,7 @@ def rare_tokens(adv: torch.Tensor, logp: torch.Tensor, c: float) -> torch.Tensor
 
 
 def plug(c: str = "0.5") -> None:
-    """What --plug examples.zoo.yours:c=0.5 does."""
+    """What --plug research.zoo.yours:c=0.5 does."""
     method = Method(
         "rare tokens", 0, "nobody's yet", options={"c": 0.5},
         advantages=lambda v: rare_tokens(v.adv, v.logp, v.options.c),

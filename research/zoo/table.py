@@ -34,6 +34,9 @@ EVERY = {**METHODS, **VARIANTS}
 SIZE = study.Size(test_seeds=tuple(range(12)), validation_seeds=(100, 101, 102))
 PAGE = study.ROOT / "docs" / "zoo.md"
 PLACE = re.compile(r"(<!-- results: begin -->\n).*(<!-- results: end -->)", re.DOTALL)
+SHORT = re.compile(
+    r"(<!-- short table: begin -->\n)(.*)(<!-- short table: end -->)", re.DOTALL
+)
 REFERENCES = ("dr_grpo", "siren")
 SUPPORT = ("SRR", "NDR", "NSCR")
 REWARD = 0.6  # at which the entropies of fast and slow learners are compared
@@ -191,12 +194,9 @@ def relative_costs(path: Path) -> dict[str, list[float]]:
     return {name: list(np.divide(x, seconds["dr_grpo"])) for name, x in seconds.items()}
 
 
-def differences(rows: dict[str, list[Row]], score: str) -> list[str]:
-    """Every method against each reference on hard prompts at T = 0.6, paired by seed."""
-    scores = {
-        name: {s: evaluation(r)[score] for s, r in study_report.by_seed(some).items()}
-        for name, some in rows.items()
-    }
+def compared(scores: dict[str, dict[int, float]]) -> tuple[dict, dict]:
+    """Method -> seed -> score. Returns the differences of every method and each reference,
+    (method, reference) -> one for each seed, and their p-values after Holm's correction."""
     found = {
         (name, other): [scores[name][s] - scores[other][s] for s in scores[other]]
         for name in METHODS
@@ -204,6 +204,16 @@ def differences(rows: dict[str, list[Row]], score: str) -> list[str]:
         if name not in (other, "dr_grpo")  # Dr.GRPO against SIREN is SIREN against Dr.GRPO
     }
     p = study_report.holm({key: study_report.sign_flip(x) for key, x in found.items()})
+    return found, p
+
+
+def differences(rows: dict[str, list[Row]], score: str) -> list[str]:
+    """Every method against each reference on hard prompts at T = 0.6, paired by seed."""
+    scores = {
+        name: {s: evaluation(r)[score] for s, r in study_report.by_seed(some).items()}
+        for name, some in rows.items()
+    }
+    found, p = compared(scores)
     lines = []
     for name in METHODS:
         cells = []
@@ -330,6 +340,35 @@ def score_cells(rows: list[Row], temperature: float) -> list[str]:
     return [study_report.text(e[score] for e in found) for score in study_report.SCORES]
 
 
+def short_table(path: Path, old: str) -> str:
+    """The first table of docs/zoo.md, the best pass@16 first, with the numbers of zoo.csv and
+    the sentence that each method has in `old`, the table as it is. Bold: above Dr.GRPO's, and
+    the difference stands after Holm's correction."""
+    lines = study_report.read_csv(path)
+    hard = {name: lines[name, "hard", "0.6"] for name in ("base", *METHODS)}
+    names = {"base model": "base"} | {f"`{name}`": name for name in METHODS}
+    head, _, *rows = [line.strip("| ").split(" | ") for line in old.strip().splitlines()]
+    sentences = {names[row[0]]: row[-1] for row in rows}
+    shown = {name: title for title, name in names.items()}
+    cells = {name: [shown[name]] for name in hard}
+    for score in ("pass@16", "maj@16", "avg@16"):
+        found, p = compared(
+            {name: {s: x[score] for s, x in hard[name].items()} for name in hard}
+        )
+        for name, seeds in hard.items():
+            value = f"{np.mean([x[score] for x in seeds.values()]):.2f}".removeprefix("0")
+            key = (name, "dr_grpo")
+            stands = key in p and p[key] < 0.05 and np.mean(found[key]) > 0
+            cells[name].append(f"**{value}**" if stands else value)
+    for name, seeds in hard.items():
+        left = [x["entropy"] / hard["base"][seed]["entropy"] for seed, x in seeds.items()]
+        cells[name] += [f"{np.mean(left):.2f}".removeprefix("0"), sentences[name]]
+    order = sorted(
+        hard, key=lambda name: -np.mean([x["pass@16"] for x in hard[name].values()])
+    )
+    return "\n".join(study_report.markdown(head, [cells[name] for name in order])[:-1]) + "\n"
+
+
 def figure(rows: dict[str, list[Row]]) -> Any:
     """maj@16 against the entropy kept, pass@16 against that at forks: a numbered point for
     each method, with its intervals. The numbers are those of the page (14b: dph_js); what has
@@ -396,7 +435,10 @@ def write(size: study.Size, store: study.Store, out: Path, target: Path) -> None
     ]
     lines += ["in nats, over three seeds.", ""]
     text = "\n".join([*lines, *candidates_table(size, store)])
-    target.write_text(PLACE.sub(lambda found: found[1] + text + found[2], target.read_text()))
+    old = PLACE.sub(lambda found: found[1] + text + found[2], target.read_text())
+    target.write_text(
+        SHORT.sub(lambda x: x[1] + short_table(out / "zoo.csv", x[2]) + x[3], old)
+    )
     print(f"results: {target}, {out / 'zoo.csv'}")
 
 

@@ -101,4 +101,6 @@ def right_text(completions, answer, **_):
     [1.0, 0.0]
     """
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(text_env.verify(text, a)) for text, a in zip(texts, answer)]
+    rules = (None, text_env.equal)
+    pairs = zip(map(text_env.plain_boxes, texts), answer)
+    return [float(siren.verify(text, a, *rules)) for text, a in pairs]

@@ -19,7 +19,6 @@ layers.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 import time
@@ -28,12 +27,12 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
-from research.tools import run_tool
 
 Tensor = torch.Tensor
 
@@ -93,10 +92,10 @@ def update_all(run: siren.Run, rollout: siren.Rollout, old_logp: Tensor, adv: Te
         siren.update(run, rollout.rows(rows), old_logp[rows], adv[rows])
 
 
-def measure(cfg: siren.Config) -> None:
-    """Print the CPU seconds of the parts of a step, without and with the drop-in, in turn."""
+def measure(run: siren.Run) -> str:
+    """A table of the CPU seconds of the parts of a step, without and with the drop-in."""
+    cfg = run.cfg
     torch.set_num_threads(cfg.threads)
-    run = siren.Run(cfg)
     run.anchor = 1.0
     run.optimizer.param_groups[0]["lr"] = 0.0  # both measure the same weights
     problems = run.task.train_problems(cfg.prompts, "0/1")
@@ -104,30 +103,23 @@ def measure(cfg: siren.Config) -> None:
     sampling, rollout = cpu_seconds(partial(siren.sample, run.model, *how))
     adv = torch.arange(len(rollout.mask)) % 2.0 - 0.5  # without a signal there is no gradient
     adv = adv.to(run.model.device)
-    print("| | sampling | scoring | update | step |\n|---|---|---|---|---|")
-    plain = siren.forward
-    ways = {"siren.forward": plain, "research.shared_prompts": forward}
-    try:
-        for name, way in ways.items():
-            siren.forward = way
+    lines = ["| | sampling | scoring | update | step |", "|---|---|---|---|---|"]
+    ways = {"siren.forward": siren.forward, "research.shared_prompts": forward}
+    for name, way in ways.items():
+        with mock.patch.object(siren, "forward", way):
             scoring, old = cpu_seconds(partial(score, run, rollout))
             updates, _ = cpu_seconds(partial(update_all, run, rollout, old["logp"], adv))
-            times = (sampling, scoring, updates, sampling + scoring + updates)
-            print(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in times) + " |")
-    finally:
-        siren.forward = plain
+        times = (sampling, scoring, updates, sampling + scoring + updates)
+        lines.append(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in times) + " |")
+    return "\n".join(lines)
 
 
-def command(argv: list[str] | None) -> None:
-    """Read siren.py's flags and measure a step of that run."""
-    cfg, _ = siren.read_flags(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        measure(dataclasses.replace(cfg, out=folder))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit codes as run_tool says."""
-    return run_tool("shared_prompts.py", command, argv)
+def main(argv: list[str] | None = None) -> int | None:
+    """siren.py's command, with its flags and exit codes. It measures instead of training."""
+    flags = sys.argv[1:] if argv is None else argv
+    measured = {"train": measure, "report": print}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(siren, **measured):
+        return siren.main([*flags, "--out", folder])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The memory plan against measured peaks, with LoRA; the rest is in tests/test_memory_plan.py."""
+"""The memory plan against measured peaks, with LoRA (see tests/test_memory_plan.py)."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ def test_adapters_are_counted_exactly() -> None:
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     """README's 7B by flags, without a network and without a GPU."""
-    flags = (
-        "--gpu-gb 24 --model Qwen/Qwen2.5-Math-7B --data x.jsonl --prompts 128 --max-tokens 3072"
-    )
+    flags = "--gpu-gb 24 --model Qwen/Qwen2.5-Math-7B --data x.jsonl --prompts 128"
+    flags += " --max-tokens 3072"
     flags += " --mini-batches 16 --lora-rank 64 --lr 1e-5 --dtype bfloat16 --recompute true"
     flags += " --micro-batch-size 1 --sample-batch 8 --eval-samples 8 --device cuda"
     assert memory_plan.main(flags.split()) == 0

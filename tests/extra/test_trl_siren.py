@@ -605,7 +605,7 @@ def test_answers_that_can_not_be_matched_are_refused(tmp_path, capsys):
         (["--siren_top_p", "2"], "--siren_top_p 2.0: must be in (0, 1]"),
         (["--siren_beta", "x"], "invalid float value: 'x'"),
         (["--nonsense", "1"], "--nonsense"),
-        (["--task", "toy_env:slip=2"], "slip, noise from 0 to 1"),
+        (["--task", "toy_env:slip=2"], "from 0 to 1"),
         (
             ["--resume_from_checkpoint", "gone"],
             "--resume_from_checkpoint gone: no such folder",

@@ -1,7 +1,6 @@
 """Does it fit, and how long does it take? A run of siren.py as a table of formulas.
 
-    python examples/memory_plan.py --gpu-gb 24 --model Qwen/Qwen2.5-Math-7B --data train.jsonl
-    \\
+    python examples/memory_plan.py --gpu-gb 24 --model Qwen/Qwen2.5-Math-7B --data x.jsonl \\
         --dtype bfloat16 --lora-rank 64 --recompute true ...        # siren.py's flags
 
 Nothing is loaded, and no GPU is needed: the model's config.json is enough, and for the models
@@ -35,19 +34,14 @@ from siren import require
 
 CONFIGS = Path(__file__).resolve().parent / "configs"  # of known models: no network is needed
 ERROR = 0.25  # of all that is neither weights, gradients nor optimiser state
-RESERVE = (
-    1.0,
-    0.05,
-)  # GB of CUDA's context and libraries; share of memory lost between tensors
+RESERVE = (1.0, 0.05)  # GB of CUDA's own; share of memory that is lost between tensors
 F32 = 4  # bytes
 
 # Per device: seconds per layer of a decode step (Python and kernel launches), bytes/s of
 # memory, FLOP/s with float32 and with bfloat16 weights. Assumed: a GPU like the A100; a core
 # of a CPU.
 SPEED = {"cuda": (1.2e-3, 1e12, 1.5e13, 1e14), "cpu": (5e-4, 1e10, 5e10, 2e10)}
-MEAN_LENGTH = (
-    1 / 3
-)  # of --max-tokens: how long the average response is taken to be, for the time
+MEAN_LENGTH = 1 / 3  # of --max-tokens: how long the average response is taken to be
 
 
 # ----------------------------------------------------------------------------- what is planned
@@ -291,8 +285,7 @@ def seconds(run: Run) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------- 3. advice
 def advise(run: Run, gb: float) -> tuple[Run, str]:
-    """The run with the mildest changes that make it fit, or with all there are; and their
-    flags.
+    """The run with the mildest changes that make it fit, or with all of them; their flags.
 
     Smaller batches first, as they cost time alone; then recomputed layers; then adapters.
     """
@@ -321,7 +314,8 @@ def advise(run: Run, gb: float) -> tuple[Run, str]:
             smaller = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, **{name: n}))
             if total(plan(smaller)[largest]) >= total(phases[largest]):
                 break
-            run, batches[name] = smaller, n
+            run = smaller
+            batches[name] = n
         if fits(run, gb) == "fits":
             break
     flags = {name.replace("_", "-"): x for name, x in {**batches, **options}.items()}

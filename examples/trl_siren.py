@@ -54,14 +54,10 @@ class SirenGRPOConfig(GRPOConfig):
     TRL's are the weight of a KL term and a truncation of the samples."""
 
     loss_type: str = option("dr_grpo", "TRL's name of the policy loss")
-    scale_rewards: str = option(
-        "none", "none: the advantage is reward - group mean, as in Dr.GRPO"
-    )
+    scale_rewards: str = option("none", "none: an advantage is reward - mean, as in Dr.GRPO")
     siren_beta: float = option(0.005, "weight of SIREN's regulariser")
     siren_top_p: float = option(0.8, "p of the policy nucleus, in (0, 1]")
-    peak_quantile: float = option(
-        0.8, "tau of the peak-entropy mask, in [0, 1]; 0 = no peak mask"
-    )
+    peak_quantile: float = option(0.8, "tau of the peak-entropy mask, in [0, 1]; 0 = no mask")
     regularizer: str = option("anchor", "see siren.py", choices=KINDS)
     anchor: float = option(0.0, "H* in nats; 0 = that of the first rollout of all processes")
     entropy_chunk: int = option(256, "tokens whose logits are in memory at once; 0 = by size")
@@ -139,8 +135,7 @@ def micro_batch_anchor(h_micro, h_agg, anchor):
 
 
 class Head:
-    """A model's head for stats_in_chunks: in its own precision, and whole if FSDP splits
-    it."""
+    """A model's head, in its own precision, and whole if FSDP splits it."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
@@ -190,21 +185,19 @@ class SirenGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         check_supported(self)
         self.anchor = self.args.anchor  # 0 until the first rollout has been scored
-        base = (
-            self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        )
+        base = self.model
+        if hasattr(base, "peft_config"):
+            base = base.get_base_model()
         add_head(base, self.args.siren_top_p, self.temperature, self.args.entropy_chunk)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **others: Any
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """logp and full entropy [B, T] of the last T tokens; H' is kept for the
-        regulariser."""
+        """logp and full entropy [B, T] of the last T tokens. H' is kept for SIREN."""
         given = {name for name, value in others.items() if value is not None}
         vision = sorted(given - {"compute_entropy", "compute_aux_loss"})
-        require(
-            not vision, f"vision inputs ({', '.join(vision)}): not supported; train on text"
-        )
+        rule = "not supported; train on text"
+        require(not vision, f"vision inputs ({', '.join(vision)}): {rule}")
         halves = []
         for half in (slice(0, -logits_to_keep), slice(-logits_to_keep, None)):
             halves += [input_ids[:, half], attention_mask[:, half]]
@@ -218,24 +211,21 @@ class SirenGRPOTrainer(GRPOTrainer):
         return stats["logp"], stats["entropy"], None
 
     def _peaks(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """H', peaks and response mask [B, T] of the micro-batch that the last forward pass
-        saw."""
+        """H', peaks and response mask [B, T] of the last forward pass's micro-batch."""
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)  # not what a tool wrote
         mask = mask.bool()
         return self._h, siren.peak_mask(self._h, mask, self.args.peak_quantile), mask
 
     @torch.no_grad()
     def _totals(self, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
-        """H_agg, peak fraction and number of responses of these micro-batches on all
-        processes."""
-        from trl.models.utils import (
-            disable_gradient_checkpointing,
-        )  # private, so after the check
+        """H_agg, peak fraction and number of responses of these micro-batches, and of those
+        of all processes."""
+        # private to TRL, so it is imported after the check of the version
+        from trl.models.utils import disable_gradient_checkpointing
 
         sums = []
-        with disable_gradient_checkpointing(
-            self.model, self.args.gradient_checkpointing_kwargs
-        ):
+        how = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self.model, how):
             for batch in batches:
                 ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
                 seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
@@ -245,26 +235,21 @@ class SirenGRPOTrainer(GRPOTrainer):
                 responses = mask.any(1).sum()
                 h_sum = siren.aggregate_entropy(h, peak, mask) * responses
                 sums.append(torch.stack([h_sum, responses, peak.sum(), mask.sum()]))
-        h_sum, responses, peaks, tokens = self.accelerator.reduce(
-            torch.stack(sums).sum(0), "sum"
-        )
-        return (
-            h_sum / responses.clamp(min=1),
-            peaks / tokens.clamp(min=1),
-            responses.clamp(min=1),
-        )
+        totals = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
+        h_sum, responses, peaks, tokens = totals
+        responses = responses.clamp(min=1)
+        return h_sum / responses, peaks / tokens.clamp(min=1), responses
 
     def _regularizer(self, h_agg: torch.Tensor, anchor: torch.Tensor | float) -> torch.Tensor:
         """The last term of siren.siren_loss."""
         if self.args.regularizer == "anchor":
             return self.args.siren_beta * (h_agg - anchor) ** 2
-        return (
-            -self.args.siren_beta * h_agg if self.args.regularizer == "bonus" else 0.0 * h_agg
-        )
+        if self.args.regularizer == "bonus":
+            return -self.args.siren_beta * h_agg
+        return 0.0 * h_agg
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """The next micro-batch; before the first of a mini-batch, what all of them must
-        know."""
+        """The next micro-batch; before a mini-batch, what all of its micro-batches need."""
         inputs = super()._prepare_inputs(generation_batch)
         args = self.args
         place = self._step % args.steps_per_generation
@@ -281,8 +266,7 @@ class SirenGRPOTrainer(GRPOTrainer):
         return inputs
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """TRL's loss of a micro-batch, which it has divided by their number, plus SIREN's
-        share."""
+        """TRL's loss of a micro-batch (divided by their number), plus SIREN's share."""
         loss = super()._compute_loss(model, inputs)
         if not self.model.training:
             return loss
@@ -297,9 +281,8 @@ class SirenGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            state = {"anchor": self.anchor} | {
-                name: getattr(self.args, name) for name in MEASURE
-            }
+            state = {name: getattr(self.args, name) for name in ("anchor", *MEASURE)}
+            state["anchor"] = self.anchor
             (folder / STATE).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

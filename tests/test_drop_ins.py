@@ -1,4 +1,5 @@
-"""Tests of examples/README.md: the drop-in that it shows works, and those that it names exist."""
+"""Tests of examples/README.md: the drop-in that it shows works, and those that it names
+exist."""
 
 import importlib
 import json
@@ -12,17 +13,19 @@ import pytest
 import torch
 
 import siren
+from research.plugs import plugged
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "examples" / "README.md").read_text()
-SMALL = "--regularizer none --prompts 8 --group-size 8 --mini-batches 1 --grad-clip 1000 --steps 1"
-SMALL += " --eval-prompts 1 --eval-samples 1"
+SMALL = "--regularizer none --prompts 8 --group-size 8 --mini-batches 1 --grad-clip 1000"
+SMALL += " --steps 1 --eval-prompts 1 --eval-samples 1"
 
 
-def run(folder, *words):
+def run(folder, *plug):
     """The records of a short run in `folder`."""
     where = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-    command = [sys.executable, str(ROOT / "siren.py"), *SMALL.split(), *words]
+    script = "research/plugs.py" if plug else "siren.py"
+    command = [sys.executable, str(ROOT / script), *plug, *SMALL.split()]
     done = subprocess.run(
         command, cwd=folder, env=where, capture_output=True, text=True, timeout=200
     )
@@ -32,7 +35,8 @@ def run(folder, *words):
 
 
 def test_the_drop_in_of_the_readme(tmp_path, monkeypatch):
-    """Leave-one-out advantages are the plain ones times n / (n - 1), and so is the gradient."""
+    """Leave-one-out advantages are the plain ones times n / (n - 1), and so is the
+    gradient."""
     (code,) = (block.split("```")[0] for block in TEXT.split("```python\n")[1:])
     for name in ("plain", "plugged"):
         (tmp_path / name).mkdir()
@@ -43,23 +47,37 @@ def test_the_drop_in_of_the_readme(tmp_path, monkeypatch):
     expected = siren.group_advantages(rewards, 3) * 3 / 2
     torch.testing.assert_close(module.leave_one_out(rewards, 3), expected)
 
-    plain, plugged = run(tmp_path / "plain")[1], run(tmp_path / "plugged", "--plug", "rloo")[1]
-    assert plain["reward"] == plugged["reward"] > 0 and plain["grad_norm"] > 0.01
-    assert plugged["grad_norm"] == pytest.approx(plain["grad_norm"] * 8 / 7, rel=1e-4)
+    plain = run(tmp_path / "plain")[1]
+    changed = run(tmp_path / "plugged", "--plug", "rloo")[1]
+    assert plain["reward"] == changed["reward"] > 0
+    assert plain["grad_norm"] > 0.01
+    assert changed["grad_norm"] == pytest.approx(plain["grad_norm"] * 8 / 7, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", re.findall(r"--plug (examples\.\w+)", TEXT))
-def test_the_drop_ins_that_it_names(name, monkeypatch):
+def test_it_names_drop_ins():
+    assert len(re.findall(r"--plug (research\.\w+)", TEXT)) >= 4
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"--plug (research\.\w+)", TEXT))))
+def test_the_drop_ins_that_it_names(name):
     before = dict(vars(siren))
-    module = importlib.import_module(name)
-    try:
-        module.plug()
-        changed = [key for key, value in vars(siren).items() if before.get(key) is not value]
-        assert changed and all(key in before for key in changed)
-    finally:
-        vars(siren).update(before)
+    with plugged(name):
+        changed = {key for key, value in vars(siren).items() if before.get(key) is not value}
+        assert changed <= before.keys()
+        # plugged itself replaces these two, so that a checkpoint knows the drop-in
+        assert changed - {"Run", "load_checkpoint"}
+    assert dict(vars(siren)) == before
 
 
 def test_the_files_that_it_names():
-    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert (ROOT / "examples" / link).exists(), link
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", TEXT)
+    assert len(links) > 10
+    for link in links:
+        assert link.startswith("https://") or (ROOT / "examples" / link).exists(), link
+
+
+def test_it_names_the_files_of_its_folder():
+    names = {path.name for path in (ROOT / "examples").iterdir()}
+    names -= {"README.md", "__pycache__"}
+    assert len(names) > 8
+    assert {name for name in names if f"]({name})" not in TEXT} == set()

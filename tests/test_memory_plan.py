@@ -7,6 +7,7 @@ What needs peft (LoRA) is in tests/extra/test_memory_plan_lora.py.
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import json
 from pathlib import Path
 from typing import Any
@@ -287,3 +288,9 @@ def test_errors(
     assert memory_plan.main(["--model", name, "--data", "x.jsonl", *flags]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and fault in lines[0]
+
+
+def test_doctests() -> None:
+    result = doctest.testmod(memory_plan)
+    assert result.attempted >= 1
+    assert result.failed == 0

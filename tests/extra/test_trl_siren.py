@@ -6,10 +6,10 @@ The main one trains with TRL, real sampling included, and records what was sampl
 then repeats the run from the definitions: float64, one response at a time without any padding,
 the whole mini-batch under one plain autograd, SGD. Weights and logged values must agree.
 
-    python tests/extra/test_trl_siren.py FOLDER CASE...     # the part that torchrun starts
-    twice
+    python tests/extra/test_trl_siren.py FOLDER CASE...    # what torchrun starts twice
 """
 
+import doctest
 import json
 import os
 import subprocess
@@ -36,13 +36,11 @@ from toy_env import ToyWorld
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-STEPS, ROWS, BUDGET, LR, BETA = (
-    4,
-    16,
-    12,
-    0.03,
-    2.0,
-)  # ROWS responses a step, 2 steps a rollout
+STEPS = 4  # of which two share a rollout
+ROWS = 16  # responses of a step
+BUDGET = 12  # tokens of a response
+LR = 0.03
+BETA = 2.0
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_alpha=16)
 # micro: responses in a backward pass of one process. In float64 an exact method is off by
 # rounding alone, 1e-16; in float32 that is 1e-7, unless it moves a token over the edge of a
@@ -110,8 +108,7 @@ def config(folder, micro, processes=1, checkpointing=False, **options):
 
 
 def share_even(completion_ids, **_):
-    """A reward that tells any two responses apart: too few toy answers are right to test
-    much."""
+    """A reward that tells any two responses apart: few toy answers are right."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
@@ -125,8 +122,7 @@ def base_model(untied=False, dtype=torch.float32):
 
 
 def parts(lora=None, **model):
-    """The toy with prompts of 4 to 7 terms: they need padding, and some responses are cut
-    off."""
+    """The toy with prompts of 4 to 7 terms: they need padding, and some responses are cut."""
     world, rng = ToyWorld(), np.random.default_rng(0)
     lengths = [6, 7, 5, 6, 4] * 8
     problems = [world.problem(rng.integers(1, 9, length).tolist()) for length in lengths]
@@ -295,14 +291,8 @@ def test_one_process_equals_plain_autograd(name, tmp_path):
 def together(tmp_path_factory):
     """The recordings of two processes started by torchrun, by case."""
     folder = tmp_path_factory.mktemp("together")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-    ]
-    command = [*launch, __file__, str(folder), *TOGETHER]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launch, __file__, str(folder), *TOGETHER]
     where = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -415,6 +405,13 @@ def test_resume_needs_the_same_measure(tmp_path):
     same = Recorder(args=config(tmp_path, 16), **parts())
     with pytest.raises(ValueError, match=r"siren_state\.json: does not exist"):
         same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_doctests():
+    for module in (trl_siren, trl_data):
+        result = doctest.testmod(module)
+        assert result.attempted >= 1
+        assert result.failed == 0
 
 
 # === what it refuses ===

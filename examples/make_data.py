@@ -1,4 +1,4 @@
-"""Write the sums that examples/text_env.py is shown with: questions in words, answers in digits.
+"""Write the sums that text_env.py is shown with: questions in words, answers in digits.
 
     python examples/make_data.py           # writes data/sums16.jsonl, sums_train and sums_eval
 
@@ -28,10 +28,10 @@ def problem(a: int, b: int) -> dict[str, str]:
 
 def sums(max_term: int, eval_share: float, seed: int) -> dict[str, list[dict[str, str]]]:
     """File name -> problems. ValueError for numbers that leave a file empty."""
-    if max_term < 9 or not 0 < eval_share < 1:
-        raise ValueError(
-            f"max_term {max_term} must be at least 9, eval_share {eval_share} in (0, 1)"
-        )
+    if max_term < 9:
+        raise ValueError(f"--max-term {max_term}: must be at least 9")
+    if not 0 < eval_share < 1:
+        raise ValueError(f"--eval-share {eval_share}: must be above 0 and below 1")
     rng = random.Random(f"sums {seed}")
     pairs = list(combinations_with_replacement(range(1, max_term + 1), 2))
     rng.shuffle(pairs)
@@ -57,13 +57,17 @@ def write(path: Path, problems: Iterable[dict[str, str]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Sums asked in words, as JSON Lines.")
+    parser = argparse.ArgumentParser(
+        "make_data.py", usage=argparse.SUPPRESS, description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", default="data", help="folder (default %(default)s)")
     parser.add_argument(
         "--max-term", type=int, default=9, help="largest term (default %(default)s)"
     )
     parser.add_argument("--eval-share", type=float, default=0.2, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="draws the split (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="draws the split (default %(default)s)"
+    )
     args = parser.parse_args(argv)
     try:
         files = sums(args.max_term, args.eval_share, args.seed)

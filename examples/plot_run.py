@@ -50,7 +50,9 @@ def draw(runs: dict[str, list[dict[str, float]]]) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "plot_run.py", usage=argparse.SUPPRESS, description=__doc__.splitlines()[0]
+    )
     parser.add_argument("folders", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, help="default: curves.png in the first folder")
     args = parser.parse_args(argv)

@@ -1,10 +1,8 @@
-"""The exact verifier, siren.verify, on the hand-judged pairs of tests/data/verdicts.jsonl.
+"""The exact verifier of text_env.py on the hand-judged pairs of tests/data/verdicts.jsonl.
 
-A pair that is judged "not right" and accepted is a wrong reward: there must be none. One that is
-judged right and rejected costs a reward; docs/verifier.md counts them by kind.
+A pair that is judged "not right" and accepted is a wrong reward: there must be none. One that
+is judged right and rejected costs a reward; docs/verifier.md counts them by kind.
 """
-
-from __future__ import annotations
 
 import json
 from collections import Counter
@@ -13,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import siren
+import text_env
+from math_answers import plain_boxes
+from research import verdicts
 
 PAIRS = [
     json.loads(line)
@@ -28,6 +29,11 @@ WRONG = [
 PLAIN = {"boxed golds", "spaces"}
 
 
+def verify(response, answer):
+    """The reward of a language model's response."""
+    return siren.verify(plain_boxes(response), answer, None, text_env.equal)
+
+
 def test_the_file_is_what_it_says():
     assert len(PAIRS) >= 400
     assert all(pair.keys() == {"response", "answer", "right", "kind"} for pair in PAIRS)
@@ -36,7 +42,10 @@ def test_the_file_is_what_it_says():
     assert 0.45 < share < 0.55
     kinds = Counter((pair["kind"], pair["right"]) for pair in PAIRS)
     assert all(
-        kinds[kind, right] >= 2 for kind, _ in kinds for right in (True, False) if kind != "hostile"
+        kinds[kind, right] >= 2
+        for kind, _ in kinds
+        for right in (True, False)
+        if kind != "hostile"
     )
     wrong = {(pair["response"], pair["answer"]) for pair in PAIRS if not pair["right"]}
     for given, answer in WRONG:
@@ -48,36 +57,52 @@ def test_nothing_wrong_is_accepted():
     accepted = [
         (pair["response"], pair["answer"])
         for pair in PAIRS
-        if not pair["right"] and siren.verify(pair["response"], pair["answer"])
+        if not pair["right"] and verify(pair["response"], pair["answer"])
     ]
     assert accepted == []
 
 
 def test_the_order_of_the_two_does_not_matter():
     for pair in PAIRS:
-        given, answer = siren.extract_answer(pair["response"]), pair["answer"]
+        given = siren.extract_answer(plain_boxes(pair["response"]))
+        answer = pair["answer"]
         if (
             given is None
-            or "\\boxed" in answer
+            or "\\boxed" in answer + given
             or siren.extract_answer(f"\\boxed{{{answer}}}") != answer
         ):
             continue
-        turned = siren.verify(f"\\boxed{{{answer}}}", given)
-        assert turned == siren.verify(pair["response"], answer), pair
+        turned = verify(f"\\boxed{{{answer}}}", given)
+        assert turned == verify(pair["response"], answer), pair
 
 
 def test_what_needs_no_algebra_is_accepted():
     rejected = Counter(
         pair["kind"]
         for pair in PAIRS
-        if pair["right"] and not siren.verify(pair["response"], pair["answer"])
+        if pair["right"] and not verify(pair["response"], pair["answer"])
     )
     right = Counter(pair["kind"] for pair in PAIRS if pair["right"])
-    assert sum(rejected.values()) <= 0.45 * sum(right.values())  # 138 of 312
+    assert sum(rejected.values()) <= 0.45 * sum(right.values())  # 132 of 312
     assert not PLAIN & rejected.keys()
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair["kind"] == "boxes"], ids=str)
 def test_boxes_are_decided_without_algebra(pair):
-    if pair["response"] != "\\boxed 5":  # LaTeX without braces is not read
-        assert siren.verify(pair["response"], pair["answer"]) is pair["right"]
+    if pair["response"] != "\\boxed{x = \\boxed{9}}":  # of nested boxes the outer one counts
+        assert verify(pair["response"], pair["answer"]) is pair["right"]
+
+
+def test_siren_py_alone_accepts_nothing_wrong():
+    """Its own rule knows numbers and texts, and no LaTeX: it rejects more."""
+    accepted = [pair for pair in PAIRS if siren.verify(pair["response"], pair["answer"])]
+    assert [pair for pair in accepted if not pair["right"]] == []
+    assert len(accepted) > 50
+
+
+def test_a_page_without_marks_is_one_line(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    assert verdicts.main(["--page", str(page)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("verdicts.py: error: --page") and verdicts.END in line

@@ -1,16 +1,17 @@
 """Build docs/annotated.html: the method's code, line against line with what it means.
 
-    python docs/annotated/build.py               # needs pygments, markdown-it-py, mdit-py-plugins
-    python docs/annotated/build.py --formulas    # if a formula has changed: needs node, npm install
+    pip install pygments markdown-it-py mdit-py-plugins
+    python docs/annotated/build.py               # after every change of siren.py or a note
+    python docs/annotated/build.py --formulas    # a new formula: needs node and npm install
 
-The code is siren.py's, from the mark "copy from here" to the end of the training step; the notes
-are in notes.md. There `# name` is a function of siren.py and `## title` a note, whose next line
+The code is siren.py's sections 1 (the method) and 5 (the training step); the notes are in
+notes.md. There `# name` is a function of siren.py and `## title` a note, whose next line
 
     > a piece of a line ... a piece of a later line
 
 says which lines it is about; the second piece may be missing. `> def` is the first line of the
-function to the end of its docstring. A piece that is not in exactly one line of the function stops
-the build, so that no note can stand beside the wrong code.
+function to the end of its docstring. A piece that is not in exactly one line of the function
+stops the build, so that no note can stand beside the wrong code.
 """
 
 import ast
@@ -31,7 +32,8 @@ from pygments.lexers import PythonLexer
 
 HERE = Path(__file__).resolve().parent
 SOURCE, PAGE = HERE.parent.parent / "siren.py", HERE.parent / "annotated.html"
-FIRST, AFTER = "# === begin: copy from here", "6. evaluation"
+# the code that is shown: from the line after the first piece to the line before the second
+SHOWN = (("# === begin: copy from here", "2. settings"), ("5. training step", "6. evaluation"))
 
 
 class BuildError(ValueError):
@@ -44,7 +46,9 @@ class Note:
 
     function: str
     title: str
-    start: int  # of the code shown with it: of its function, if this is the function's first note
+    start: (
+        int  # of the code shown with it: of its function, if this is the function's first note
+    )
     first: int
     last: int
     text: str  # Markdown
@@ -60,7 +64,9 @@ def find_line(lines, first, last, piece, where):
     found = [n for n in range(first, last + 1) if piece in lines[n - 1]]
     if len(found) != 1:
         problem = f"is in {len(found)} lines" if found else "is in no line"
-        raise BuildError(f"{where}: {piece!r} {problem} of siren.py {first}-{last}; mend the note")
+        raise BuildError(
+            f"{where}: {piece!r} {problem} of siren.py {first}-{last}; mend the note"
+        )
     return found[0]
 
 
@@ -127,7 +133,9 @@ def line_html(number, code, indent, note):
     """A line of code with its number, which is a link to the line's note."""
     label = f'<span class="no">{number}</span>'
     if note:
-        label = f'<a class="no" href="#{note.slug}" title="{html.escape(note.title)}">{number}</a>'
+        label = (
+            f'<a class="no" href="#{note.slug}" title="{html.escape(note.title)}">{number}</a>'
+        )
     style = f'style="--indent:{indent}ch"'
     return f'<span class="line" id="L{number}" {style}>{label}<span>{code}\n</span></span>'
 
@@ -144,13 +152,28 @@ def row_html(note, body, lines, source_lines, end, heading):
         out.append(line_html(n, lines[n - 1], indent, note if inside else None))
         if n == note.last:
             out.append("</span>")
-    place = f"line {note.first}" if note.first == note.last else f"lines {note.first}–{note.last}"
+    place = (
+        f"line {note.first}" if note.first == note.last else f"lines {note.first}–{note.last}"
+    )
     return (
         f'<section class="row">\n<article class="note" id="{note.slug}"><div class="stay">'
         f'{heading}<div class="title"><h3>{html.escape(note.title)}</h3>'
         f'<a href="#code-{note.slug}">{place}</a></div>\n{body}</div></article>\n'
         f'<pre class="code">{"".join(out)}</pre>\n</section>\n'
     )
+
+
+def ends_of(notes, source_lines):
+    """For each note the line before which the code that is shown with it ends."""
+    starts = {note.start for note in notes}
+    ends = sorted(starts)[1:]
+    for piece, stop in SHOWN:
+        first = 1 + find_line(source_lines, 1, len(source_lines), piece, "build.py")
+        stop = find_line(source_lines, first, len(source_lines), stop, "build.py")
+        if first not in starts:
+            raise BuildError(f"notes.md: a note must be about the line after {piece!r}")
+        ends.append(stop)
+    return [min(end for end in ends if end > note.start) for note in notes]
 
 
 def build(source, notes_text, formulas_json):
@@ -160,11 +183,8 @@ def build(source, notes_text, formulas_json):
     markdown.use(dollarmath_plugin, renderer=formulas)
     intro, notes = read_notes(notes_text, source)
     source_lines, lines = source.split("\n"), code_html(source)
-    stop = find_line(source_lines, 1, len(source_lines), AFTER, "build.py")
-    if not notes or FIRST not in source_lines[notes[0].start - 2]:
-        raise BuildError(f"notes.md: the first note must be about the line after {FIRST!r}")
     rows, seen = [], []
-    for note, end in zip(notes, [n.start for n in notes[1:]] + [stop]):
+    for note, end in zip(notes, ends_of(notes, source_lines)):
         heading = ""
         if note.function not in seen:
             seen.append(note.function)
@@ -193,7 +213,9 @@ def render_formulas(formulas):
     wanted = json.dumps(sorted(formulas.used.values()))
     done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = next((x for x in done.stderr.splitlines() if "Error" in x), done.stderr[-200:])
+        reason = next(
+            (x for x in done.stderr.splitlines() if "Error" in x), done.stderr[-200:]
+        )
         raise BuildError(f"node render_formulas.mjs (npm install first): {reason}")
     (HERE / "formulas.json").write_text(done.stdout, "utf-8")
 

@@ -39,9 +39,8 @@ function quantile(values, tau) {
 
 function peakMask(h, tau) {
   if (tau === 0) return h.map(() => true);
-  const sorted = [...h].sort((a, b) => a - b);
-  const least = sorted[Math.ceil((tau - 1e-6) * (h.length - 1))];
-  return h.map((x) => x >= least && x > 0);
+  const theta = quantile(h, Math.max(0, tau - 1e-9));
+  return h.map((x) => x >= theta && x > 0);
 }
 
 const data = JSON.parse(document.getElementById("data").textContent);

@@ -1,4 +1,4 @@
-"""docs/annotated.html: built from siren.py as it is, and tried in a real browser (Chromium)."""
+"""docs/annotated.html: built from siren.py as it is, and tried in a browser (Chromium)."""
 
 import importlib.util
 import json
@@ -53,12 +53,17 @@ def test_formulas_are_those_of_the_notes():
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("adv = groups - groups.mean", "adv = groups - torch.mean", "'adv = groups - groups.mean'"),
+        (
+            "adv = groups - groups.mean",
+            "adv = groups - torch.mean",
+            "'adv = groups - groups.mean'",
+        ),
         ("def peak_mask(", "def peaks(", "no function peak_mask"),
-        ("def stats_of(", "def scores(", "'def stats_of' is in no line"),
+        ("term = (h_agg", "pull = (h_agg", "'term =' is in no line"),
         ("# 2. verify", "# 1. sample", "'# 1. sample' is in 2 lines"),
         ("6. evaluation", "6. tests", "'6. evaluation' is in no line"),
-        ("copy from here", "copy", "the first note must be about"),
+        ("copy from here", "copy", "'# === begin: copy from here' is in no line"),
+        ("def forward(", "x = 1\n\n\ndef forward(", "the line after '5. training step'"),
     ],
 )
 def test_build_stops_when_a_note_lost_its_line(old, new, message):
@@ -71,7 +76,7 @@ def test_build_stops_when_a_note_lost_its_line(old, new, message):
 def test_build_stops_when_notes_are_out_of_order():
     source, notes, formulas = build.read_sources()
     parts = notes.split("\n## ")
-    i = next(i for i, part in enumerate(parts) if part.startswith("Fast, with"))
+    i = next(i for i, part in enumerate(parts) if part.startswith("Sorted, the likeliest"))
     parts[i], parts[i + 1] = parts[i + 1], parts[i]  # two notes of nucleus
     with pytest.raises(build.BuildError, match="must come after"):
         build.build(source, "\n## ".join(parts), formulas)
@@ -79,8 +84,8 @@ def test_build_stops_when_notes_are_out_of_order():
 
 def test_build_names_the_formula_that_has_no_rendering():
     source, notes, formulas = build.read_sources()
-    _, used = build.build(source, notes.replace(r"H(q) = ", r"H(q) \equiv "), formulas)
-    with pytest.raises(build.BuildError, match=r"lacks \$\$H\(q\) .equiv"):
+    _, used = build.build(source, notes.replace("$$H' = ", r"$$H' \equiv "), formulas)
+    with pytest.raises(build.BuildError, match=r"lacks \$\$H' .equiv"):
         used.check()
 
 
@@ -92,7 +97,9 @@ def test_bad_option_is_one_line(capsys):
 def test_data_is_one_position_and_one_response():
     data = json.loads((SOURCES / "data.json").read_text("utf-8"))
     assert len(data["first"]) == len(data["logits"]) == 12
-    assert data["logits"] == sorted(set(data["logits"]), reverse=True)  # no ties: the set is unique
+    assert data["logits"] == sorted(
+        set(data["logits"]), reverse=True
+    )  # no ties: the set is unique
     assert len(data["tokens"]) == len(data["nucleus_entropy"]) == len(data["options"]) >= 40
     for h, options in zip(data["nucleus_entropy"], data["options"]):
         share = torch.tensor([q for _, q in options], dtype=torch.float64)
@@ -127,7 +134,9 @@ def page(browser):
 
 def open_page(browser, width, scheme):
     """The page, whose messages and requests are kept and must be none but itself."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme
+    )
     page, messages, requests = context.new_page(), [], []
     context.set_default_timeout(120_000)  # milliseconds; a busy machine takes tens of seconds
     page.on("console", lambda message: messages.append(message.text))
@@ -162,8 +171,8 @@ def test_layout(any_page):
 @pytest.mark.parametrize("width, scheme", [(400, "dark"), (1400, "light")])
 def test_contrast_labels_and_structure(browser, width, scheme):
     for page in open_page(browser, width, scheme):
-        # for speed without formulas, which have the colour of their text, and most of the code,
-        # which has no other colours than its beginning
+        # for speed without formulas, which have the colour of their text, and most of the
+        # code, which has no other colours than its beginning
         colours = """x => [...new Set([...document.querySelectorAll(x + ' .line span')]
                      .map(x => getComputedStyle(x).color))].sort()"""
         assert page.evaluate(colours, FEW) == page.evaluate(colours, "main")
@@ -183,7 +192,8 @@ def test_formulas_are_drawn_in_their_fonts(any_page):
             [family.split(',')[0].replaceAll('"', ''), weight, style].join(' ');
         const loaded = [...document.fonts].filter(x => x.status === 'loaded')
             .map(x => name(x.family, x.weight.replace('normal', '400'), x.style));
-        const used = [...document.querySelectorAll('.katex-html *')].map(x => getComputedStyle(x))
+        const used = [...document.querySelectorAll('.katex-html *')]
+            .map(x => getComputedStyle(x))
             .map(x => name(x.fontFamily, x.fontWeight, x.fontStyle));
         return [loaded.sort(), [...new Set(used)].sort()];
     })()""")
@@ -195,10 +205,15 @@ def test_code_is_siren_py(page):
     shown = page.evaluate("""[...document.querySelectorAll('.line')].map(x =>
         [Number(x.querySelector('.no').textContent), x.lastChild.textContent])""")
     assert [line[1] for line in shown] == [source[line[0] - 1] + "\n" for line in shown]
-    numbers = [line[0] for line in shown]
-    assert numbers == list(range(numbers[0], numbers[-1] + 1))
-    assert source[numbers[0] - 1].startswith("def group_advantages")
-    assert "6. evaluation" in source[numbers[-1]]
+    # two sections of the file, each without a gap
+    headings = [i for i, line in enumerate(source, 1) if re.match(r"# -+ \d\. ", line)]
+    begins = [headings[0] + 1, headings[4]]  # after the mark; after "5. training step"
+    assert source[begins[0] - 1].startswith("# === begin: copy from here")
+    assert source[begins[1] - 1].endswith(" 5. training step")
+    assert "2. settings" in source[headings[1] - 1] and "6. ev" in source[headings[5] - 1]
+    method = range(begins[0] + 1, headings[1])
+    step = range(begins[1] + 1, headings[5])
+    assert [line[0] for line in shown] == [*method, *step]
 
 
 def test_links_lead_both_ways(page):
@@ -216,12 +231,16 @@ def test_links_lead_both_ways(page):
         expected = f"line {first}" if first == last else f"lines {first}–{last}"
         assert place["text"] == expected
         assert set(place["back"]) == {place["id"]}
-    links = page.evaluate("[...document.querySelectorAll('a')].map(x => x.getAttribute('href'))")
+    links = page.evaluate(
+        "[...document.querySelectorAll('a')].map(x => x.getAttribute('href'))"
+    )
     inside = {link[1:] for link in links if link.startswith("#")}
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(x => x.id)")
     assert len(ids) == len(set(ids)) and inside <= set(ids)
     for link in links:  # files of the project, and web addresses
-        assert link[0] == "#" or link.startswith("https://") or (PAGE.parent / link).exists(), link
+        assert (
+            link[0] == "#" or link.startswith("https://") or (PAGE.parent / link).exists()
+        ), link
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -231,7 +250,9 @@ def test_a_followed_link_shows_its_place(browser, width):
         page.locator(".note .title a").nth(20).click()
         noted = page.locator(".noted:target")
         assert bar <= noted.bounding_box()["y"] < 900
-        plain = page.locator(".code").first.evaluate("x => getComputedStyle(x).backgroundColor")
+        plain = page.locator(".code").first.evaluate(
+            "x => getComputedStyle(x).backgroundColor"
+        )
         assert noted.evaluate("x => getComputedStyle(x).backgroundColor") != plain
         noted.locator("a.no").first.press("Enter")  # and back, by the keyboard
         note = page.locator(".note:target")
@@ -239,14 +260,14 @@ def test_a_followed_link_shows_its_place(browser, width):
 
 
 def readings(page, sliders, ids):
-    """For each setting of the sliders (id -> position) the figure's numbers, with all digits."""
+    """For each setting of the sliders (id -> position) the figure's numbers, all digits."""
     return page.evaluate(
         """([settings, ids]) => settings.map(setting => {
             for (const [id, value] of Object.entries(setting)) {
                 const input = document.getElementById(id);
                 input.value = value;
                 input.dispatchEvent(new Event('input'));
-                if (Number(input.value) !== value) throw Error(`${id} has no position ${value}`);
+                if (Number(input.value) !== value) throw Error(`${id}: no ${value}`);
             }
             const value = (x) => Number(x.value);
             return {
@@ -274,18 +295,16 @@ def test_nucleus_figure_is_siren(page):
     for setting, shown in zip(settings, readings(page, settings, ids)):
         p, temperature = setting["top-p"], setting["temperature"]
         logits = torch.tensor(data["logits"], dtype=torch.float64, requires_grad=True)
-        log_pi = siren.log_softmax(logits, temperature)
-        h = siren.nucleus_entropy(logits / temperature, p)
+        stats = siren.token_stats(logits, torch.tensor(0), p, temperature)
+        h = stats["nucleus_entropy"]
         (gradient,) = torch.autograd.grad(h, logits)
-        logits, log_pi, h = logits.detach(), log_pi.detach(), h.detach()
-        mask, pi = siren.nucleus_mask(logits / temperature, p), log_pi.exp()
-        q = torch.where(mask, pi, 0.0) / pi[mask].sum()
-        numbers = [
-            float(h),
-            float(siren.entropy_of(log_pi)),
-            int(mask.sum()),
-            float(pi[mask].sum()),
-        ]
+        pi = (logits.detach() / temperature).softmax(-1)
+        mask = torch.arange(12) < stats["nucleus_size"]  # the likeliest come first
+        q = torch.zeros(12, dtype=torch.float64)
+        found = siren.nucleus(pi.log(), p).exp()  # [K]
+        q[: len(found)] = found
+        assert torch.equal(q > 0, mask)
+        numbers = [h.item(), stats["entropy"].item(), int(mask.sum()), pi[mask].sum().item()]
         assert shown["numbers"] == pytest.approx(numbers, abs=1e-6), setting
         for column, values in zip(shown["columns"], (pi, q, gradient)):
             assert column == pytest.approx(values.tolist(), abs=1e-6), setting
@@ -298,7 +317,7 @@ def test_nucleus_figure_is_siren(page):
 def test_peaks_figure_is_siren(page):
     data = json.loads((SOURCES / "data.json").read_text("utf-8"))
     h = torch.tensor([data["nucleus_entropy"]], dtype=torch.float64)
-    mask = torch.ones_like(h)
+    mask = torch.ones_like(h).bool()
     settings = [{"tau": i / 100} for i in range(101)]
     ids = ["quantile", "peak-count", "response-entropy"]
     for setting, shown in zip(settings, readings(page, settings, ids)):
@@ -325,7 +344,9 @@ def test_what_the_captions_say_is_so(page):
     assert below["numbers"][2] == 0 < at["numbers"][2] and below["numbers"][3] < 54
     words = page.evaluate("[...document.querySelectorAll('.token')].map(x => x.textContent)")
     readings(page, [{"tau": 0.8}], ids)
-    peaks = page.evaluate("[...document.querySelectorAll('.token.peak')].map(x => x.textContent)")
+    peaks = page.evaluate(
+        "[...document.querySelectorAll('.token.peak')].map(x => x.textContent)"
+    )
     assert {" solved", "This", "end", "1", "6"} <= set(peaks) and peaks.count("6") == 1
     assert words.count("6") == 3
 

@@ -67,7 +67,26 @@ def chosen():
     return {name: defaults | changes for name, changes in found.items()}
 
 
-def test_its_commands_have_the_settings_of_the_results(chosen):
+@pytest.fixture
+def config_of(monkeypatch):
+    """Flags of siren.py -> the Config with which a run would begin."""
+
+    class BeginsError(Exception):
+        """In the place of a run."""
+
+    def begin(cfg, resume):
+        raise BeginsError(cfg)
+
+    def config(flags):
+        with pytest.raises(BeginsError) as error:
+            siren.main(flags.split())
+        return error.value.args[0]
+
+    monkeypatch.setattr(siren, "Run", begin)
+    return config
+
+
+def test_its_commands_have_the_settings_of_the_results(chosen, config_of):
     table = TEXT[TEXT.index("| method |") :].partition("\n\n")[0]
     rows = [re.split(r" *\| *", line)[1:3] for line in table.splitlines()[2:]]
     commands = {}
@@ -78,9 +97,8 @@ def test_its_commands_have_the_settings_of_the_results(chosen):
         commands[name] = flags
     assert commands.keys() == METHODS.keys()
     for name, flags in (commands | {"SIREN": ""}).items():
-        cfg, resume = siren.read_flags(flags.split())
+        cfg = config_of(flags)
         due = chosen[METHODS.get(name, "siren")]
-        assert not resume
         for field in (
             "regularizer",
             "beta",
@@ -93,7 +111,7 @@ def test_its_commands_have_the_settings_of_the_results(chosen):
             is_used = field != "beta" or due["regularizer"] != "none"
             if is_used and not (field != "lr" and due["regularizer"] == "none"):
                 assert getattr(cfg, field) == due[field], f"{name}: {field}"
-    folders = [siren.folder_of(siren.read_flags(x.split())[0]) for x in commands.values()]
+    folders = [siren.folder_of(config_of(flags)) for flags in commands.values()]
     assert len({*folders, siren.folder_of(siren.Config())}) == 8, "two methods, one folder"
 
 

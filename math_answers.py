@@ -1,16 +1,12 @@
-r"""Is an answer the same as another? By algebra, with the library math-verify.
+r"""Answers in mathematics: where is one in a text, and is it equal to another by algebra?
 
-    siren.verify(r"\boxed{2\sqrt{2}}", r"\sqrt{8}", equal=math_answers.equal)    # True
+    math_answers.equal(r"2\sqrt{2}", r"\sqrt{8}")    # True; pip install math-verify
 
-`--verifier math` of examples/text_env.py uses it. siren.py's own rule is asked first; what it does
-not accept goes to math-verify, in a process of its own: a question that takes too long, such as
-9^{9^{9}}, ends that process and not the run. The answer then counts as wrong, and is counted. Text
-is parsed as LaTeX and never run as code.
-
-    pip install math-verify
+`--verifier math` of text_env.py uses it. The exact rule of text_env.py is asked first; what
+it does not accept goes to the library math-verify, in a process of its own: a question that
+takes too long, such as 9^{9^{9}}, ends that process and not the run. The answer then counts as
+wrong, and is counted. Text is parsed as LaTeX and never run as code.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -22,73 +18,103 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import accumulate
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 SECONDS = 3.0  # for one question, by the clock; math-verify needs about 0.01
 START_SECONDS = 120  # to import math-verify, on a busy machine
 MAX_CHARACTERS, MAX_DEPTH = 300, 15  # of an answer, and of its brackets; more is wrong at once
 MAX_BYTES = 4 << 30  # of memory, for the process
-# wrong at once: exponents of six digits, or numbers as 9^{9^{9}}; factorials of five digits or more
+# wrong at once: exponents of six digits or as in 9^{9^{9}}; factorials of five digits or twice
 TOO_BIG = re.compile(r"\^\s*\{?\s*-?\s*\d{6}|\d\s*\^\s*\{?\s*\d+\s*\^|\d{5}\s*!|!\s*\)*\s*!")
+AFTER = r"(?=\s*(?:\Z|\n|\$|\\[)\]]|[.,;:!?](?:\s|\$|\Z)))"  # what may follow \boxed 5
+BARE_BOX = re.compile(r"\\boxed(?:\s*([0-9]|\\[A-Za-z]+)|\s+([A-Za-z]))" + AFTER)
+SIGN = r"(?:(?<![0-9)])(?<![0-9)] )[-\u2212\u2013] ?(?:\\?\$)?)?"  # not that of a subtraction
+WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))"  # the digits before a point
+LAST_NUMBER = re.compile(rf"{SIGN}{WHOLE}(?:\.[0-9]+)?(?:/[0-9]+)?")
+
+
+def plain_boxes(text):
+    r"""The text with every box written as siren.py reads it. Without braces LaTeX boxes one
+    digit, letter or command, so `\boxed 42` stays as it is.
+
+    >>> plain_boxes(r"\fbox{42}"), plain_boxes(r"so \boxed 5."), plain_boxes(r"\boxed 42")
+    ('\\boxed{42}', 'so \\boxed{5}.', '\\boxed 42')
+    """
+    return BARE_BOX.sub(r"\\boxed{\1\2}", re.sub(r"\\fbox(?![A-Za-z])", r"\\boxed", text))
+
+
+def last_number(text):
+    """The last number of a text, for models that don't box their answer, or None.
+
+    >>> last_number("9 + 8 = 1,017."), last_number("10 - 12 is - 2"), last_number("none")
+    ('1,017', '- 2', None)
+    """
+    return (LAST_NUMBER.findall(text) or [None])[-1]
 
 
 class Grader:
-    """math-verify in a process of its own, started when it is first needed. Safe from threads."""
+    """math-verify in a process of its own, started when first needed. Safe from threads."""
 
-    def __init__(self, seconds: float = SECONDS) -> None:
+    def __init__(self, seconds=SECONDS):
         self.seconds = seconds
         self.timeouts = 0  # questions whose answer came too late, and so is "wrong"
-        self._process: subprocess.Popen | None = None
+        self._process = None
         self._lock = threading.Lock()
         self._remembered = functools.lru_cache(maxsize=10_000)(self._ask)
 
-    def equal(self, given: str, answer: str) -> bool:
-        """Is the given answer right? Takes a few seconds at most and never raises on any text."""
-        from siren import normalize  # here, since the process for math-verify needs no PyTorch
+    def equal(self, given, answer):
+        """Is the given answer right? Takes a few seconds at most; never raises on any text."""
+        import text_env  # here, since the process for math-verify needs no PyTorch
 
-        if normalize(given) == normalize(answer) != "":
+        if text_env.equal(given, answer):
             return True
-        if not given.strip() or is_too_big(given) or is_too_big(answer):
+        boxes = re.search(r"\\boxed|\\fbox", given)  # it would take the 7 out of -\boxed{7}
+        if boxes or not given.strip() or is_too_big(given) or is_too_big(answer):
             return False
         with self._lock:
             verdict = self._remembered(given, answer)
-        self.timeouts += verdict is None
+            self.timeouts += verdict is None
         return bool(verdict)
 
-    def close(self) -> None:
+    def metrics(self):
+        """The number of answers that came too late since the last call."""
+        late = self.timeouts
+        self.timeouts = 0
+        return {"verify_timeouts": late}
+
+    def close(self):
         """End the process; the next question starts another."""
         if self._process:
             self._process.kill()
             self._process.communicate()
             self._process = None
 
-    def _ask(self, given: str, answer: str) -> bool | None:
+    def _ask(self, given, answer):
         """math-verify's verdict; None if the process had to end."""
         if self._process is None:
             self._start()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps([given, answer]) + "\n")
             self._process.stdin.flush()
-        reply = self._process.stdout.readline()  # it comes, or the process ends by its own alarm
+        reply = self._process.stdout.readline()  # or the process ends by its own alarm
         if not reply:
             self.close()
-            return None
-        return json.loads(reply)
+        return json.loads(reply) if reply else None
 
-    def _start(self) -> None:
+    def _start(self):
         """Start the process and wait until it has imported math-verify."""
-        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        how = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "text": True}
+        how["start_new_session"] = True  # Ctrl-C is for the run, which then closes the pipe
         command = [sys.executable, str(Path(__file__).resolve()), str(self.seconds)]
-        # a session of its own: Ctrl-C is for the run, which then closes the pipe
-        self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=nothing, text=True, start_new_session=True
-        )
+        self._process = subprocess.Popen(command, **how)
         if not self._process.stdout.readline():
             self.close()
             raise ImportError("math-verify does not work; pip install math-verify")
 
 
-def is_too_big(text: str) -> bool:
+def is_too_big(text):
     """Would this answer cost math-verify more time than any real answer does?
 
     >>> is_too_big("2^{10}"), is_too_big("9^{9^{9}}"), is_too_big("{" * 20 + "1" + "}" * 20)
@@ -96,30 +122,17 @@ def is_too_big(text: str) -> bool:
     """
     if len(text) > MAX_CHARACTERS or TOO_BIG.search(text):
         return True
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "{[(") - (character in "}])")
-        deepest = max(deepest, depth)
-    return deepest > MAX_DEPTH
+    depths = accumulate((letter in "{[(") - (letter in "}])") for letter in text)
+    return max(depths, default=0) > MAX_DEPTH
 
 
-@functools.cache
-def shared() -> Grader:
-    """The grader behind `equal`."""
-    return Grader()
+equal = Grader().equal  # for everybody; its process starts with the first question
 
 
-def equal(given: str, answer: str) -> bool:
-    """Grader.equal of one shared grader."""
-    return shared().equal(given, answer)
-
-
-def serve(seconds: float) -> None:
+def serve(seconds):
     """The process: a line of JSON [given, answer] in, a line true or false out, until the end.
-
-    SIGALRM is not handled, so that the system ends the process when the time is over, also in the
-    middle of a multiplication, and also when the run itself is long gone.
-    """
+    SIGALRM is not handled, so the system ends the process when the time is over, also in the
+    middle of a multiplication, and also when the run itself is long gone."""
     signal.alarm(START_SECONDS)
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -139,8 +152,9 @@ def serve(seconds: float) -> None:
         given, answer = (f"\\boxed{{{text}}}" for text in json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            verdict = bool(verify(parse(answer, **how), parse(given, **how), timeout_seconds=None))
-        except (Exception, RecursionError):  # a parser on hostile text may raise whatever it likes
+            known, found = parse(answer, **how), parse(given, **how)
+            verdict = bool(verify(known, found, timeout_seconds=None))
+        except Exception:  # a parser on hostile text may raise whatever it likes
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), file=replies, flush=True)

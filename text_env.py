@@ -1,317 +1,295 @@
-r"""Real questions for a real pretrained language model, as a task of siren.py.
-
-A line of a data file is a question and its answer. The model reads the question in its own chat
-template and is rewarded if its answer is right:
-
-    {"question": "What is 9 plus 8?", "answer": "17"}
-
-    prompt      <|im_start|>user
-                What is 9 plus 8?
-                Please reason step by step, and put your final answer within \boxed{}.<|im_end|>
-                <|im_start|>assistant
-    response    9 + 8 = 17, so the answer is \boxed{17}.<|im_end|>
+r"""Questions for a pretrained language model, as a task of siren.py.
 
     python examples/make_data.py         # sums, asked in words
     python examples/get_smollm2.py       # a model with 135 million parameters
     python siren.py --model models/smollm2-135m --data data/sums_train.jsonl
+    python text_env.py                   # prints all options of this task
 
-Data files are JSON Lines in UTF-8 (with or without BOM, LF or CRLF), a problem per line, no empty
-lines; an answer is a text or a number, and may be in a \boxed{}. FILE#start:stop takes the rows
-that Python's slice takes: train.jsonl#:1000, train.jsonl#-100:. Training and evaluation share no
-question.
+A line of a data file is {"question": "What is 9 plus 8?", "answer": "17"}. The model reads the
+question in its own chat template and is rewarded for a right answer (docs/verifier.md):
+
+    prompt    <|im_start|>user
+              What is 9 plus 8?
+              Please reason step by step, and put your final answer within \boxed{}.<|im_end|>
+              <|im_start|>assistant
+    response  9 + 8 = 17, so the answer is \boxed{17}.<|im_end|>
+
+Data files are JSON Lines in UTF-8 (with or without BOM, LF or CRLF), a problem per line, no
+empty lines. An answer is a text or a number, and may be in a \boxed{}. FILE#start:stop takes
+the rows that Python's slice takes: train.jsonl#:1000, train.jsonl#-100:. Training and
+evaluation share no question.
 """
 
-from __future__ import annotations
-
+import contextlib
+import functools
 import json
 import random
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from decimal import Decimal
-from functools import partial
+from fractions import Fraction
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import siren
-from examples.math_answers import Grader
+from math_answers import Grader, last_number, plain_boxes
+from siren import require
 
+# -------------------------------------------------------------------------------- 1. options
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 MODEL_FORMS = "a folder that transformers loads, a folder with a .gguf file, or a hub id"
 DATA_FORMS = "FILE.jsonl or FILE.jsonl#start:stop"
-LINE_FORM = '{"question": "...", "answer": "..."}'
-MAX_LINE = 1_000_000  # bytes of a data file's line
+OPTIONS = {  # name: default, the pattern of what is allowed, and the same in words
+    "model": ("", ".+", MODEL_FORMS),
+    "data": ("", ".+", f"{DATA_FORMS}, to train on"),
+    "eval_data": ("", ".*", "the same, to evaluate on; by default the last tenth of data"),
+    "prompt": (PROMPT, r".*\{question\}.*", "the user's message, with {question} in it"),
+    "max_prompt": (1024, "0*[1-9][0-9]*", "a whole number of tokens: longer ones are dropped"),
+    "answer_form": ("boxed", "boxed|last-number", "boxed, or last-number if there is no box"),
+    "verifier": ("exact", "exact|math", "exact, or math for math-verify (docs/verifier.md)"),
+    "dtype": ("float32", "float32|bfloat16", "float32 or bfloat16, of the weights"),
+    "lora_rank": (0, "[0-9]+", "a whole number: train adapters of this rank; 0: the weights"),
+    "recompute": ("false", "true|false", "true or false: true takes less memory, more time"),
+}
+
+
+def read_options(given):
+    """The options as attributes, from a dictionary of texts."""
+    values = {name: str(default) for name, (default, _, _) in OPTIONS.items()} | given
+    for name, text in values.items():
+        require(name in OPTIONS, f"{name}={text!r}: no such option; {', '.join(OPTIONS)} are")
+        default, pattern, words = OPTIONS[name]
+        require(re.fullmatch(pattern, text, re.DOTALL), f"{name}={text!r}: needs {words}")
+        values[name] = text == "true" if name == "recompute" else type(default)(text)
+    for name, off, package in (("verifier", "exact", "math-verify"), ("lora_rank", 0, "peft")):
+        there = values[name] == off or find_spec(package.replace("-", "_"))
+        require(there, f"{name}={values[name]}: pip install {package}")
+    return SimpleNamespace(**values)
+
+
+# ------------------------------------------------------------------------------- 2. verifier
+MAX_ANSWER = 200  # characters; a longer answer is compared as it stands
+GROUP = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+TEXT = re.compile(rf"\\(?:text|textbf|mathrm|mathbf|boldsymbol|mbox)\s*{GROUP}")
+WHOLE = re.compile(rf"\s*(?:(?:\\(?:boxed|fbox)\s*)?{GROUP}|\*\*([^*]+)\*\*)\s*")
+LAYOUT = re.compile(r"\\(?:left|right|displaystyle)\b|\\\\|\\[()\[\]!$%,;: ]|[$~\u2212\u2013]")
+BECOMES = {"\\\\": "\\\\", "\\%": "%", "\u2212": "-", "\u2013": "-"}  # all others: a space
+FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?(-?\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))", re.A)
+DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.\d*)?"
+NUMBER = re.compile(rf"(?a)([+-]? ?(?:(?=\.?\d){DIGITS}|\d+ ?/ ?0*[1-9]\d*)) ?(%|percent|)")
+THOUSANDS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
+SPACE = re.compile(r"(\\\\|\\[a-zA-Z]+ (?=[a-zA-Z]))|(?<![0-9]) | (?![0-9])")
+
+
+def normalize(answer):
+    r"""What equal answers have in common: an exact number (Fraction), or else a text.
+
+    A number is a sign, digits (also 1,234), decimals or a fraction (1/2, \frac{1}{2}), and %.
+    In a text, spaces count between digits and where a command ends, as in \sin h.
+
+    >>> normalize(r"$-1{,}234.50$"), normalize(r"\dfrac{1}{2}"), normalize(r"50\%")
+    (Fraction(-2469, 2), Fraction(1, 2), Fraction(1, 2))
+    >>> normalize(r"\text{East}"), normalize("x^{2} + 1"), normalize("5 6")
+    ('East', 'x^2+1', '5 6')
+    """
+    return answer.strip() if len(answer) > MAX_ANSWER else normalize_short(answer)
+
+
+@functools.lru_cache(maxsize=10_000)  # of short answers: long ones would fill the memory
+def normalize_short(answer):
+    text = TEXT.sub(r" \1 ", answer.replace("{,}", ",").replace(r",\!", ","))
+    text = LAYOUT.sub(lambda found: BECOMES.get(found[0], " "), text)
+    text = re.sub(r"[.,]\s*\Z", "", text)
+    while whole := WHOLE.fullmatch(text):
+        text = whole[1] or whole[2] or ""
+    text = " ".join(re.sub(r"\{\s*([a-zA-Z0-9]|\\[a-zA-Z]+)\s*\}", r" \1 ", text).split())
+    # a fraction is set apart by spaces, so that it can't join what stands beside it
+    number = NUMBER.fullmatch(" ".join(FRACTION.sub(r" \1\2/\3\4 ", text).split()))
+    if number:
+        return Fraction(re.sub("[, ]", "", number[1])) / (100 if number[2] else 1)
+    # x=1,234 is not the pair x=1, 234, whose space goes next; but (10,100) is (10, 100)
+    if ", " in text or not re.fullmatch(r"\\?[(\[{].*[)\]}]", text):
+        text = THOUSANDS.sub(lambda found: found[0].replace(",", "'"), text)
+    return SPACE.sub(lambda found: found[1] or "", text)
+
+
+def equal(given, answer):
+    """Is the given answer right? It is the same number or the same text, and not nothing."""
+    answer = siren.extract_answer(plain_boxes(answer)) or answer  # without its box
+    return normalize(given) == normalize(answer) != ""
+
+
+# ----------------------------------------------------------------------------------- 3. data
+MAX_LINE = 1_000_000  # bytes of a line
 BAD_GOLDS = 0.01  # the largest share of answers that no response can match
-MIN_BF16_LR = 1e-4  # Adam moves a weight by about lr; see check_precision
-# what makes logits more than the head's output for a hidden state, which is all that siren.py takes
-HEAD_FIELDS = (
-    *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale"),
-    *("logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier"),
-)
-CUT_OFF = " [cut off]"  # what decode shows of a response that never ended
-ROWS = re.compile(r"(.+)#(-?\d*):(-?\d*)", re.DOTALL)
-NUMBER = re.compile(
-    r"(?:(?<![0-9)])[-\u2212])?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?(?:/[0-9]+)?"
-)
-
-
-def option(default: Any, doc: str, *choices: str, least: int | None = None) -> Any:
-    """A field of Options."""
-    metadata = {"doc": doc, "choices": choices, "least": least}
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The task's own flags. ValueError for a bad value."""
-
-    model: str = option("", MODEL_FORMS)
-    data: str = option("", f"to train on: {DATA_FORMS}")
-    eval_data: str = option("", "to evaluate on; empty = the last tenth of data")
-    prompt: str = option(PROMPT, "the user's message; {question} is replaced")
-    max_prompt: int = option(1024, "tokens; longer prompts are dropped and counted aloud", least=1)
-    answer_form: str = option("boxed", "the answer without a box", "boxed", "last-number")
-    verifier: str = option("exact", "docs/verifier.md", "exact", "math")
-    dtype: str = option("float32", "of the model's weights", "float32", "bfloat16")
-    lora_rank: int = option(0, "train adapters of this rank, not the weights; 0 = off", least=0)
-    recompute: bool = option(False, "layers in the backward pass: less memory, more time")
-
-    def __post_init__(self) -> None:
-        for name, forms in {"model": MODEL_FORMS, "data": DATA_FORMS}.items():
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing; give {forms}")
-        if "{question}" not in self.prompt:
-            raise ValueError(f"prompt={self.prompt!r}: needs {{question}} where the question goes")
-        for used, package in ((self.verifier == "math", "math_verify"), (self.lora_rank, "peft")):
-            if used and not find_spec(package):
-                name = "verifier=math" if package == "math_verify" else f"lora_rank={used}"
-                raise ValueError(f"{name}: pip install {package.replace('_', '-')}")
-
-
-def read_options(given: dict[str, str]) -> Options:
-    """Options from text."""
-    known, values = {f.name: f for f in fields(Options)}, {}
-    for name, text in given.items():
-        if name not in known:
-            raise ValueError(f"{name}={text!r}: no such option; choose from {', '.join(known)}")
-        default, meta = known[name].default, known[name].metadata
-        if isinstance(default, bool):
-            meta = {**meta, "choices": ("true", "false")}
-        if meta["choices"] and text not in meta["choices"]:
-            raise ValueError(f"{name}={text!r}: needs {' or '.join(meta['choices'])}")
-        if meta["least"] is not None and not (text.isdecimal() and int(text) >= meta["least"]):
-            raise ValueError(f"{name}={text!r}: needs a whole number, at least {meta['least']}")
-        values[name] = text == "true" if isinstance(default, bool) else type(default)(text)
-    return Options(**values)
-
-
-def _help(f: Any) -> str:
-    """An option's line in --help."""
-    default = str(f.default).lower() if isinstance(f.default, bool) else repr(f.default)
-    rule = f"; {' or '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
-    return f"{f.metadata['doc']} (default: {default}{rule})"
-
-
-OPTIONS = {f.name: _help(f) for f in fields(Options)}
-
-
-# --- data ---
-
-
-class Problem(NamedTuple):
-    """A prompt (token ids) and its right answer (text)."""
-
-    prompt: list[int]
-    answer: str
 
 
 class Row(NamedTuple):
-    """A line of a data file; where is FILE:LINE, for errors."""
-
     question: str
     answer: str
-    where: str
+    where: str  # FILE:LINE, for errors
+    prompt: list[int] = ()  # the question in the chat template, as token ids
 
 
-def read_rows(spec: str) -> list[Row]:
-    """The problems of FILE.jsonl or FILE.jsonl#start:stop. ValueError with file and line."""
-    rows, found = ROWS.fullmatch(spec), []
-    path, *ends = rows.groups() if rows else (spec, "", "")
+def read_rows(spec):
+    """The problems of FILE.jsonl or FILE.jsonl#start:stop; errors name the file and line."""
+    sliced = re.fullmatch(r"(.+)#(-?\d*):(-?\d*)", spec, re.DOTALL)
+    path, *ends = sliced.groups() if sliced else (spec, "", "")
+    rows = []
     try:
         with open(Path(path).expanduser(), "rb") as file:
             while line := file.readline(MAX_LINE + 1):
-                where = f"{path}:{len(found) + 1}"
-                if len(line) > MAX_LINE:
-                    raise ValueError(f"{where}: longer than {MAX_LINE:,} bytes; split the file")
-                # every line is checked, also those outside start:stop
-                line = line if found else line.removeprefix(b"\xef\xbb\xbf")
-                found += [_read_row(line, where)] if line else []
+                where = f"{path}:{len(rows) + 1}"
+                short = len(line) <= MAX_LINE
+                require(short, f"{where}: longer than {MAX_LINE:,} bytes; split the file")
+                line = line if rows else line.removeprefix(b"\xef\xbb\xbf")
+                rows += [read_row(line, where)] if line else []  # also outside start:stop
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; give {DATA_FORMS}") from error
-    chosen = found[slice(*(int(end) if end else None for end in ends))]
-    if not chosen:
-        raise ValueError(f"{spec}: selects none of the {len(found)} problems in {path}")
+    chosen = rows[slice(*(int(end) if end else None for end in ends))]
+    require(chosen, f"{spec}: selects none of the {len(rows)} problems in {path}")
     return chosen
 
 
-def _read_row(line: bytes, where: str) -> Row:
+def read_row(line, where):
+    expected = f'{where}: expected {{"question": "...", "answer": "..."}}'
     try:
         row = json.loads(line.decode())
-        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogates, no NaN
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogate
     except (ValueError, RecursionError) as error:
-        what = "the line is empty" if not line.strip() else f"not JSON in UTF-8 ({error})"
-        raise ValueError(f"{where}: expected {LINE_FORM}; {what}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected {LINE_FORM}; found a {type(row).__name__}")
-    answer = row.get("answer")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = f"{Decimal(repr(answer)):f}"  # 0.00001, not 1e-05
-    for name, value in (("question", row.get("question")), ("answer", answer)):
-        if not isinstance(value, str) or not value.strip():
-            what = f"{name} is {json.dumps(value)[:40]}" if name in row else f"no {name}"
-            raise ValueError(f"{where}: expected {LINE_FORM}, not empty; found {what}")
-    return Row(row["question"], siren.extract_answer(answer) or answer, where)  # without its box
+        what = f"not JSON in UTF-8 ({error})" if line.strip() else "the line is empty"
+        raise ValueError(f"{expected}; {what}") from error
+    require(isinstance(row, dict), f"{expected}; found a {type(row).__name__}")
+    for name in ("question", "answer"):
+        value = row.get(name)
+        if name == "answer" and type(value) in (int, float):
+            value = f"{Decimal(repr(value)):f}"  # 0.00001, not 1e-05
+        what = f"{name} is {json.dumps(value)[:40]}" if name in row else f"no {name}"
+        require(isinstance(value, str) and value.strip(), f"{expected}, not blank; {what}")
+    boxes = plain_boxes(value).count("\\boxed")
+    require(boxes <= 1, f"{where}: the answer has {boxes} boxes; leave the one that counts")
+    return Row(row["question"], siren.extract_answer(plain_boxes(value)) or value, where)
 
 
-def check_disjoint(train: Sequence[Row], heldout: Sequence[Row]) -> None:
-    """ValueError if a question, whatever its white space, is trained on and evaluated on."""
-    seen = {" ".join(row.question.split()): row.where for row in train}
-    for row in heldout:
-        if twin := seen.get(" ".join(row.question.split())):
-            raise ValueError(f"{row.where}: is also trained on ({twin}); remove one of them")
-
-
-def matchable(rows: Sequence[Row], name: str, equal: Any = None) -> list[Row]:
-    """The rows whose answer, in a box, is right by the verifier; the others earn no reward ever.
-
-    They are counted and the first are shown. ValueError if they are more than one in a hundred.
-    """
-    bad = []
+def matchable(rows, name, equal=equal):
+    """The rows whose answer, in a box, is right by the verifier: no response to the others
+    earns a reward. These are counted and shown; too many of them are an error."""
+    bad = {}
     for row in rows:
-        boxed = f"\\boxed{{{row.answer}}}"
-        if len(row.answer) > siren.MAX_ANSWER or not siren.verify(boxed, row.answer, equal=equal):
-            bad.append(row)
+        right = siren.verify(f"\\boxed{{{row.answer}}}", row.answer, None, equal)
+        if not right or len(row.answer) > MAX_ANSWER:
+            bad[row.where] = f"{row.where} {row.answer[:40]!r}"
+    text = f"{len(bad)} of {len(rows)} answers can't be matched by any response"
+    text = f"{text}: {'; '.join([*bad.values()][:3])}; an answer has at most {MAX_ANSWER}"
+    text = f"{text} characters, and its braces are balanced"
+    require(len(bad) <= BAD_GOLDS * len(rows), f"{name}: {text}")
     if bad:
-        shown = "; ".join(f"{row.where} {row.answer[:40]!r}" for row in bad[:3])
-        count = f"{len(bad)} of {len(rows)} answers can't be matched by any response: {shown}"
-        rule = f"an answer has at most {siren.MAX_ANSWER} characters, and its braces are balanced"
-        if len(bad) > BAD_GOLDS * len(rows):
-            raise ValueError(f"{name}: {count}; {rule}")
-        _say(f"{name}: dropped {count}; {rule}")
-    return [row for row in rows if row not in bad]
+        say(f"{name}: dropped {text}")
+    return [row for row in rows if row.where not in bad]
 
 
-def last_number(text: str) -> str | None:
-    """The last number of a text, for models that don't box their answer.
-
-    >>> last_number("9 + 8 = 1,017."), last_number("10-12 is \u22122"), last_number("none")
-    ('1,017', '\u22122', None)
-    """
-    found = NUMBER.findall(text)
-    return found[-1] if found else None
+def say(text):
+    print(f"text_env: {text}", file=sys.stderr)
 
 
-# --- model ---
+# ---------------------------------------------------------------------------------- 4. model
+MIN_BF16_LR = 1e-4
+# what makes logits more than the output of the head, which is all that siren.py computes
+HEAD_FIELDS = ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"]
+HEAD_FIELDS += ["logit_scale", "logits_scaling", "logits_mup_width_multiplier"]
+HEAD_FIELDS += ["lm_head_multiplier", "output_multiplier"]
 
 
-def check_precision(dtype: str, lora_rank: int, lr: float) -> None:
-    """ValueError if training weights stored in bfloat16 with this learning rate does nothing.
-
-    bfloat16 has 8 significant bits: the neighbours of a weight of 0.02 are 1.2e-4 away, and a
-    change of less than half of that is rounded away. With lr 1e-6, 98 % of the weights never move.
-    """
-    if dtype == "bfloat16" and not lora_rank and lr < MIN_BF16_LR:
-        reason = f"a change below {MIN_BF16_LR:g} is rounded away in most bfloat16 weights"
-        ways = "lora_rank=64 (float32 adapters), dtype=float32, or an optimiser with stochastic"
-        raise ValueError(f"lr {lr:g}: {reason}; use {ways} rounding (torchao has one)")
+def check_precision(dtype, lora_rank, lr):
+    """bfloat16 has 8 significant bits, so in a weight of 0.02 a change below 6e-5 is rounded
+    away. Adam's changes are about lr: with lr 1e-6, 98 % of the weights would never move."""
+    moves = dtype != "bfloat16" or lora_rank or lr >= MIN_BF16_LR
+    ways = "lora_rank=64, dtype=float32, or an optimiser with stochastic rounding (torchao's)"
+    require(moves, f"lr {lr:g}: is rounded away in most bfloat16 weights; use {ways}")
 
 
-def find_model(model: str) -> tuple[str, dict[str, str]]:
-    """Where transformers finds a model: from_pretrained's name and, for a GGUF file, gguf_file."""
+def find_model(model):
+    """Where transformers finds a model: its name for it, and {"gguf_file": ...} or {}."""
     path = Path(model).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    if not path.exists():
-        near = path.parent != Path() and path.parent.exists()  # else the hub is asked, for minutes
-        if near or model[0] in "./~" or model.count("/") > 1 or "\\" in model:
-            raise ValueError(f"model={model}: no such folder; give {MODEL_FORMS}")
-        return model, {}  # a hub id
     if (path / "config.json").exists():
         return str(path), {}
-    files = sorted(file.name for file in path.glob("*.gguf"))
-    if len(files) != 1:
-        found = f"{len(files)} .gguf files" if files else "neither config.json nor a .gguf file"
-        raise ValueError(f"model={model}: holds {found}; give {MODEL_FORMS}")
-    return str(path), {"gguf_file": files[0]}
+    files = [path] if path.is_file() and path.suffix == ".gguf" else [*path.glob("*.gguf")]
+    if len(files) == 1:
+        return str(files[0].parent), {"gguf_file": files[0].name}
+    near = path.parent != Path() and path.parent.exists()  # else the hub is asked, slowly
+    is_path = near or model[0] in "./~" or model.count("/") > 1 or "\\" in model
+    if not path.exists() and not is_path:
+        return model, {}  # a hub id
+    there = f"{len(files)} .gguf files, no config.json"
+    what = there if path.exists() else "no such folder"
+    raise ValueError(f"model={model}: {what}; give {MODEL_FORMS}")
 
 
-def open_model(what: Any, model: str, **options: Any) -> Any:
-    """what.from_pretrained for a model; ValueError, in one line, if that fails."""
+def open_model(what, model, **options):
+    """what.from_pretrained of a model."""
     folder, gguf = find_model(model)
     try:
         return what.from_pretrained(folder, trust_remote_code=False, **gguf, **options)
-    except Exception as error:  # a loader on torn files: it may raise whatever it likes
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        hint = "; pip install gguf accelerate" if isinstance(error, ImportError) and gguf else ""
-        reason = (lines or [type(error).__name__])[0].rstrip(".")
+    except Exception as error:  # a loader on torn files may raise whatever it likes
+        reason = str(error).strip().partition("\n")[0].strip(" .") or type(error).__name__
+        if gguf and isinstance(error, ImportError):
+            reason = f"{reason}; pip install gguf accelerate"
         here = "" if Path(folder).exists() else "no such folder, and as a hub id: "
-        raise ValueError(f"model={model}: {here}{reason}{hint}; give {MODEL_FORMS}") from error
+        raise ValueError(f"model={model}: {here}{reason}; give {MODEL_FORMS}") from error
 
 
-def read_model(model: str, dtype: str = "float32") -> torch.nn.Module:
+def read_model(model, dtype="float32"):
     """A causal language model with the weights of its files, ready to be trained or saved."""
     folder = Path(model).expanduser()
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        _say(
-            f"{model} has pickled weights; they are read as weights only, and no code in them runs"
-        )
+        say(f"{model} has pickled weights; they are read as weights only, no code in it runs")
     how = {"dtype": getattr(torch, dtype), "output_loading_info": True, "weights_only": True}
     network, info = open_model(AutoModelForCausalLM, model, **how)
-    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
-        raise ValueError(f"model={model}: has no weights for {missing[0]}; get the whole model")
+    for name in sorted(info["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"model={model}: has no weights for {name}; get the whole model")
     if getattr(network.config, "quantization_config", None) and find_model(model)[1]:
         # a GGUF file has been turned into plain weights; without this it can't be saved
-        network.hf_quantizer, network.is_quantized = None, False
+        network.hf_quantizer = None
+        network.is_quantized = False
         del network.config.quantization_config
     return network
 
 
 @torch.no_grad()
-def check_head(network: torch.nn.Module, model: str) -> None:
-    """ValueError unless the logits are the head's output for the last hidden states: siren.py
-    computes them so, in slices. Gemma 2, Cohere, Granite and a few others do more."""
-    config, head = network.config.get_text_config(), network.get_output_embeddings()
-    more = {name: getattr(config, name, None) for name in HEAD_FIELDS}
-    more = [f"{name}={value}" for name, value in more.items() if value not in (None, 1)]
-    ids = torch.arange(4)[None]
-    if not more and head is not None:
-        hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = network(input_ids=ids, use_cache=False).logits.float()
-        tolerance = {"rtol": 0, "atol": 1e-3 * float(logits.abs().max())}
-        if hidden.shape[-1] == head.weight.shape[-1]:
-            plain = head(hidden).float()
-            if plain.shape == logits.shape and torch.allclose(plain, logits, **tolerance):
-                return
+def check_head(network, model):
+    """The logits must be what the head makes of the last hidden states, since siren.py has
+    them so, in chunks. Gemma 2, Cohere, Granite and a few others do more, and are refused."""
+    config = network.config.get_text_config()
+    values = [(name, getattr(config, name, None)) for name in HEAD_FIELDS]
+    more = [f"{name}={value}" for name, value in values if value not in (None, 1)]
     what = f"has {', '.join(more)}" if more else f"is a {type(network).__name__}"
+    head = network.get_output_embeddings()
+    if not more and head is not None:
+        inputs = {"input_ids": torch.arange(4)[None], "use_cache": False}
+        hidden = network.base_model(**inputs).last_hidden_state
+        logits = network(**inputs).logits
+        fits = hidden.shape[-1] == head.weight.shape[-1] and head(hidden).shape == logits.shape
+        if fits and (head(hidden) - logits).abs().max() <= 1e-3 * logits.abs().max():
+            return
     reason = "so its logits are more than what its head makes of the hidden states"
     raise ValueError(f"model={model}: {what}, {reason}; take another, such as Llama or Qwen")
 
 
-def add_lora(network: torch.nn.Module, rank: int, seed: int) -> None:
-    """Freeze the weights; add trainable float32 adapters to every linear layer but the head."""
+def add_lora(network, rank, seed):
+    """Freeze the weights; add trainable float32 adapters to all linear layers but the head."""
     from peft import LoraConfig
 
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.default_generator.manual_seed(seed)
-        # into the network itself: a PeftModel around it would hide base_model from siren.forward
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        network.add_adapter(config)  # no PeftModel around it: that would hide base_model
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -321,158 +299,132 @@ def add_lora(network: torch.nn.Module, rank: int, seed: int) -> None:
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
 
-def recompute_layers(network: torch.nn.Module) -> None:
-    """Keep only each layer's input for the backward pass (activation checkpointing).
-
-    The switch in transformers works in training mode alone, and siren.py never enters that: with
-    dropout, the policy that is scored would not be the one that sampled.
-    """
+def recompute_layers(network):
+    """Keep only the input of each layer for the backward pass (activation checkpointing). The
+    switch in transformers needs training mode, and its dropout would change the policy."""
     layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(f"recompute=true: {type(network).__name__} has no layers for it")
+    require(layers, f"recompute=true: {type(network).__name__} has no layers for it")
+    again = torch.utils.checkpoint.checkpoint
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(again, layer.forward, use_reentrant=False)
 
 
-# --- task ---
+# ----------------------------------------------------------------------------------- 5. task
+CUT_OFF = "[cut off]"  # what decode writes after a response that never ended
+NO_TEXT = "\ufffd"  # what decode writes for a token that has no text, such as <pad>
 
 
 class TextTask:
-    """Questions, answers and the model that learns to answer: the interface of siren.load_task.
+    """The questions, the answers and the model that learns to answer: a task of siren.Run."""
 
-    eos_ids end a response (chat models have several); pad_id may be one of them, since siren.py
-    masks by position.
-    """
-
-    def __init__(self, options: Options, cfg: siren.Config) -> None:
-        self.options, self.max_tokens, self.seed = options, cfg.max_tokens, cfg.seed
+    def __init__(self, cfg, **options):
+        self.cfg = cfg
+        self.options = options = read_options(options)
         check_precision(options.dtype, options.lora_rank, cfg.lr)
+        self.normalize = normalize
         self.grader = Grader() if options.verifier == "math" else None
-        self.equal = self.grader and self.grader.equal
-        self._timeouts = 0
-        train, heldout = self._read()
+        self.equal = self.grader.equal if self.grader else equal
         self.config = open_model(AutoConfig, options.model).get_text_config()
         self.tokenizer = open_model(AutoTokenizer, options.model)
         if not self.tokenizer.chat_template:
-            _say(f"{options.model} has no chat template: it reads the prompt alone")
-        self.eos_ids, self.pad_id = self._find_ends()
-        self._train = self._encode(train, "data")
-        self._heldout = self._encode(heldout, "eval_data")
-
-    def _read(self) -> tuple[list[Row], list[Row]]:
-        """The rows to train on and those to evaluate on."""
-        options = self.options
-        train = matchable(read_rows(options.data), "data", self.equal)
-        if options.eval_data:
-            heldout = matchable(read_rows(options.eval_data), "eval_data", self.equal)
-        else:
-            if len(train) < 2:
-                raise ValueError(f"{options.data}: one problem can't be split; give eval_data")
-            last = max(1, len(train) // 10)
-            train, heldout = train[:-last], train[-last:]
-            _say(f"no eval_data: {last} of {last + len(train)} problems are held out")
-        check_disjoint(train, heldout)
-        return train, heldout
-
-    def _find_ends(self) -> tuple[list[int], int]:
-        """Every id that may end a response, and the padding's."""
-        try:
-            generation = GenerationConfig.from_pretrained(find_model(self.options.model)[0])
-        except OSError:
-            generation = None  # it is optional
-        eos: set[int] = set()
-        for source in (generation, self.config, self.tokenizer):
+            say(f"{options.model} has no chat template: it reads the prompt alone")
+        generation = None
+        with contextlib.suppress(OSError):  # this file is optional
+            generation = GenerationConfig.from_pretrained(find_model(options.model)[0])
+        ends = set()
+        for source in (self.config, self.tokenizer, generation):
             ids = getattr(source, "eos_token_id", None)
-            eos |= set(ids if isinstance(ids, list) else [ids]) - {None}
-        if not eos:
-            raise ValueError(f"model={self.options.model}: its config needs an eos_token_id")
+            ends |= set(ids if isinstance(ids, list) else [ids])
+        self.eos_ids = sorted(ends - {None})  # chat models have several
+        require(self.eos_ids, f"model={options.model}: its config needs an eos_token_id")
         pad = self.tokenizer.pad_token_id
         known = pad is not None and pad < self.config.vocab_size  # else it has no embedding
-        return sorted(eos), pad if known else min(eos)
+        self.pad_id = pad if known else self.eos_ids[0]  # siren.py masks by position
+        special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        self._with_text = {*self.tokenizer.get_vocab().values()} - special
+        self._train = self._read(options.data, "data")
+        if options.eval_data:
+            self._heldout = self._read(options.eval_data, "eval_data")
+        else:
+            last = max(1, len(self._train) // 10)
+            say(f"no eval_data: {last} of {len(self._train)} problems are held out")
+            self._train, self._heldout = self._train[:-last], self._train[-last:]
+        require(self._train, f"{options.data}: one problem can't be split; give eval_data")
+        seen = {" ".join(row.question.split()): row.where for row in self._train}
+        for row in self._heldout:
+            twin = seen.get(" ".join(row.question.split()))
+            require(not twin, f"{row.where}: is also trained on ({twin}); remove one of them")
 
-    def encode(self, question: str) -> list[int]:
-        """The prompt for a question, as token ids."""
-        text = self.options.prompt.replace("{question}", question)  # \boxed{} rules out str.format
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(text).input_ids
-        chat, how = [{"role": "user", "content": text}], {"add_generation_prompt": True}
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, **how)
-        return self.tokenizer(text, add_special_tokens=False).input_ids  # the template has its own
-
-    def _encode(self, rows: Sequence[Row], name: str) -> list[Problem]:
-        """The problems whose prompt leaves room in the budget and in the model's context."""
+    def _read(self, spec, name):
+        """The problems with their prompts, without those that leave no room for a response."""
+        rows = matchable(read_rows(spec), name, self.equal)
+        rows = [row._replace(prompt=self.encode(row.question)) for row in rows]
         context = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
-        most = min(self.options.max_prompt, context - self.max_tokens)
-        problems = [Problem(self.encode(row.question), row.answer) for row in rows]
-        kept = [problem for problem in problems if 0 < len(problem.prompt) <= most]
-        if not kept:
-            shortest = min(len(problem.prompt) for problem in problems)
-            room = f"max_prompt {self.options.max_prompt}, context {context} and max_tokens"
-            room += f" {self.max_tokens} leave {most} tokens"
-            raise ValueError(f"{name}: {room}, the shortest prompt has {shortest}; change them")
-        if dropped := len(problems) - len(kept):
-            _say(f"{name}: dropped {dropped} of {len(problems)} prompts, over {most} tokens")
+        most = min(self.options.max_prompt, context - self.cfg.max_tokens)
+        kept = [row for row in rows if 0 < len(row.prompt) <= most]
+        shortest = min(len(row.prompt) for row in rows)
+        limits = f"context {context} and max_tokens {self.cfg.max_tokens} leave {most} tokens"
+        require(kept, f"{name}: max_prompt, {limits}, the shortest prompt has {shortest}")
+        dropped = len(rows) - len(kept)
+        if dropped:
+            say(f"{name}: dropped {dropped} of {len(rows)} prompts, over {most} tokens")
         return kept
 
-    def train_problems(self, n: int, seed: str) -> list[Problem]:
-        """n training problems, a function of n and seed: no problem twice before all have come."""
-        rng, drawn = random.Random(f"train {seed}"), []
+    def encode(self, question):
+        """The prompt for a question, as token ids."""
+        text = self.options.prompt.replace("{question}", question)
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(text).input_ids
+        chat = [{"role": "user", "content": text}]
+        how = {"add_generation_prompt": True, "tokenize": False}
+        text = self.tokenizer.apply_chat_template(chat, **how)
+        return self.tokenizer(text, add_special_tokens=False).input_ids  # they are in the text
+
+    def train_problems(self, n, key):
+        """n training problems, decided by n and key: none comes twice before all have come."""
+        rng = random.Random(f"train {key}")
+        drawn = []
         while len(drawn) < n:
             drawn += rng.sample(self._train, min(n - len(drawn), len(self._train)))
         return drawn
 
-    def heldout(self, n: int) -> dict[str, list[Problem]]:
+    def heldout(self, n):
         """n problems that are never trained on, or all of them if they are fewer."""
-        if n > len(self._heldout):
-            _say(f"eval_data: holds {len(self._heldout)} problems, not {n}; all are used")
-            n = len(self._heldout)
-        return {"heldout": random.Random("heldout").sample(self._heldout, n)}
+        there = len(self._heldout)
+        if n > there:
+            say(f"eval_data: holds {there} problems, not {n}; all are used")
+        return {"heldout": random.Random("heldout").sample(self._heldout, min(n, there))}
 
-    def build_model(self) -> torch.nn.Module:
+    def build_model(self):
         """The model on the CPU, with adapters and recomputed layers if wanted."""
-        options = self.options
-        try:
-            network = read_model(options.model, options.dtype).eval()
-            check_head(network, options.model)
-            if options.lora_rank:
-                add_lora(network, options.lora_rank, self.seed)
-            if options.recompute:
-                recompute_layers(network)
-        except ValueError as error:
-            raise siren.ConfigError(str(error)) from error
+        network = read_model(self.options.model, self.options.dtype).eval()
+        check_head(network, self.options.model)
+        if self.options.lora_rank:
+            add_lora(network, self.options.lora_rank, self.cfg.seed)
+        if self.options.recompute:
+            recompute_layers(network)
         return network
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of a response (token ids) without special tokens; CUT_OFF follows if it never
-        ended."""
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    def decode(self, ids):
+        """The text of a response (token ids), without the token that ends it. Special tokens
+        elsewhere leave a sign: without it, 4 and 2 around one of them would become 42."""
         ended = not ids or ids[-1] in self.eos_ids
-        return self.tokenizer.decode(ids, **how) + ("" if ended else CUT_OFF)
+        parts = groupby(ids[:-1] if ended else ids, self._with_text.__contains__)
+        how = {"clean_up_tokenization_spaces": False}
+        texts = (self.tokenizer.decode([*ids], **how) if ok else NO_TEXT for ok, ids in parts)
+        return plain_boxes("".join(texts) + ("" if ended else CUT_OFF))
 
-    def answer_form(self, text: str) -> str | None:
-        """The answer of a text without a box: its last number, if the model answers so.
+    def find_answer(self, text):
+        """The last number of a text, if that may be the answer and was not cut off."""
+        boxed = self.options.answer_form == "boxed"
+        return None if boxed or text.endswith(CUT_OFF) else last_number(text)
 
-        A response that never ended has none: its last number may be half of one.
-        """
-        if self.options.answer_form == "boxed" or text.endswith(CUT_OFF):
-            return None
-        return last_number(text)
-
-    def metrics(self, responses: Sequence[Sequence[int]]) -> dict[str, float]:
-        """With math-verify: the answers it had no time for since the last call; they are wrong."""
-        if not self.grader:
-            return {}
-        before, self._timeouts = self._timeouts, self.grader.timeouts
-        return {"verify_timeouts": self._timeouts - before}
+    def metrics(self, responses):
+        """With math-verify, the answers for which it had no time, and which are wrong."""
+        return self.grader.metrics() if self.grader else {}
 
 
-def _say(text: str) -> None:
-    print(f"text_env: {text}", file=sys.stderr)
-
-
-def load(cfg: siren.Config, **options: str) -> TextTask:
-    """The task with these options, given as text.
-
-    ValueError, in one line: an unknown option, a bad value, bad data, a model that can't be read.
-    """
-    return TextTask(read_options(options), cfg)
+load = TextTask  # siren.Run calls load(cfg, **options)
+if __name__ == "__main__":
+    for name, (default, _, words) in OPTIONS.items():
+        print(f"--{name.replace('_', '-'):<12} {words} [{str(default)!r}]")

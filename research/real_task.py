@@ -1,9 +1,10 @@
-"""Word problems whose answers a program makes: the questions of examples/real_study.py.
+"""Word problems whose answers a program makes: the questions of research/real_study.py.
 
-    python examples/real_task.py           # writes data/words_train.jsonl and data/words_eval.jsonl
+    python research/real_task.py           # writes data/words_train.jsonl and
+    data/words_eval.jsonl
 
-SmolLM2-135M with 4-bit weights is a weak calculator, so sums stay below ten and each question comes
-after a solved one of its own form, as an earlier turn of the chat:
+SmolLM2-135M with 4-bit weights is a weak calculator, so sums stay below ten and each question
+comes after a solved one of its own form, as an earlier turn of the chat:
 
     user        Tom has 3 balls and finds 2 more. How many balls does Tom have now?
     assistant   Tom has 3 balls and finds 2 more, so he has 3 + 2 = 5 balls. The answer is 5.
@@ -15,7 +16,7 @@ order; but a sum of two may be a step of a question of `twice` in the other file
 
 from __future__ import annotations
 
-import argparse
+import json
 import random
 import re
 import sys
@@ -23,14 +24,15 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
+from research.tools import Parser, run_tool, write_whole
 
-from examples.make_data import write
-
-NAMES, THINGS = ("Anna", "Ben", "Clara", "David", "Emma", "Felix"), ("apples", "books", "pens")
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
+THINGS = ("apples", "books", "pens")
 TURNS = "{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n<|im_start|>user\n{}"
 SOLVED = {"name": "Tom", "things": "balls"}
-# form -> question, numbers of the solved one, its solution; the answer is the sum of the numbers
+# form -> question, numbers of the solved one, its solution; the answer is the sum of the
+# numbers
 FORMS: dict[str, tuple[str, tuple[int, ...], str]] = {
     "find": (
         "{name} has {0} {things} and finds {1} more. How many {things} does {name} have now?",
@@ -38,7 +40,8 @@ FORMS: dict[str, tuple[str, tuple[int, ...], str]] = {
         "Tom has 3 balls and finds 2 more, so he has 3 + 2 = 5 balls.",
     ),
     "colours": (
-        "{name} has {0} red {things} and {1} blue {things}. How many {things} does {name} have?",
+        "{name} has {0} red {things} and {1} blue {things}. "
+        "How many {things} does {name} have?",
         (4, 3),
         "Tom has 4 red balls and 3 blue balls, so he has 4 + 3 = 7 balls.",
     ),
@@ -83,8 +86,10 @@ def problem(form: str, numbers: Sequence[int], name: str, things: str) -> dict[s
 
 
 def problems() -> dict[str, list[dict[str, str]]]:
-    """File name -> problems, in a random order: every sum up to 9 in every form, names drawn."""
-    rng, files = random.Random("words"), {"words_eval": [], "words_train": []}
+    """File name -> problems, in a random order: every sum up to 9 in every form, names
+    drawn."""
+    rng = random.Random("words")
+    files: dict[str, list[dict[str, str]]] = {"words_eval": [], "words_train": []}
     for form, (_, shown, _) in FORMS.items():
         for numbers in product(range(1, 9), repeat=len(shown)):
             # a fifth of the sums, whatever the order of their terms, is held out
@@ -97,15 +102,25 @@ def problems() -> dict[str, list[dict[str, str]]]:
     return files
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Word problems, as JSON Lines.")
-    parser.add_argument("--out", default="data", help="folder (default %(default)s)")
+def write(folder: Path) -> None:
+    """Write both files."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in problems().items():
-        path = Path(parser.parse_args(argv).out) / f"{name}.jsonl"
-        write(path, rows)
+        path = folder / f"{name}.jsonl"
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         print(f"{path}: {len(rows)} problems")
-    return 0
+
+
+def command(argv: list[str] | None) -> None:
+    """Read the flag and write the files."""
+    parser = Parser("real_task.py", description="Word problems, as JSON Lines.")
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder [%(default)s]")
+    write(parser.parse_args(argv).out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit codes as run_tool says."""
+    return run_tool("real_task.py", command, argv)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
 """Tests of real_study.py, its questions and shared_prompts.py, on tiny random models.
 
-python -m pytest tests/examples/test_real_study.py
+python -m pytest tests/extra/test_real_study.py
 """
 
 from __future__ import annotations
 
+import doctest
 import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import siren  # noqa: E402
-from examples import engine, real_study, real_task, shared_prompts, text_env  # noqa: E402
+import siren
+import text_env
+from research import real_study, real_task, shared_prompts
+from research.plugs import plugged
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 24}
 SIZE |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
@@ -47,14 +47,16 @@ def tiny(attention: str = "sdpa", rank: int = 0) -> torch.nn.Module:
 
 def roll(model: torch.nn.Module, samples: int = 4) -> siren.Rollout:
     """Responses of several lengths to four prompts, of which two differ in padding alone."""
-    how = {"max_tokens": 9, "eos_ids": END, "pad_id": 0, "samples": samples}
     prompts = [[3, 4, 5], [0, 0, 6, 7, 8], [6, 7, 8], [9]]
-    rollout = siren.sample(model, prompts, generator=torch.Generator().manual_seed(1), **how)
+    problems = [SimpleNamespace(prompt=prompt) for prompt in prompts]
+    task = SimpleNamespace(eos_ids=END, pad_id=0)
+    cfg = siren.Config(max_tokens=9)
+    rollout = siren.sample(model, task, problems, cfg, "1", samples, 1.0)
     assert len(set(rollout.mask.sum(1).tolist())) > 3
     return rollout
 
 
-# ------------------------------------------------------------------------------- shared_prompts.py
+# --------------------------------------------------------------------------- shared_prompts.py
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("rows", [slice(None), slice(3, 6), slice(1, None, 3)], ids=str)
 def test_shared_prompts_change_rounding_only(attention, rows):
@@ -78,16 +80,21 @@ def test_a_step_is_the_same_and_reads_each_token_once(monkeypatch):
     model, read = tiny(rank=2), []
     rollout = roll(model)
     cfg = siren.Config(prompts=4, mini_batches=1, group_size=4, max_tokens=9)
-    rewards = torch.tensor([1.0, 0, 0, 1] * 4)
+    adv = torch.tensor([0.5, -0.5, -0.5, 0.5] * 4)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.0)
+    run = SimpleNamespace(
+        cfg=cfg, model=model, weights=weights, optimizer=optimizer, anchor=1.0
+    )
     layer = model.base_model.layers[0]
     layer.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2].numel()))
     found = []
     for forward in (siren.forward, shared_prompts.forward):
         monkeypatch.setattr(siren, "forward", forward)
         read.clear()
-        old = siren.score(model, rollout, cfg)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        found.append(siren.update(model, optimizer, rollout, old["logp"], rewards, 1.0, cfg))
+        with torch.no_grad():
+            old = siren.score(model, rollout, cfg)
+        found.append(siren.update(run, rollout, old["logp"], adv))
     prompts = rollout.prompt_mask[::4].sum()
     assert sum(read) == 2 * int(prompts + rollout.mask.sum())  # once to score, once to update
     assert found[0].keys() == found[1].keys() and found[0]["grad_norm"] > 0
@@ -95,18 +102,33 @@ def test_a_step_is_the_same_and_reads_each_token_once(monkeypatch):
         assert found[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+def test_micro_batches_change_rounding_only(monkeypatch):
+    """Parts of the rows, computed again in the backward pass, with the drop-in."""
+    monkeypatch.setattr(siren, "forward", shared_prompts.forward)
+    model = tiny(rank=2)
+    rollout = roll(model)
+    gradients = []
+    for size in (64, 3):
+        cfg = siren.Config(micro_batch_size=size)
+        model.zero_grad()
+        siren.score(model, rollout, cfg)["nucleus_entropy"].sum().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(grads))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
 def test_what_it_saves_is_a_table(capsys):
     plain = siren.forward
     shared_prompts.main(["--prompts", "3", "--mini-batches", "2", "--max-tokens", "4"])
     assert siren.forward is plain
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["siren.forward", "examples.shared_prompts"]
+    assert [row[0] for row in rows] == ["siren.forward", "research.shared_prompts"]
     for row in rows:
         *parts, step = map(float, row[1:])
         assert len(parts) == 3 and step == pytest.approx(sum(parts), abs=0.2)
 
 
-# ------------------------------------------------------------------------------------ real_task.py
+# -------------------------------------------------------------------------------- real_task.py
 def asked(row: dict[str, str]) -> tuple[str, list[int]]:
     """The last question of a row, and its numbers."""
     question = row["question"].splitlines()[-1]
@@ -133,7 +155,7 @@ def test_answers_are_right_and_held_out_sums_are_new():
     assert not sums["words_train"] & sums["words_eval"]
 
 
-# ----------------------------------------------------------------------------------- real_study.py
+# ------------------------------------------------------------------------------- real_study.py
 def test_base_metrics_are_those_of_the_model_without_adapters(monkeypatch):
     model, base = tiny(rank=2), tiny()
     rollout = roll(model)
@@ -158,13 +180,22 @@ def test_base_metrics_are_those_of_the_model_without_adapters(monkeypatch):
     assert trained and all("lora" in name for name in trained)  # the adapters are back
 
 
+def problem(prompt, answer):
+    """One of a task; a question that is not the last turn of its chat comes first."""
+    question = "solved\nWhat is " + " ".join(map(str, prompt))
+    return SimpleNamespace(prompt=prompt, answer=answer, question=question)
+
+
 class Task:
     """What siren.training_step needs of a task; the answers are never right."""
 
-    eos_ids, pad_id, equal, seed = END, 0, None, 0
+    eos_ids = END
+    pad_id = 0
+    equal = None
+    normalize = None
 
-    def train_problems(self, n, seed):
-        return [text_env.Problem([3, 4 + i], "none") for i in range(n)]
+    def train_problems(self, n, key):
+        return [problem([3, 4 + i], "none") for i in range(n)]
 
     def heldout(self, n):
         return {"heldout": self.train_problems(n, "")}
@@ -175,28 +206,37 @@ class Task:
     def decode(self, ids):
         return " ".join(map(str, ids))
 
-    def answer_form(self, text):
+    def find_answer(self, text):
         return text
 
     def metrics(self, responses):
         return {}
 
 
-def test_the_drop_in_adds_to_each_step(tmp_path, monkeypatch):
-    before = siren.score, siren.forward, siren.training_step, siren.respond
+@pytest.fixture
+def load():
+    """The task of a run is tests_task, a stand-in whose class one may choose."""
+    chosen = SimpleNamespace(task=Task)
+    module = SimpleNamespace(load=lambda cfg: chosen.task())
+    with mock.patch.dict("sys.modules", {"tests_task": module}):
+        yield chosen
+
+
+def test_the_drop_in_adds_to_each_step(tmp_path, load):
+    before = dict(vars(siren))
     how = {"steps": 2, "prompts": 2, "group_size": 4, "mini_batches": 2, "max_tokens": 6}
     how |= {"eval_prompts": 2, "eval_samples": 2, "lr": 0.01, "warmup_steps": 0}
-    cfg = siren.Config(out=str(tmp_path), micro_batch_size=2, **how)  # so that update scores, too
-    monkeypatch.setattr(siren, "load_task", lambda cfg: Task())
-    records = []
-    with engine.plugged("examples.real_study"):
-        records = siren.train(cfg)
-    assert (siren.score, siren.forward, siren.training_step, siren.respond) == before
+    cfg = siren.Config(task="tests_task", out=str(tmp_path), micro_batch_size=2, **how)
+    with plugged("research.real_study"):
+        records = siren.train(siren.Run(cfg))
+    assert dict(vars(siren)) == before
     asked = json.loads((tmp_path / "heldout.json").read_text())
     assert [row["right"] for row in asked] == [[False] * 2] * 2
+    assert [row["question"] for row in asked] == ["What is 3 4", "What is 3 5"]
     assert all(re.fullmatch("[0-9 ]+", text) for row in asked for text in row["responses"])
     for record in records[1:]:
         assert 0 <= record["foreign"] <= 1 < record["perplexity"]
+        assert record["seconds"] > 0
         assert all(type(value) in (int, float) for value in record.values())
     assert len(json.loads((tmp_path / "responses.json").read_text())) == 2
     rows = real_study.read_csv(tmp_path / "positions.csv")
@@ -210,20 +250,20 @@ def test_the_drop_in_adds_to_each_step(tmp_path, monkeypatch):
 class ParityTask(Task):
     """A response is right if its first token is even."""
 
-    def train_problems(self, n, seed):
-        return [text_env.Problem([3, 4 + i % 8], "0") for i in range(n)]
+    def train_problems(self, n, key):
+        return [problem([3, 4 + i % 8], "0") for i in range(n)]
 
     def decode(self, ids):
         return str(ids[0] % 2)
 
 
-def test_the_last_policy_is_the_one_after_the_last_update(tmp_path, monkeypatch):
+def test_the_last_policy_is_the_one_after_the_last_update(tmp_path, load):
     """The run's own evaluation of its last step is repeated from the checkpoint."""
-    monkeypatch.setattr(siren, "load_task", lambda cfg: ParityTask())
+    load.task = ParityTask
     how = {"steps": 3, "prompts": 4, "group_size": 4, "mini_batches": 2, "max_tokens": 3}
     how |= {"eval_prompts": 32, "eval_samples": 4, "lr": 0.3, "warmup_steps": 0}
-    cfg = siren.Config(out=str(tmp_path), regularizer="none", beta=0.0, **how)
-    records = siren.train(cfg)
+    cfg = siren.Config(task="tests_task", out=str(tmp_path), regularizer="none", **how)
+    records = siren.train(siren.Run(cfg))
     first, last = (records[i]["heldout/avg@4"] for i in (0, -1))
     rows = real_study.last_policy(real_study.Job("dr_grpo", 0, cfg))
     found = {(r["questions"], r["temperature"]): r["avg@4"] for r in rows}
@@ -233,28 +273,46 @@ def test_the_last_policy_is_the_one_after_the_last_update(tmp_path, monkeypatch)
 
 def test_last_needs_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real_study, "ROOT", tmp_path)
-    monkeypatch.setattr(real_study.get_smollm2, "FOLDER", tmp_path / "models")
+    monkeypatch.setattr(real_study, "MODEL", tmp_path / "models")
     assert real_study.main(["--last"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no run of dr_grpo or siren under runs/real is done; run the study first" in line
+
+
+class Found(BaseException):
+    """Carries the Config of a command line out of siren.main."""
+
+
+def config_of(argv):
+    """What siren.py makes of these flags."""
+
+    def stop(cfg, resume):
+        raise Found(cfg)
+
+    with mock.patch.object(siren, "Run", stop), pytest.raises(Found) as found:
+        siren.main(argv)
+    return found.value.args[0]
 
 
 def test_commands_are_the_jobs(tmp_path):
     jobs = real_study.make_jobs(tmp_path / "runs", Path("data"), Path("models/x"))
     seeds = {}
     for job in jobs:
-        assert engine.read_flags(job.command[1:]) == (job.cfg, False)
+        assert job.command[:3] == ["research/plugs.py", "--plug", "research.real_study"]
+        assert config_of(job.command[3:]) == job.cfg
         assert not job.done
         seeds.setdefault(job.method, []).append(job.seed)
     assert len({job.cfg.out for job in jobs}) == len(jobs)
-    assert [m for m, found in seeds.items() if found == [0, 1, 2]] == list(real_study.MORE_SEEDS)
+    assert [m for m, found in seeds.items() if found == [0, 1, 2]] == list(
+        real_study.MORE_SEEDS
+    )
     assert len(seeds) == 8 and all(found[0] == 0 for found in seeds.values())
     folder = jobs[0].folder
     folder.mkdir(parents=True)
     lines = [json.dumps({"step": step}) + "\n" for step in range(jobs[0].cfg.steps + 1)]
-    (folder / engine.METRICS).write_text("".join(lines)[:-5])  # the last line is torn
+    (folder / real_study.METRICS).write_text("".join(lines)[:-5])  # the last line is torn
     assert not jobs[0].done and len(jobs[0].records) == jobs[0].cfg.steps
-    (folder / engine.METRICS).write_text("".join(lines))
+    (folder / real_study.METRICS).write_text("".join(lines))
     assert jobs[0].done and jobs[0].records[-1]["step"] == jobs[0].cfg.steps
 
 
@@ -263,15 +321,15 @@ def test_a_job_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 
     def start(command, **how):
         started.append(command[1:])
-        (job.folder / engine.METRICS).write_text('{"step": 0}\n')
+        (job.folder / real_study.METRICS).write_text('{"step": 0}\n')
         return SimpleNamespace(returncode=130)
 
     monkeypatch.setattr(real_study.subprocess, "run", start)
     job.folder.mkdir(parents=True)
     (job.folder / "rest").touch()  # of a run that was stopped before its first checkpoint
     assert real_study.run(job) == 130 and not (job.folder / "rest").exists()
-    (job.folder / engine.CHECKPOINT).touch()
-    assert real_study.run(job) == 130 and (job.folder / engine.CHECKPOINT).exists()
+    (job.folder / real_study.CHECKPOINT).touch()
+    assert real_study.run(job) == 130 and (job.folder / real_study.CHECKPOINT).exists()
     assert started == [job.command, [*job.command, "--resume"]]
 
 
@@ -285,15 +343,17 @@ def finish(job: real_study.Job, level: float) -> None:
         lines.append({"step": step, **values, "anchor": 2.0, "seconds": 3.0 * step})
     lines[-1] |= {"heldout/avg@8": 2 * level, "heldout/maj@8": 0.25}
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (job.folder / engine.METRICS).write_text(text)
+    (job.folder / real_study.METRICS).write_text(text)
     (job.folder / "responses.json").write_text(json.dumps(["one\ntwo"]))
     asked = [
-        (real_task.problem(form, (1, 2, 3), "Ben", "pens")) for form in ("find", "find", "room")
+        (real_task.problem(form, (1, 2, 3), "Ben", "pens"))
+        for form in ("find", "find", "room")
     ]
     asked = [row["question"].splitlines()[-1] for row in asked]
     texts = ["a", "b [cut off]", "c", "d"]
     rows = [
-        {"question": q, "right": [True, False, False, False], "responses": texts} for q in asked
+        {"question": q, "right": [True, False, False, False], "responses": texts}
+        for q in asked
     ]
     rows[0]["right"] = [True] * 4
     (job.folder / "heldout.json").write_text(json.dumps(rows))
@@ -317,15 +377,23 @@ def test_the_report(tmp_path):
     assert row.split(" | ")[4] == "1.163 (0.775 to 1.550)"  # H_agg / anchor: half of it
     assert "| base model | 0.150 (0.100 to 0.200) | 0.500 (0.500 to 0.500) |" in text
     assert "| wo_peak | 0.200 | 0.250 |" in text
-    assert "4 tokens of the first step: 50% have H' = 0, 50% are peaks; |V_p| has median 2" in text
+    assert (
+        "4 tokens of the first step: 50% have H' = 0, 50% are peaks; |V_p| has median 2"
+        in text
+    )
     assert "99th percentile 90; 25.0% have more than the 64 tokens" in text
-    assert "| dr_grpo, seed 1 | 0.62 | - | 0.25 | - | 0.25 |" in text  # 5 of 8, 1 of 4; 3 of 12 cut
+    assert (
+        "| dr_grpo, seed 1 | 0.62 | - | 0.25 | - | 0.25 |" in text
+    )  # 5 of 8, 1 of 4; 3 of 12 cut
     assert "20 steps; 32 seconds per step (median)." in text
     assert "> one\n> two" in (results / "responses.md").read_text()
     assert all(path.stat().st_size > 5_000 for path in real_study.figures(results))
     files = {path: path.read_bytes() for path in results.iterdir() if path.suffix != ".png"}
     assert len(files) == 5 and len(real_study.missing(jobs, results)) == len(jobs) - 3
-    for job in (jobs[0], jobs[-1]):  # a run folder that is gone, and a job that comes to its end
+    for job in (
+        jobs[0],
+        jobs[-1],
+    ):  # a run folder that is gone, and a job that comes to its end
         shutil.rmtree(job.folder) if job.done else finish(job, 0.7)
     assert not jobs[0].done and len(real_study.missing(jobs, results)) == len(jobs) - 4
     real_study.collect(jobs, results)
@@ -338,10 +406,19 @@ def test_the_report(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"a\n{real_study.MARKS[0]}\nold\n{real_study.MARKS[1]}\nb\n")
     real_study.write_page(page, text)
-    assert page.read_text() == f"a\n{real_study.MARKS[0]}\n\n{text}\n\n{real_study.MARKS[1]}\nb\n"
-    with pytest.raises(siren.ConfigError, match="put them back"):
+    assert (
+        page.read_text() == f"a\n{real_study.MARKS[0]}\n\n{text}\n\n{real_study.MARKS[1]}\nb\n"
+    )
+    with pytest.raises(ValueError, match="put them back"):
         page.write_text("no marks")
         real_study.write_page(page, text)
+
+
+def test_doctests():
+    for module in (real_study, real_task):
+        result = doctest.testmod(module)
+        assert result.attempted >= 1
+        assert result.failed == 0
 
 
 def test_bad_workers_are_one_line(capsys):
@@ -355,15 +432,20 @@ def test_the_page_has_the_stored_numbers():
 
 
 def test_the_pages_claims_in_words():
-    """Collapse, explosion, SIREN in between; what one mask alone does; the third seed's fork."""
-    files = (real_study.RESULTS / f"{name}.csv" for name in ("curves", "heldout", "forms", "last"))
+    """Collapse, explosion, SIREN in between; what one mask alone does; the third seed's
+    fork."""
+    files = (
+        real_study.RESULTS / f"{name}.csv" for name in ("curves", "heldout", "forms", "last")
+    )
     curves, heldout, forms, ends = map(real_study.read_csv, files)
 
     def mean_of(method, name, first=51):  # over all seeds
         rows = [r[name] for r in curves if r["method"] == method and r["step"] >= first]
         return np.mean(rows)
 
-    def passes(method, level):  # for each seed the first step at which the mean of five passes it
+    def passes(
+        method, level
+    ):  # for each seed the first step at which the mean of five passes it
         found = []
         for seed in dict.fromkeys(r["seed"] for r in curves if r["method"] == method):
             rows = [r["reward"] for r in curves if (r["method"], r["seed"]) == (method, seed)]
@@ -377,9 +459,15 @@ def test_the_pages_claims_in_words():
     assert 6.3 < held / mean_of("dr_grpo", "entropy") < 6.7
     assert 0.85 < mean_of("siren", "reward") < 0.87 and mean_of("dr_grpo", "reward") > 0.975
     assert 0.42 < mean_of("siren", "h_ratio") < 0.44
-    first = np.mean([r["entropy"] for r in curves if r["method"] == "dr_grpo" and r["step"] == 1])
-    later = [r["entropy"] for r in curves if r["method"] == "dr_grpo" and 11 <= r["step"] <= 15]
-    assert 1.15 < first < 1.25 and np.mean(later) < 0.1 and mean_of("dr_grpo", "entropy") < 0.025
+    first = np.mean(
+        [r["entropy"] for r in curves if r["method"] == "dr_grpo" and r["step"] == 1]
+    )
+    later = [
+        r["entropy"] for r in curves if r["method"] == "dr_grpo" and 11 <= r["step"] <= 15
+    ]
+    assert (
+        1.15 < first < 1.25 and np.mean(later) < 0.1 and mean_of("dr_grpo", "entropy") < 0.025
+    )
     assert scores("siren", "avg@8") == pytest.approx([0.945, 0.992, 0.504], abs=1e-3)
     assert scores("dr_grpo", "avg@8") == pytest.approx([0.996, 0.957, 0.992], abs=1e-3)
     assert scores("siren", "avg@8", 0)[2] == pytest.approx(0.66, abs=0.005)
@@ -387,7 +475,9 @@ def test_the_pages_claims_in_words():
     assert samples == pytest.approx([0.18, 0.55], abs=0.005)
     own = [r["reward"] for r in curves if (r["method"], r["seed"]) == ("siren", 2)][-10:]
     assert [np.mean(own), min(own)] == pytest.approx([0.85, 0.66], abs=0.005)
-    last = {(r["method"], r["seed"], r["questions"], r["temperature"]): r["avg@4"] for r in ends}
+    last = {
+        (r["method"], r["seed"], r["questions"], r["temperature"]): r["avg@4"] for r in ends
+    }
     bad = [last["siren", 2, q, t] for t in (1.0, 0.6) for q in ("training", "held out")]
     assert bad == pytest.approx([0.69, 0.56, 0.73, 0.52], abs=0.005)
     good = [x for (method, seed, *_), x in last.items() if (method, seed) == ("siren", 1)]
@@ -395,8 +485,12 @@ def test_the_pages_claims_in_words():
     endless = {(r["method"], r["seed"]) for r in forms if r["cut_off"]}
     assert endless == {("siren", 2), ("bonus_0.2", 1), ("bonus_0.2", 2)}
     exploded = [r for r in curves if r["method"] == "bonus_0.2" and r["step"] >= 15]
-    assert {r["seed"] for r in exploded} == {0, 1, 2} and min(r["entropy"] for r in exploded) > 10
-    twice = next(r for r in forms if (r["seed"], r["form"], r["method"]) == (2, "twice", "siren"))
+    assert {r["seed"] for r in exploded} == {0, 1, 2} and min(
+        r["entropy"] for r in exploded
+    ) > 10
+    twice = next(
+        r for r in forms if (r["seed"], r["form"], r["method"]) == (2, "twice", "siren")
+    )
     assert 0.15 < twice["cut_off"] < 0.25
     assert mean_of("wo_peak", "entropy") < 0.05 and mean_of("wo_top_p", "h_ratio") > 0.9
     assert all(mean_of(f"bonus_{beta}", "entropy", 15) > 10 for beta in (0.2, 0.02))

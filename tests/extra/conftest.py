@@ -1,7 +1,8 @@
-"""For the tests of the examples.
+"""For the tests that need requirements-examples.txt.
 
-TRL and datasets report their use to the hub, from a thread. While that thread looks up the hub's
-address, a change of the environment elsewhere can crash the process (getaddrinfo against setenv).
+TRL and datasets report their use to the hub, from a thread. While that thread looks up the
+hub's address, a change of the environment elsewhere can crash the process (getaddrinfo against
+setenv).
 """
 
 import os

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from examples import memory_plan
-from tests.memory_common import WIDE, Trainer, check, make_run
+from memory_common import WIDE, Trainer, check, make_run
 
 torch.set_num_threads(1)
 HALF = {"lora_rank": 16, "dtype": "bfloat16"}

@@ -15,12 +15,12 @@ from unittest import mock
 
 import pytest
 import torch
+from memory_common import BODY, MEASURED, WIDE, Trainer, check, make_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import siren
 from examples import memory_plan
 from research.bench import allocated_peak
-from memory_common import BODY, MEASURED, WIDE, Trainer, check, make_run
 
 torch.set_num_threads(1)
 # name -> changes of the model, changes of the flags, of the task's options

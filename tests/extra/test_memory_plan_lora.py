@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from memory_common import WIDE, Trainer, check, make_run
 
 from examples import memory_plan
-from memory_common import WIDE, Trainer, check, make_run
 
 torch.set_num_threads(1)
 HALF = {"lora_rank": 16, "dtype": "bfloat16"}

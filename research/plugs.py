@@ -90,7 +90,7 @@ def command(argv: list[str] | None) -> int:
     parser.add_argument("--plug", default="")
     given, flags = parser.parse_known_args(argv)
     with plugged(given.plug):
-        return siren.main(flags)
+        return siren.main(flags) or 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -453,7 +453,6 @@ def start_worker() -> None:
         os._exit(1)
 
     torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"  # the bars of two trainings would run over each other
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -466,6 +465,9 @@ def teach(cfg: Config) -> None:
 def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes of one thread each. After an error or Ctrl-C unfinished jobs leave nothing."""
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
+    os.environ["TQDM_DISABLE"] = (
+        "1"  # the workers see it: their bars would run over each other
+    )
     try:
         yield pool
     except BaseException:
@@ -473,6 +475,7 @@ def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
             worker.terminate()
         raise
     finally:
+        del os.environ["TQDM_DISABLE"]
         pool.shutdown(wait=True, cancel_futures=True)
 
 

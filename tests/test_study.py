@@ -1,7 +1,13 @@
-"""examples/study.py and study_report.py: jobs, choices, statistics, and the whole of it, tiny."""
+"""research/study.py and study_report.py: jobs, choices, statistics, and the whole of it, tiny.
+
+Also scores.py and tools.py, which they use.
+"""
 
 import csv
+import dataclasses
+import doctest
 import gzip
+import importlib
 import itertools
 import json
 import math
@@ -10,16 +16,44 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import siren
-from examples import study, study_report
+from research import scores, study, study_report, tools
+from research.plugs import Config
 
 SIZE = study.Size()
 
 
-# ------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("name", ["study", "study_report", "scores", "tools"])
+def test_worked_examples(name):
+    found = doctest.testmod(importlib.import_module(f"research.{name}"))
+    assert found.attempted > 0 and found.failed == 0
+
+
+@given(st.integers(1, 9), st.data())
+def test_pass_at_k_against_all_subsets(n, data):
+    k = data.draw(st.integers(1, n))
+    c = data.draw(st.integers(0, n))
+    subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+    due = sum(map(any, subsets)) / len(subsets)
+    assert scores.pass_at_k(n, c, k) == pytest.approx(due)
+
+
+@given(st.lists(st.sampled_from([None, "7", "8", "9"]), min_size=1, max_size=12), st.data())
+def test_maj_at_k_against_a_count(votes, data):
+    k = data.draw(st.integers(1, len(votes)))
+    won, blocks = 0, len(votes) // k
+    for block in (votes[b * k : (b + 1) * k] for b in range(blocks)):
+        best = max((vote for vote in block if vote), key=block.count, default=None)
+        won += best == "7"  # max takes the first one of equal ones
+    assert scores.maj_at_k(votes, "7", k) == won / blocks
+    assert scores.maj_at_k([None, None], "7", 2) == 0.0
 
 
 @given(st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=7))
@@ -34,7 +68,9 @@ def test_sign_flip_against_all_choices_of_signs(differences):
 def test_holm_by_hand():
     """.01 x 4, .02 x 3, then .04: no smaller than the one before it, and never above 1."""
     values = {"a": 0.02, "b": 0.9, "c": 0.01, "d": 0.021}
-    assert study_report.holm(values) == pytest.approx({"c": 0.04, "a": 0.06, "d": 0.06, "b": 0.9})
+    assert study_report.holm(values) == pytest.approx(
+        {"c": 0.04, "a": 0.06, "d": 0.06, "b": 0.9}
+    )
     assert study_report.holm({"a": 0.7, "b": 0.8}) == {"a": 1.0, "b": 1.0}
 
 
@@ -54,7 +90,10 @@ def test_text_of_negative_and_large_numbers():
 def run_of(beta, held, seed=0, task="toy_env", **scores):
     """A row with what the tables read."""
     evals = [{"grade": "hard", "temperature": 0.6, **scores}]
-    log, config = [{"h_agg": 9.0}, {"h_agg": 2 * held}], {"beta": beta, "seed": seed, "task": task}
+    log, config = (
+        [{"h_agg": 9.0}, {"h_agg": 2 * held}],
+        {"beta": beta, "seed": seed, "task": task},
+    )
     return {"config": config, "log": log, "anchor": 2.0, "evals": evals}
 
 
@@ -79,15 +118,17 @@ def test_vocabulary_differences_pair_seeds_of_the_same_world():
     assert study_report.vocabulary_differences(rows, "dr_grpo", score, 96) == [1.25, 2.0]
 
 
-# ------------------------------------------------------------------------------- jobs and choices
+# ---------------------------------------------------------------------------- jobs and choices
 
 
 def test_every_method_has_as_many_candidates_and_all_differ():
     for method, candidates in study.METHODS.items():
         assert len(candidates) == SIZE.candidates, method
-        assert len({json.dumps(c, sort_keys=True) for c in candidates}) == SIZE.candidates, method
+        assert len({json.dumps(c, sort_keys=True) for c in candidates}) == SIZE.candidates, (
+            method
+        )
         for changes in candidates:
-            siren.Config(**changes)  # ConfigError if a value is out of its range
+            Config(**changes)  # a ValueError if a value is out of its range
 
 
 def test_what_is_chosen_and_what_is_reported_share_no_seed_and_no_prompt():
@@ -104,13 +145,15 @@ def test_what_is_chosen_and_what_is_reported_share_no_seed_and_no_prompt():
 
 
 def test_what_the_methods_change():
-    of = {name: siren.Config(**candidates[1]) for name, candidates in study.METHODS.items()}
+    of = {name: Config(**candidates[1]) for name, candidates in study.METHODS.items()}
     assert of["dr_grpo"].regularizer == of["constrained"].regularizer == "none"
     assert of["naive_bonus"].regularizer == of["wo_anchor"].regularizer == "bonus"
     for name in ("siren", "wo_top_p", "wo_peak", "anchor_only"):
         assert of[name].regularizer == "anchor"
     assert [of[n].top_p for n in ("naive_bonus", "wo_top_p", "anchor_only")] == [1.0] * 3
-    assert [of[n].peak_quantile for n in ("naive_bonus", "wo_peak", "anchor_only")] == [0.0] * 3
+    assert [of[n].peak_quantile for n in ("naive_bonus", "wo_peak", "anchor_only")] == [
+        0.0
+    ] * 3
     assert (of["siren"].top_p, of["siren"].peak_quantile) == (study.P, study.TAU)
 
 
@@ -119,7 +162,12 @@ def rows_of(value, useless=lambda job: 0.0):
     return {
         job.key: {
             "evals": [
-                {"grade": "hard", "temperature": 0.6, "avg@16": value(job), "maj@16": value(job)}
+                {
+                    "grade": "hard",
+                    "temperature": 0.6,
+                    "avg@16": value(job),
+                    "maj@16": value(job),
+                }
             ],
             "probe": {"useless_share": useless(job)},
         }
@@ -142,19 +190,19 @@ def test_choose_takes_the_best_mean_over_the_validation_seeds():
     chosen = study.choose(SIZE, rows)
     assert {name: chosen[name] for name in best} == best
     assert chosen["naive_exploding"]["beta"] == naive[4]
-    assert chosen["dr_grpo_same_lr"] == {**chosen["dr_grpo"], "lr": siren.Config().lr}
+    assert chosen["dr_grpo_same_lr"] == {**chosen["dr_grpo"], "lr": Config().lr}
 
 
 def test_key_holds_all_that_changes_numbers_and_nothing_else():
     job = study.tune(SIZE, {})[0]
     for change in ({"lr": 1.0}, {"seed": 5}, {"task": "x"}, {"plug": "y"}, {"beta": 9.0}):
-        assert job._replace(cfg=siren.dataclasses.replace(job.cfg, **change)).key != job.key
+        assert job._replace(cfg=dataclasses.replace(job.cfg, **change)).key != job.key
     assert job._replace(final=job.final._replace(samples=9)).key != job.key
-    same = siren.dataclasses.replace(job.cfg, out="x", threads=3, save_every=7, device="auto")
+    same = dataclasses.replace(job.cfg, out="x", threads=3, save_every=7, device="mps")
     assert job._replace(cfg=same, label="other").key == job.key
 
 
-# ------------------------------------------------------------------------------------- a job's row
+# --------------------------------------------------------------------------------- a job's row
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +225,9 @@ def test_the_same_job_gives_the_same_row(job, row):
 
 
 def test_evaluation_agrees_with_siren_py(job):
-    task = siren.load_task(job.cfg)
+    task = tools.load_task(job.cfg)
     model, problems = task.build_model().eval(), task.heldout(3)["easy"]
-    cfg = siren.dataclasses.replace(job.cfg, eval_samples=16, eval_temperature=1.0)
+    cfg = dataclasses.replace(job.cfg, eval_samples=16, eval_temperature=1.0)
     due = siren.evaluate(model, task, problems, cfg)
     values = study.evaluate(model, task, problems, job.cfg, 16, 1.0)
     assert {name: values[name] for name in due} == pytest.approx(due)
@@ -187,16 +235,16 @@ def test_evaluation_agrees_with_siren_py(job):
 
 
 def test_probe_against_plain_loops(job):
-    task = siren.load_task(job.cfg)
+    task = tools.load_task(job.cfg)
     model = task.build_model().eval()
     found = study.probe(model, task, job.cfg, 3)
     problems = task.train_problems(3, "0/probe")
-    rollout = siren.respond(model, task, problems, job.cfg, "0/probe", 8, 1.0)
+    rollout = siren.sample(model, task, problems, job.cfg, "0/probe", 8, 1.0)
     all_h, h_i, right, at_0 = [], [], 0, []
     for i, ids in enumerate(rollout.responses()):
         problem = problems[i // 8]
-        with siren.torch.no_grad():
-            logits = model(siren.torch.tensor([problem.prompt + ids])).logits[0].double()
+        with torch.no_grad():
+            logits = model(torch.tensor([problem.prompt + ids])).logits[0].double()
         own = []
         for row_logits in logits[len(problem.prompt) - 1 : -1]:
             pi = sorted(row_logits.softmax(-1).tolist(), reverse=True)
@@ -218,7 +266,11 @@ def test_probe_against_plain_loops(job):
 def test_kinds_by_hand():
     """Two terms would be "t t s <eos>": here five, so forks are at 0, 1, 3, 5."""
     entropy = [float(t) for t in range(10)]
-    places = {"entropy": entropy, "nucleus_entropy": [0.0] * 10, "peak": [1.0, 1.0] + [0.5] * 8}
+    places = {
+        "entropy": entropy,
+        "nucleus_entropy": [0.0] * 10,
+        "peak": [1.0, 1.0] + [0.5] * 8,
+    }
     found = study_report.kinds({"probe": {"positions": places}})
     assert found["fork"]["entropy"] == (0 + 1 + 3 + 5) / 4
     assert found["fact"]["entropy"] == (2 + 4 + 6 + 8) / 4
@@ -229,22 +281,33 @@ def test_kinds_by_hand():
 
 
 def test_a_diverged_run_is_a_result(job, monkeypatch):
-    """The policy of the last checkpoint is evaluated, and the row says where training stopped."""
+    """The policy of the last checkpoint is evaluated, and the row says where training
+    stopped."""
     original = siren.training_step
 
-    def failing(model, optimizer, task, cfg, step, last):
-        if step == 2:
-            raise FloatingPointError("the model's logits are not finite")
-        return original(model, optimizer, task, cfg, step, last)
+    def failing(run, step):
+        if step == 2:  # as a learning rate that is far too large would
+            with torch.no_grad():
+                run.weights[0].fill_(torch.nan)
+        return original(run, step)
 
     monkeypatch.setattr(siren, "training_step", failing)
-    cfg = siren.dataclasses.replace(job.cfg, save_every=1)
+    cfg = dataclasses.replace(job.cfg, save_every=1)
     row = study.run_job(job._replace(cfg=cfg))
-    assert row["diverged"] == "step 2: the model's logits are not finite"
+    assert row["diverged"] == "step 2: the gradient is not finite"
     assert [r["step"] for r in row["log"]] == [1] and len(row["evals"]) == 4
 
 
-# --------------------------------------------------------------------------------- all of it, tiny
+def test_any_other_error_stops_the_study(job, monkeypatch):
+    def failing(run, step):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(siren, "training_step", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        study.run_job(job)
+
+
+# ----------------------------------------------------------------------------- all of it, tiny
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +318,9 @@ def smoke(tmp_path_factory):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in SUFFIXES}
+    return {
+        path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in SUFFIXES
+    }
 
 
 SUFFIXES = (".gz", ".csv", ".md")
@@ -266,7 +331,15 @@ def test_smoke_writes_everything(smoke):
     for heading in ("The main table", "SIREN against the others", "Where the entropy sits"):
         assert f"## {heading}\n" in text
     assert all(f"## {part.capitalize()}\n" in text for part in study.PARTS if part != "main")
-    for name in ("steps", "kinds", "k", "k_easy", "constrained", "vocabularies", "sensitivity"):
+    for name in (
+        "steps",
+        "kinds",
+        "k",
+        "k_easy",
+        "constrained",
+        "vocabularies",
+        "sensitivity",
+    ):
         assert (smoke / f"{name}.png").stat().st_size > 10_000, name
     with open(smoke / "main.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -291,14 +364,18 @@ def test_a_lost_row_is_made_again_and_is_the_same(smoke, capsys):
     assert study.main(["--smoke", "--part", "main", "--out", str(smoke)]) == 0
     assert "main: 1 jobs to run" in capsys.readouterr().out
     after = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-    assert [{**row, "seconds": 0} for row in after] == [{**row, "seconds": 0} for row in before]
+    assert [{**row, "seconds": 0} for row in after] == [
+        {**row, "seconds": 0} for row in before
+    ]
 
 
 def test_again_compares_row_by_row(smoke, capsys):
     path = smoke / "raw" / "main.jsonl.gz"
     before, wanted = path.read_bytes(), len(study.METHODS) + 3  # choose adds two
     assert study.main(["--smoke", "--again", "0", "--out", str(smoke)]) == 0
-    assert f"{wanted} of {wanted} rows are the same to the last digit" in capsys.readouterr().out
+    assert (
+        f"{wanted} of {wanted} rows are the same to the last digit" in capsys.readouterr().out
+    )
     rows = [json.loads(line) for line in gzip.decompress(before).splitlines()]
     for row in rows:
         row["probe"]["reward"] += 1e-4 * (row["config"]["steps"] == 0)
@@ -332,11 +409,10 @@ def test_bad_input_is_one_line(flags, said, tmp_path, capsys):
 
 
 def test_two_studies_in_one_folder(tmp_path, capsys):
-    from examples.engine import RunFolder
-
-    with RunFolder(siren.Config(out=str(tmp_path)), resume=False):
+    with tools.locked(tmp_path):
         assert study.main(["--plan", "--out", str(tmp_path)]) == 2
-    assert "error: " in capsys.readouterr().err
+    assert "error: --out" in capsys.readouterr().err
+    assert study.main(["--plan", "--out", str(tmp_path)]) == 0, "the lock is free again"
 
 
 def test_readme_says_what_main_csv_says():
@@ -355,7 +431,9 @@ def test_readme_says_what_main_csv_says():
     store = study.Store(study.ROOT / "results")
     rows = study_report.labelled("vocabularies", SIZE, store)
     due |= {
-        study_report.text(study_report.vocabulary_differences(rows, other, "maj@16", 4096), "+")
+        study_report.text(
+            study_report.vocabulary_differences(rows, other, "maj@16", 4096), "+"
+        )
         for other in ("dr_grpo", "anchor_only")
     }
     assert len(found) >= 8 and set(found) <= due
@@ -382,3 +460,59 @@ def test_readmes_claims_in_words():
     best = study.choose(SIZE, store.rows)["wo_anchor"]
     for job in study.each(SIZE, [("", {**best, "beta": 3 * best["beta"]})]):
         assert useless(store.rows[job.key]) > 0.3
+
+
+# ----------------------------------------------------------------------------- the stored rows
+
+
+def test_stored_rows_are_those_of_the_jobs():
+    """Each row has today's settings, and each job of each part has its row."""
+    store = study.Store(study.ROOT / "results")
+    names = {field.name for field in dataclasses.fields(Config)}
+    for part in study.PARTS:
+        assert not store.missing(study.PARTS[part](SIZE, store.rows)), part
+    for row in store.rows.values():
+        assert set(row["config"]) == names
+        cfg = Config(**row["config"])  # a ValueError if a value is out of its range
+        assert dataclasses.asdict(cfg) == row["config"]
+        assert all(plug.startswith("research.") for plug in [cfg.plug] if plug)
+
+
+# ----------------------------------------------------------------------------------- the tools
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ValueError("--x 3: must be\n 1 or 2"), 2, "error: --x 3: must be 1 or 2"),
+        (RuntimeError("no memory\nsecond line"), 1, "stopped: no memory; go on"),
+        (OSError("disk full"), 1, "stopped: disk full; go on"),
+        (KeyboardInterrupt(), 130, "interrupted; go on"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_an_exit_code(error, code, text, capsys):
+    def failing(argv):
+        raise error
+
+    assert tools.run_tool("tool.py", failing, [], "go on") == code
+    assert capsys.readouterr().err == f"tool.py: {text}\n"
+    assert tools.run_tool("tool.py", lambda argv: None) == 0
+    assert tools.run_tool("tool.py", lambda argv: 7) == 7
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    tools.write_whole(path, b"one")
+
+    def full(fd):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tools.os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        tools.write_whole(path, b"two")
+    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_task_is_loaded_as_a_run_loads_it(tmp_path):
+    cfg = Config(task="toy_env:vocab=96,split=validation", out=str(tmp_path), eval_prompts=1)
+    assert tools.load_task(cfg) == siren.Run(cfg).task

@@ -1,7 +1,8 @@
-"""Tests of examples/zoo: each method's numbers, its reductions to Dr.GRPO, exactness, and resuming.
+"""Tests of research/zoo: each method's numbers, its reductions to Dr.GRPO, and resuming.
 
-Most of them train in a tiny world, Ways, in which a response is right if its first token is one of
-eight: there are eight ways to be right, and Dr.GRPO gives up most of them within 40 steps.
+Most of them train in a tiny world, Ways, in which a response is right if its first token is
+one of eight: there are eight ways to be right, and Dr.GRPO gives up most of them within 40
+steps.
 """
 
 import dataclasses
@@ -19,9 +20,9 @@ import torch
 from common import make, same, small_model, t
 
 import siren
-from examples import study
-from examples.engine import plugged
-from examples.zoo import (
+from research import plugs, study
+from research.plugs import Config, plugged
+from research.zoo import (
     METHODS,
     VARIANTS,
     advantages,
@@ -43,11 +44,14 @@ SIZE = table.SIZE
 PLUGGED = [name for name, method in EVERY.items() if method.is_plugged]
 
 
-# ------------------------------------------------------------------------------------ a tiny world
+# -------------------------------------------------------------------------------- a tiny world
 class Ways:
     """A task of siren.py, with a random model; a token is a number below 32, and 1 ends."""
 
-    eos_ids, pad_id, equal = [1], 0, None
+    eos_ids = (1,)
+    pad_id = 0
+    equal = None
+    normalize = None
 
     def build_model(self):
         return small_model()
@@ -61,7 +65,7 @@ class Ways:
     def decode(self, ids):
         return "yes" if ids[0] % 4 == 2 else "no"
 
-    def answer_form(self, text):
+    def find_answer(self, text):
         return text
 
     def metrics(self, responses):
@@ -74,16 +78,22 @@ def load(cfg):
 
 
 SMALL = {"prompts": 8, "group_size": 8, "mini_batches": 2, "max_tokens": 4, "warmup_steps": 1}
-SMALL |= {"lr": 1e-2, "eval_prompts": 1, "eval_samples": 1, "device": "cpu", "task": "test_zoo"}
+SMALL |= {
+    "lr": 1e-2,
+    "eval_prompts": 1,
+    "eval_samples": 1,
+    "device": "cpu",
+    "task": "test_zoo",
+}
 
 
 def train(folder, name, *, resume=False, steps=3, options=None, **more):
     """The records of a run of the method in the tiny world, without their times."""
-    cfg = siren.Config(
-        **{**SMALL, **settings(name, **(options or {})), "steps": steps, "out": str(folder), **more}
-    )
-    with plugged(cfg.plug):
-        records = siren.train(cfg, resume=resume)
+    chosen = {**SMALL, **settings(name, **(options or {})), "steps": steps, **more}
+    plug = chosen.pop("plug", "")
+    cfg = siren.Config(**chosen, out=str(folder))
+    with plugged(plug):
+        records = siren.train(siren.Run(cfg, resume))
     return [{k: x for k, x in record.items() if k != "seconds"} for record in records]
 
 
@@ -101,10 +111,20 @@ def agree(records, others, **tolerance):
 # ------------------------------------------------------------------------- numbers, one by one
 @pytest.mark.parametrize(
     "name",
-    ["", ".advantages", ".core", ".reward", ".sampler", ".support", ".terms", ".weights", ".yours"],
+    [
+        "",
+        ".advantages",
+        ".core",
+        ".reward",
+        ".sampler",
+        ".support",
+        ".terms",
+        ".weights",
+        ".yours",
+    ],
 )
 def test_worked_examples(name):
-    found = doctest.testmod(importlib.import_module(f"examples.zoo{name}"))
+    found = doctest.testmod(importlib.import_module(f"research.zoo{name}"))
     assert found.attempted > 0 and found.failed == 0
 
 
@@ -164,7 +184,9 @@ def test_arm_against_its_oracle(batch):
     for i in range(8):
         own = np.sort(b.old_logp[i][b.mask[i]].numpy())
         confidence.append(math.exp(own[: max(1, math.ceil(0.3 * len(own) - 1e-9))].mean()))
-    same(advantages.low_confidence(b.old_logp, b.mask, 0.3), confidence, "the least likely 30 %")
+    same(
+        advantages.low_confidence(b.old_logp, b.mask, 0.3), confidence, "the least likely 30 %"
+    )
 
     def rule(i, s):
         group = confidence[4 * (i // 4) : 4 * (i // 4) + 4]
@@ -173,17 +195,25 @@ def test_arm_against_its_oracle(batch):
     got = advantages.arm(b.adv, b.old_logp, b.rewards, b.mask, 4, 0.7, 0.3)
     same(on_tokens(b, got), each(b, rule), "A + alpha (mean c - c), off where all are wrong")
     paper = torch.tensor([[0.9, 0.95, 0.99, 0.5, 0.4, 0.97, 0.99, 0.98, 0.9, 0.99]]).log()
-    assert advantages.low_confidence(paper, paper < 0).item() == pytest.approx(0.447214, abs=1e-6)
+    assert advantages.low_confidence(paper, paper < 0).item() == pytest.approx(
+        0.447214, abs=1e-6
+    )
 
 
 def test_covariance_against_its_oracle(batch):
     b = batch
     a, x = (v[b.mask].numpy() for v in (b.adv, b.logp))
     due = each(b, lambda i, s: (b.adv[i, s] - a.mean()) * (b.logp[i, s] - x.mean()))
-    same(weights.covariance(b.adv, b.logp, b.mask), due, "means over the tokens, without padding")
+    same(
+        weights.covariance(b.adv, b.logp, b.mask),
+        due,
+        "means over the tokens, without padding",
+    )
     pi = t([[0.9, 0.5, 0.1, 0.9, 0.5, 0.1]])
     got = weights.covariance(t([[0.5] * 3 + [-0.5] * 3]), pi.log(), pi > 0)
-    same(got, t([[0.464169, 0.170275, -0.634444, -0.464169, -0.170275, 0.634444]]), "", tol=1e-5)
+    same(
+        got, t([[0.464169, 0.170275, -0.634444, -0.464169, -0.170275, 0.634444]]), "", tol=1e-5
+    )
 
 
 def test_clip_cov_leaves_out_some_of_a_band(batch):
@@ -311,7 +341,7 @@ def test_apr_and_the_support_metrics():
 
 
 def test_solved_is_pass_at_k():
-    task, model, cfg = Ways(), small_model(), siren.Config(**{**SMALL, "prompts": 8})
+    task, model, cfg = Ways(), small_model(), Config(**{**SMALL, "prompts": 8})
     problems = task.train_problems(8, "")
     found = support.solved(model, task, problems, cfg, 4, 1.0)
     again = support.solved(model, task, problems, cfg, 4, 1.0)
@@ -319,10 +349,10 @@ def test_solved_is_pass_at_k():
     assert found == again and 0 < sum(found) < sum(more)
 
 
-# ---------------------------------------------------------------------------- the update they share
+# ----------------------------------------------------------------------- the update they share
 @pytest.mark.parametrize("algorithm", ["dr_grpo", "grpo"])
 def test_policy_loss_takes_an_advantage_for_each_token(batch, algorithm):
-    b, how = batch, (0.2, 0.3, 9, algorithm)
+    b, how = batch, (9, 0.2, 0.3, algorithm)
     adv = siren.group_advantages(b.rewards, 4)
     due, stats = siren.policy_loss(b.logp, b.old_logp, adv, b.mask, *how)
     got, ours = siren.policy_loss(b.logp, b.old_logp, b.adv, b.mask, *how)
@@ -338,8 +368,9 @@ def test_policy_loss_takes_an_advantage_for_each_token(batch, algorithm):
 OFF = {  # options with which a method is Dr.GRPO
     "adaptive_bonus": {"eta": 0.0}, "trl_adaptive": {"delta": 0.0}, "aer": {"eta": 0.0},
     "epo": {"lam": 0.0}, "clip_cov": {"rho": 0.0}, "kl_cov": {"c": 0.0},
-    "entropy_advantage": {"alpha": 0.0}, "forking_tokens": {"share": 1.0}, "steer": {"w_min": 1.0},
-    "arm": {"alpha": 0.0}, "dph_kl": {"eta": 0.0}, "dph_js": {"eta": 0.0}, "calibrl": {"lam": 0.0},
+    "entropy_advantage": {"alpha": 0.0}, "forking_tokens": {"share": 1.0}, "steer": {"w_min":
+    1.0}, "arm": {"alpha": 0.0}, "dph_kl": {"eta": 0.0}, "dph_js": {"eta": 0.0}, "calibrl":
+    {"lam": 0.0},
 }  # fmt: skip
 CHEAP = {"dph_kl": {"prompts": 8, "samples": 8}, "dph_js": {"prompts": 8, "samples": 8}}
 
@@ -358,16 +389,16 @@ def test_a_constant_lam_of_one_is_dr_grpo_and_so_is_yours_with_zero(tmp_path, mo
     par = dataclasses.replace(METHODS["par"], start={"coefficient": 1.0})
     monkeypatch.setitem(METHODS, "par", par)
     agree(train(tmp_path / "par", "par", options={"tau": 0.0}), plain)
-    agree(train(tmp_path / "0", "dr_grpo", plug="examples.zoo.yours:c=0"), plain)
-    yours = train(tmp_path / "9", "dr_grpo", plug="examples.zoo.yours:c=9")
+    agree(train(tmp_path / "0", "dr_grpo", plug="research.zoo.yours:c=0"), plain)
+    yours = train(tmp_path / "9", "dr_grpo", plug="research.zoo.yours:c=9")
     assert yours[1]["changed_share"] > 0.05 and yours[1]["grad_norm"] > plain[1]["grad_norm"]
 
 
 # numbers with which each method acts within three steps
 ACTS = {
-    "adaptive_bonus": {"eta": 1.0}, "trl_adaptive": {"delta": 0.1}, "aer": {"eta": 1.0, "tau": 1.0},
-    "epo": {"lam": 0.1, "k_high": 1.0}, "clip_cov": {"rho": 0.1}, "kl_cov": {"c": 3.0, "rho": 0.1},
-    "cure": {"k": 2}, **CHEAP,
+    "adaptive_bonus": {"eta": 1.0}, "trl_adaptive": {"delta": 0.1}, "aer": {"eta": 1.0, "tau":
+    1.0}, "epo": {"lam": 0.1, "k_high": 1.0}, "clip_cov": {"rho": 0.1}, "kl_cov": {"c": 3.0,
+    "rho": 0.1}, "cure": {"k": 2}, **CHEAP,
 }  # fmt: skip
 
 
@@ -389,7 +420,9 @@ def test_a_resumed_run_has_the_same_numbers(name, tmp_path):
     whole = train(tmp_path / "whole", name, steps=4, options=options)
     train(tmp_path / "parts", name, steps=2, options=options)
     again = train(tmp_path / "parts", name, steps=4, options=options, resume=True)
-    agree(again[1:2] + again[3:], whole[1:2] + whole[3:])  # the third was the first part's last
+    agree(
+        again[1:2] + again[3:], whole[1:2] + whole[3:]
+    )  # the third was the first part's last
     if name in STATEFUL:
         states = [
             {k: r[k] for k in ("coefficient", "history") if k in r}.values() for r in whole[1:]
@@ -398,7 +431,8 @@ def test_a_resumed_run_has_the_same_numbers(name, tmp_path):
 
 
 def test_controllers_follow_their_formulas_in_a_run(tmp_path):
-    """From the records alone: what step k + 1 has is a function of step k's state and entropy."""
+    """From the records alone: what step k + 1 has is a function of step k's state and
+    entropy."""
     for name in STATEFUL:
         options = {**METHODS[name].options, **ACTS.get(name, {})}
         o, records = (
@@ -431,18 +465,21 @@ def test_trls_term_is_a_mean_over_tokens(batch, algorithm):
     v = SimpleNamespace(mask=batch.mask, max_tokens=9, algorithm=algorithm, state=state)
     weights = METHODS["trl_adaptive"].term_weights(v)
     term = core.per_response(weights * batch.entropy, batch.mask, 9, algorithm)
-    assert float(term) == pytest.approx(-0.3 * float(batch.entropy[batch.mask].mean()), rel=1e-5)
+    assert float(term) == pytest.approx(
+        -0.3 * float(batch.entropy[batch.mask].mean()), rel=1e-5
+    )
 
 
-# ------------------------------------------------------------------------------------- the sampler
+# --------------------------------------------------------------------------------- the sampler
 def test_cure_branches_where_the_policy_was_undecided():
-    task, model, cfg = Ways(), small_model(), siren.Config(**{**SMALL, "max_tokens": 6})
+    task, model, cfg = Ways(), small_model(), Config(**{**SMALL, "max_tokens": 6})
     problems, common = task.train_problems(8, ""), (cfg, "0/7", 8, 1.0)
     options = {"tails": 3, "k": 2}
-    out = sampler.branch(siren.respond, model, task, problems, *common, **options)
-    again = sampler.branch(siren.respond, model, task, problems, *common, **options)
+    out = sampler.branch(siren.sample, model, task, problems, *common, **options)
+    again = sampler.branch(siren.sample, model, task, problems, *common, **options)
     assert all((x == y).all() for x, y in zip(out, again)), "a function of the key"
-    scored = siren.score(model, out, dataclasses.replace(cfg, top_p=1.0))
+    with torch.no_grad():
+        scored = siren.score(model, out, cfg)
     drawn, texts = out.logp < 0, out.responses()
     same(out.logp[drawn], scored["logp"][drawn], "tails follow their prefix", tol=1e-4)
     cuts = set()
@@ -459,22 +496,23 @@ def test_cure_branches_where_the_policy_was_undecided():
             assert cut in best or len(h) == 1
             cuts.add(cut)
     assert len(cuts) > 2
-    with pytest.raises(siren.ConfigError, match="--group-size 6: must be a multiple of 1"):
-        sampler.branch(siren.respond, model, task, problems, cfg, "0/7", 6, 1.0, **options)
+    with pytest.raises(ValueError, match="--group-size 6: must be a multiple of 1"):
+        sampler.branch(siren.sample, model, task, problems, cfg, "0/7", 6, 1.0, **options)
 
 
 def test_cure_trains_drawn_tokens_alone_and_leaves_evaluation_as_it_is(tmp_path):
     cure, plain = train(tmp_path / "cure", "cure"), train(tmp_path / "plain", "dr_grpo")
-    assert cure[0] == plain[0], "the base is evaluated with siren.respond"
+    assert cure[0] == plain[0], "the base is evaluated with siren.sample"
     assert 0 < cure[1]["changed_share"] < 0.75
     assert cure[1]["reward"] != plain[1]["reward"]
 
 
-# ---------------------------------------------------------------------------- what they promise
+# --------------------------------------------------------------------------- what they promise
 def four_runs(folder, name, options=None):
     """Reward and mean H of the last five of 40 steps, and H of the first, means of four seeds.
 
-    Four, since a run is chaotic: another processor's rounding makes another run of the same seed.
+    Four, since a run is chaotic: another processor's rounding makes another run of the same
+    seed.
     """
     runs = [train(folder / str(s), name, steps=40, options=options, seed=s) for s in range(4)]
     ends = [run[-5:] for run in runs]
@@ -509,7 +547,7 @@ def test_these_keep_more_entropy_than_dr_grpo(name, options, dr_grpo, tmp_path):
     assert last > dr_grpo + 0.3
 
 
-# ------------------------------------------------------------------------- all of them, on the toy
+# --------------------------------------------------------------------- all of them, on the toy
 @pytest.mark.parametrize("name", EVERY)
 def test_every_method_trains_on_the_toy(name, tmp_path):
     options = {"prompts": 32, "samples": 8} if name.startswith("dph") else {}
@@ -527,18 +565,20 @@ def test_the_registry_is_complete():
         assert method.certainty in ("high", "medium", "low"), name
         assert len(method.candidates) == (0 if name.startswith("dr_grpo") else 4), name
         steps = [b / a for a, b in zip(method.candidates, method.candidates[1:])]
-        assert all(1 < step <= 3.4 for step in steps), f"{name}: factors of about three at most"
+        assert all(1 < step <= 3.4 for step in steps), (
+            f"{name}: factors of about three at most"
+        )
         if method.coefficient:
-            known = vars(siren.Config()) if not method.is_plugged else method.options
+            known = vars(Config()) if not method.is_plugged else method.options
             assert method.coefficient in known, name
     page = (ROOT / "docs" / "zoo.md").read_text()
     assert all(f"`{name}`" in page for name in EVERY)
 
 
-# --------------------------------------------------------------------------- the command, bad input
+# ---------------------------------------------------------------------- the command, bad input
 def command():
-    """examples/zoo.py, which has the package's name."""
-    spec = importlib.util.spec_from_file_location("zoo_command", ROOT / "examples" / "zoo.py")
+    """research/zoo.py, which has the package's name."""
+    spec = importlib.util.spec_from_file_location("zoo_command", ROOT / "research" / "zoo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -556,39 +596,125 @@ def test_the_command_lists_and_trains(tmp_path, capsys, monkeypatch):
     assert "reward" in capsys.readouterr().out
 
 
+def exit_code(main, words):
+    try:
+        return main(words)
+    except SystemExit as error:
+        return error.code
+
+
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "code", "expected"),
     [
-        ([], "write --list, --table, or --method NAME"),
-        (["--method", "ppo"], "method ppo: must be one of dr_grpo, siren, "),
-        (["--method", "qae:K=0.8"], "K=0.8: QAE has no such option, but quantile"),
-        (["--method", "qae:quantile=x"], "--plug examples.zoo:method=qae,quantile=x: could not"),
-        (["--method", "qae:quantile=-1"], "quantile=-1: must be from 0 to 1"),
-        (["--method", "siren:gamma=1"], "gamma"),
-        (["--method", "qae", "--regularizer", "anchor"], "--regularizer anchor: QAE comes in its"),
-        (["--method", "dph_kl:mastered=1"], "mastered=1.0: the base masters no prompt; lower it"),
-        (["--method", "cure", "--group-size", "6"], "--group-size 6: must be a multiple of 1"),
-        (["--method", "par", "--steps"], "--steps: expected one argument"),
+        ([], 2, "write --list, --table, or --method NAME"),
+        (["--method", "ppo"], 2, "method ppo: must be one of dr_grpo, siren, "),
+        (["--method", "qae:K=0.8"], 2, "K=0.8: QAE has no such option, but quantile"),
+        (
+            ["--method", "qae:quantile=x"],
+            2,
+            "--plug research.zoo:method=qae,quantile=x: could",
+        ),
+        (["--method", "qae:quantile=-1"], 2, "quantile=-1: must be from 0 to 1"),
+        (["--method", "siren:gamma=1"], 2, "gamma=1: siren.py has no such setting"),
+        (["--method", "siren:top_p=2"], 2, "top_p 2.0: must be from"),
+        (
+            ["--method", "qae", "--regularizer", "anchor"],
+            2,
+            "--regularizer anchor: QAE comes in",
+        ),
+        (["--method", "par", "--steps"], 2, "--steps: expected one argument"),
+        # these two are found at the first step
+        (
+            ["--method", "dph_kl:mastered=1"],
+            1,
+            "mastered=1.0: the base masters no prompt; lower",
+        ),
+        (
+            ["--method", "cure", "--group-size", "6"],
+            1,
+            "--group-size 6: must be a multiple of",
+        ),
     ],
 )
-def test_bad_input_is_one_line(words, expected, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line(words, code, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = [word.replace("_", "-") for word in words if word.startswith("--")]
     extra = [f"--{k.replace('_', '-')}={x}" for k, x in SMALL.items()] if words else []
     extra = [word for word in extra if word.split("=")[0] not in given]
-    assert command().main([*words, *(extra if "--steps" not in words else [])]) == 2
-    *bar, line = capsys.readouterr().err.splitlines()  # found at the first step: after the bar
-    assert line.startswith("siren.py: error: ") and expected in line
-    assert all("error" not in text for text in bar)
+    words = [*words, *(extra if "--steps" not in words else [])]
+    assert exit_code(command().main, words) == code
+    *bar, line = capsys.readouterr().err.splitlines()  # the bar of a run that has begun
+    assert line.startswith(("zoo.py: error: ", "siren.py: ")) and expected in line
+    assert all("error" not in text and "Traceback" not in text for text in bar)
 
 
 def test_plug_needs_a_method_that_is_more_than_settings():
-    with pytest.raises(siren.ConfigError, match="SIREN is settings of siren"):
+    with pytest.raises(ValueError, match="SIREN is settings of siren"):
         plug("siren")
     before = dict(vars(siren))
-    with plugged("examples.zoo:method=cure,k=3"):
-        assert siren.update is not before["update"] and siren.respond is not before["respond"]
+    with plugged("research.zoo:method=cure,k=3"):
+        for name in ("Run", "training_step", "group_advantages", "update", "sample"):
+            assert getattr(siren, name) is not before[name]
     assert vars(siren) == before
+
+
+# -------------------------------------------------------------------------- plugs, the command
+def flags_of(folder, *more):
+    values = {**SMALL, "regularizer": "none", "out": str(folder), "steps": "2"}
+    return [f"--{k.replace('_', '-')}={x}" for k, x in values.items()] + list(more)
+
+
+def test_the_command_of_plugs_trains_as_the_context_does(tmp_path):
+    due = train(tmp_path / "due", "par", steps=2)
+    words = ["--plug", "research.zoo:method=par", *flags_of(tmp_path / "x")]
+    assert plugs.main(words) == 0
+    records = siren.load_checkpoint(tmp_path / "x")["records"]
+    agree([{k: x for k, x in r.items() if k != "seconds"} for r in records], due)
+    assert "coefficient" in records[-1]
+
+
+def test_a_run_goes_on_with_the_same_plugs_only(tmp_path, capsys):
+    """Neither another plug nor none, nor siren.py itself, may go on with what a plug began."""
+    par = ["--plug", "research.zoo:method=par"]
+    plugged_run, plain = tmp_path / "plugged", tmp_path / "plain"
+    assert plugs.main([*par, *flags_of(plugged_run)]) == 0
+    assert plugs.main(flags_of(plain)) == 0, "without a plug it is siren.py"
+    assert siren.load_checkpoint(plugged_run)["config"]["plug"] == par[1]
+    assert "plug" not in siren.load_checkpoint(plain)["config"]
+    capsys.readouterr()
+    more = flags_of(plugged_run, "--resume", "--steps=3")
+    other = ["--plug", "research.zoo:method=par,tau=0.1"]
+    for words, folder in ((other, plugged_run), (par, plain)):
+        words = [*words, *flags_of(folder, "--resume", "--steps=3")]
+        assert exit_code(plugs.main, words) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("siren.py: ") and "--resume: --plug was" in line
+    with pytest.raises((TypeError, SystemExit)):  # plug is no setting of siren.py
+        siren.main(more)
+    assert plugs.main([*par, *more]) == 0
+    assert len(siren.load_checkpoint(plugged_run)["records"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("plug", "said"),
+    [
+        ("research.nothing", "No module named 'research.nothing'"),
+        ("research.scores", "has no attribute 'plug'"),
+        ("research.zoo:name=par", "missing 1 required positional argument: 'method'"),
+        ("research.official:strictly=1", "'strictly'"),
+    ],
+)
+def test_a_bad_plug_is_one_line(plug, said, capsys):
+    before = dict(vars(siren))
+    assert plugs.main(["--plug", plug]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"plugs.py: error: --plug {plug}: ") and said in error
+    assert error.count("\n") == 1 and dict(vars(siren)) == before
+
+
+def test_worked_examples_of_plugs():
+    found = doctest.testmod(plugs)
+    assert found.attempted > 0 and found.failed == 0
 
 
 def test_an_option_keeps_its_kind():
@@ -596,12 +722,13 @@ def test_an_option_keeps_its_kind():
     method = dataclasses.replace(METHODS["cure"])
     with plugged(""):
         use(method, k="3")
-        made.append(siren.respond.__self__.options)
+        made.append(siren.sample.__self__.options)
     assert made[0].k == 3 and type(made[0].k) is int and made[0].tails == 3
 
 
 def row_of(job, noise):
-    """A row as study.run_job makes it, from a policy that is best with the second candidate."""
+    """A row as study.run_job makes it, from a policy that is best with the second
+    candidate."""
     found = table.candidates(job.label) if job.label in EVERY else [{}]
     at = [c for c in found if all(getattr(job.cfg, k) == x for k, x in c.items())]
     good = 0.5 if len(found) > 1 and at[0] == found[1] else 0.25
@@ -653,17 +780,27 @@ def test_the_table_from_made_up_rows(tmp_path, monkeypatch):
     assert sum(starts) == 2, "once for each temperature"
     lines = [row for row in text.splitlines() if row.startswith("| `siren` |")]
     assert "| beta 0.06 | .75" in lines[0] and "| .250 [.250, .250] | 0.7" in lines[2]
-    assert re.search(r"\| 0\.26 \| 0\.4. \| \.000", lines[2]), "sums; the last term and the end"
-    assert re.match(r"\| `siren` \| 0\.67 \| 9\.00 \| 0\.7. \| 4\.5, 4\.5 \|", lines[3]), "its log"
+    assert re.search(r"\| 0\.26 \| 0\.4. \| \.000", lines[2]), (
+        "sums; the last term and the end"
+    )
+    assert re.match(r"\| `siren` \| 0\.67 \| 9\.00 \| 0\.7. \| 4\.5, 4\.5 \|", lines[3]), (
+        "its log"
+    )
     assert math.isnan(table.at_reward([row_of(jobs[0], noise)], 0.95)), "no run had it"
     assert "| `qae` | quantile | 0.1: 0.5" in text, "a candidate: .25 + .25 and noise"
-    assert "| 0.2: 1.0" in text and re.search(r"\| `dr_grpo` \|  \| 0\.5. \(0\.5.\) \|  \|", text)
+    assert "| 0.2: 1.0" in text and re.search(
+        r"\| `dr_grpo` \|  \| 0\.5. \(0\.5.\) \|  \|", text
+    )
     (line,) = [row for row in text.splitlines() if row.startswith("| all methods (25) |")]
-    assert line.endswith("+1.00 | +1.00 | +1.00 | -1.00 | -1.00 | -1.00 |"), "row_of made them so"
+    assert line.endswith("+1.00 | +1.00 | +1.00 | -1.00 | -1.00 | -1.00 |"), (
+        "row_of made them so"
+    )
     assert "| 0.500 | 0.500 | 0.000 | 1.00 [1.00, 1.00] |" in lines[2], "P = E = S = 1 of four"
     (line,) = [row for row in text.splitlines() if row.endswith(" 1.50 [1.50, 1.50] |")]
     assert line.startswith("| `cure` |")
-    assert re.match(r"\| `siren` \| \+\.(49|50).* 1\.000 \|", lines[4]), "three seeds prove nothing"
+    assert re.match(r"\| `siren` \| \+\.(49|50).* 1\.000 \|", lines[4]), (
+        "three seeds prove nothing"
+    )
     head, *cells = (tmp_path / "zoo.csv").read_text().splitlines()
     assert head.startswith("method,seed") and len(cells) == len(jobs) * 4
     assert head.endswith(",SRR,NDR,NSCR") and cells[-1].endswith(",1.0,0.0,0.0")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from research import plugs
 from research.zoo.core import Method, MiniBatch, use
 from research.zoo.methods import METHODS, VARIANTS
 
@@ -49,6 +50,9 @@ def settings(name: str, **options: Any) -> dict[str, Any]:
     """
     method = find(name)
     if not method.is_plugged:
+        for key, value in options.items():
+            if key not in vars(plugs.Config()):
+                raise ValueError(f"{key}={value}: siren.py has no such setting")
         return {**method.config, **options}
     given = "".join(f",{key}={value}" for key, value in options.items())
     return {**method.config, "plug": f"research.zoo:method={name}{given}"}

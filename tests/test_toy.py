@@ -1,4 +1,4 @@
-"""Tests of toy_env.py and examples/toy_tools.py: the toy world, its teacher and its base model."""
+"""Tests of toy_env.py: the toy world, its teacher and its base model; and of its check."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import itertools
 import math
 import os
 import random
+import subprocess
+import sys
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
 
 import siren
 import toy_env as toy
-from examples import toy_tools
-from examples.engine import help_of
+from research import check_base
 
+ROOT = Path(toy.__file__).resolve().parent
 SMALL = {"base_steps": 3, "base_batch": 4, "hidden": 8, "layers": 1}
 
 
 def written_by_the_teacher(world, order):
-    """The teacher's response without slips and noise, and whether it met a gap on a right sum."""
+    """The teacher's response without slips and noise; whether it met a gap on a right sum."""
     total, right, met, words = order[0], order[0], False, [str(order[0])]
     for term in order[1:]:
         met |= (right, term) in world.gaps
@@ -38,10 +40,12 @@ def digest(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------ the world
+# ----------------------------------------------------------------------------------- the world
 
 
-@pytest.mark.parametrize("terms", [(8, 5, 1), (3, 9, 4, 6), (1, 1, 7, 9, 4), (9, 2, 2, 8, 5, 3)])
+@pytest.mark.parametrize(
+    "terms", [(8, 5, 1), (3, 9, 4, 6), (1, 1, 7, 9, 4), (9, 2, 2, 8, 5, 3)]
+)
 def test_gap_free_share_against_all_orders_and_the_verifier(terms):
     world = toy.ToyWorld()
     orders = list(itertools.permutations(terms))
@@ -49,7 +53,7 @@ def test_gap_free_share_against_all_orders_and_the_verifier(terms):
     for order in orders:
         text, met = written_by_the_teacher(world, order)
         free += not met
-        verdict = siren.verify(text, str(sum(terms)), answer_form=world.answer_form)
+        verdict = siren.verify(text, str(sum(terms)), world.find_answer)
         assert verdict == (int(text.split()[-2]) == sum(terms))
         assert met or verdict, "an order that meets no gap ends in the right total"
     assert world.gap_free_share(terms) == Fraction(free, len(orders))
@@ -66,21 +70,21 @@ def test_demonstrations_are_the_teachers_rules():
 
     slipping, slips = toy.ToyWorld(gap_share=0, noise=0), []
     for _ in range(2000):
-        start, term, written = (token - 3 for token in slipping.demonstration([4, 5, 6], rng)[:3])
+        start, term, written = (n - 3 for n in slipping.demonstration([4, 5, 6], rng)[:3])
         slips += [written - start - term] if written != start + term else []
     assert set(slips) == {-10, -9, -2, -1, 1, 2, 10}  # -9: 4 + 5 - 10 is written as 0
     assert abs(len(slips) / 2000 - 0.1) < 4 * math.sqrt(0.1 * 0.9 / 2000)
 
     noisy = toy.ToyWorld(slip=0, noise=1)
-    drawn = [token for _ in range(500) for token in noisy.demonstration([1, 2, 3, 4], rng)[:-1]]
-    assert min(drawn) == 3 and max(drawn) > 1000, "noise is a number, never <pad>, <eos> or ="
+    drawn = [n for _ in range(500) for n in noisy.demonstration([1, 2, 3, 4], rng)[:-1]]
+    assert min(drawn) == 3 and max(drawn) > 1000, "noise is a number: never <pad>, <eos> or ="
 
 
 def test_splits_share_no_multiset_and_grades_hold():
-    world = toy.ToyWorld(min_terms=5, max_terms=7)
     terms_of = {}
     for split in ("test", "validation"):
-        for name, problems in world.heldout(100, split).items():
+        world = toy.ToyWorld(min_terms=5, max_terms=7, split=split)
+        for name, problems in world.heldout(100).items():
             assert len({tuple(p.prompt) for p in problems}) == 100
             for problem in problems:
                 terms = [token - 3 for token in problem.prompt[:-1]]
@@ -91,9 +95,9 @@ def test_splits_share_no_multiset_and_grades_hold():
                 terms_of.setdefault(split, set()).add(tuple(sorted(terms)))
     trained = world.train_problems(3000, "0/1")
     terms_of["train"] = {tuple(sorted(t - 3 for t in p.prompt[:-1])) for p in trained}
-    assert len({len(p.prompt) for p in trained}) == 3, "5, 6 and 7 terms: left padding is real"
+    assert len({len(p.prompt) for p in trained}) == 3, "5 to 7 terms: left padding is real"
     for one, two in itertools.combinations(terms_of.values(), 2):
-        assert not one & two, "a held-out problem, in whatever order, must not be trained on"
+        assert not one & two, "a held-out problem, in any order, must not be trained on"
 
 
 def test_toy_problems_are_functions_of_the_seed():
@@ -101,20 +105,47 @@ def test_toy_problems_are_functions_of_the_seed():
     assert world.train_problems(50, "a") == toy.load(seed="1").train_problems(50, "a")
     assert world.train_problems(50, "a") != world.train_problems(50, "b")
     assert world.gaps != toy.ToyWorld().gaps
-    text = "8 3 1 5 2 = <pad> <eos> 1020"
-    assert world.decode(world.encode(text)) == text
-    with pytest.raises(ValueError, match="no such option"):
-        toy.load(colour="red")
+    assert world.decode([11, 6, 4, 8, 5, 2, 0, 1, 1023]) == "8 3 1 5 2 = <pad> <eos> 1020"
+    problem = world.problem([8, 3, 1, 5, 2])
+    assert world.decode(problem.prompt) == "8 3 1 5 2 =" and problem.answer == "19"
+
+
+ANSWERS = """
+8 5 13 <eos> = 13
+8 <eos> = 8
+8 5 13 = None
+8 5 13 <eos> <pad> = None
+<eos> = None
+13 = None
+= <eos> = None
+<pad> <eos> = None
+-5 <eos> = None
+"""
+
+
+@pytest.mark.parametrize("line", ANSWERS.strip().splitlines())
+def test_the_answer_is_the_number_right_before_the_end(line):
+    text, _, expected = line.rpartition(" = ")
+    assert str(toy.ToyWorld().find_answer(text)) == expected
+    assert toy.ToyWorld().find_answer("") is None
+
+
+def test_useless_tokens_are_numbers_that_no_terms_add_up_to():
+    world = toy.ToyWorld()
+    responses = [[8, 48, 1], [49, 1023, 1]]  # 45 = 5 * 9 is the largest sum: token 48
+    assert world.metrics(responses) == {"useless_share": 2 / 6}
 
 
 def test_the_default_world_is_the_one_of_the_results():
-    """Raise toy_tools.FORMAT, teach the base model again and run the study again if this fails."""
+    """If this fails: raise the format, teach the base model again, run the study again."""
     world, rng = toy.ToyWorld(), random.Random(7)
-    assert world.fingerprint == "f2bc525a2c8e43aa"
+    assert world.base_file == ROOT / "assets" / "toy_base_f2bc525a2c8e43aa.bin"
     assert len(world.gaps) == 122 and digest(sorted(world.gaps.items())) == "6d9ae8ebec7ba95f"
-    assert digest([tuple(p) for p in world.train_problems(100, "0/1")]) == "2246ee6bda0e7cbc"
+    problems = [tuple(p) for p in world.train_problems(100, "0/1")]
+    assert digest(problems) == "2246ee6bda0e7cbc"
     for split, expected in (("test", "df4ecde988fca918"), ("validation", "8798caba80c81036")):
-        problems = [tuple(p) for group in world.heldout(50, split).values() for p in group]
+        groups = toy.ToyWorld(split=split).heldout(50).values()
+        problems = [tuple(p) for group in groups for p in group]
         assert digest(problems) == expected
     shown = [world.demonstration([8, 3, 1, 5, 2], rng) for _ in range(100)]
     assert digest(shown) == "7495416332634ba9"
@@ -132,91 +163,99 @@ def test_training_prompts_are_drawn_as_uniform_terms_with_a_total_in_range():
     assert len(set(drawn)) == sum(orders.values())
 
 
-# ------------------------------------------------------------------------------ the options
+# --------------------------------------------------------------------------------- the options
 
 
 def test_split_is_an_option_but_no_part_of_the_world():
     world, other = toy.ToyWorld(), toy.load(siren.Config(), split="validation")
-    assert other.heldout(8) == world.heldout(8, "validation") != world.heldout(8)
-    assert world.heldout(8) == world.heldout(8, "test") and toy.load().split == "test"
-    assert other.fingerprint == world.fingerprint and other.base_file == world.base_file
+    assert other.heldout(8) == toy.ToyWorld(split="validation").heldout(8) != world.heldout(8)
+    assert world.heldout(8) == toy.load(split="test").heldout(8)
+    assert toy.load().split == "test"
+    assert other.base_file == world.base_file
     assert other.train_problems(8, "a") == world.train_problems(8, "a")
-    task = siren.load_task(siren.Config(task="toy_env:split=validation"))
-    assert task.heldout(8) == world.heldout(8, "validation")
-    with pytest.raises(ValueError, match="needs one of train, validation, test"):
-        world.heldout(8, "tests")
 
 
-def test_every_other_field_changes_the_fingerprint():
+def test_every_other_field_changes_the_base_file():
     world, seen = toy.ToyWorld(), set()
     changes = {"min_terms": 4, "max_terms": 6, "hidden": 72, "max_total": 32}
+    changes |= {"split": "validation"}
     for field in dataclasses.fields(world):
-        value = changes.get(field.name, getattr(world, field.name))
-        if field.name not in changes and field.name != "split":
-            value = value * 2 if isinstance(value, float) else value + 1
-        seen.add(dataclasses.replace(world, **{field.name: value}).fingerprint)
+        value = getattr(world, field.name)
+        value = value * 2 if isinstance(value, float) else value
+        value = value + 1 if isinstance(value, int) else value
+        value = changes.get(field.name, value)
+        seen.add(dataclasses.replace(world, **{field.name: value}).base_file)
     assert len(seen) == len(dataclasses.fields(world)), "split alone keeps it"
-    assert world.fingerprint in seen
+    assert world.base_file in seen
 
 
-def test_options_have_a_text_and_a_default():
-    names = [field.name for field in dataclasses.fields(toy.ToyWorld)]
-    assert list(toy.OPTIONS) == names
-    for name, text in toy.OPTIONS.items():
-        assert text.endswith(f" (default: {getattr(toy.ToyWorld, name)})") and len(text) < 100
-    assert "--gap-share" in help_of("toy_env") and "--split" in help_of("toy_env")
+def test_options_have_a_comment():
+    source = (ROOT / "toy_env.py").read_text().splitlines()
+    for field in dataclasses.fields(toy.ToyWorld):
+        (line,) = [line for line in source if line.startswith(f"    {field.name}: ")]
+        assert len(line.partition("  # ")[2]) > 5, line
 
 
 BAD_OPTIONS = """
-x=1                   | x='1': no such option; choose from min_terms, max_terms,
-gap_share=lots        | gap_share='lots': needs float, such as 1
-max_term=1.5          | max_term='1.5': needs int, such as 1
-slip=2                | slip=2.0: needs a probability from 0 to 1
-noise=-0.1            | noise=-0.1: needs a probability from 0 to 1
-gap_share=nan         | gap_share=nan: needs a probability from 0 to 1
-layers=0              | layers=0: needs a number from 1 to 100
-base_steps=0          | base_steps=0: needs a number from 1 to
-base_batch=1000000000 | base_batch=1000000000: needs a number from 1 to 100000
-seed=-1               | seed=-1: needs a number from 0 to 4294967296
-hidden=60             | hidden=60: needs a multiple of 8
-hidden=0              | hidden=0: needs a number from 8 to
-min_terms=1           | min_terms=1: needs a number from 2 to 16
-max_terms=17          | max_terms=17: needs a number from 2 to 16
-max_terms=4           | min_terms=5, max_terms=4: needs min_terms <= max_terms
-max_term=30           | max_terms=5, max_term=30: needs at most 200000 multisets
-vocab=77              | vocab=77: needs at least 78, for all that the teacher writes
-max_total=7           | min_total=15, max_total=7, max_term=9: needs a training prompt of 5 terms
-split=train           | split=train: needs test or validation
+x=1                   | x=1: needs
+gap_share=lots        | gap_share=lots: needs a number
+max_term=1.5          | max_term=1.5: needs a number
+slip=2                | shares from 0 to 1
+noise=-0.1            | shares from 0 to 1
+gap_share=nan         | shares from 0 to 1
+layers=0              | sizes > 0
+base_steps=0          | sizes > 0
+base_batch=-1         | sizes > 0
+hidden=60             | hidden a multiple of 8
+hidden=0              | sizes > 0
+min_terms=1           | 2 <= min_terms
+max_terms=17          | max_terms <= 9
+max_terms=4           | min_terms <= max_terms
+max_term=30           | max_term from 1 to 12
+max_term=0            | max_term from 1 to 12
+vocab=51              | vocab of at least
+max_total=7           | totals that terms have
+min_total=99          | totals that terms have
+split=train           | split=test or split=validation
 """
 
 
 @pytest.mark.parametrize("line", BAD_OPTIONS.strip().splitlines())
-def test_bad_options_are_one_line(line, capsys):
+def test_bad_options_are_one_line(line):
     option, message = (part.strip() for part in line.split("|"))
     name, value = option.split("=")
-    with pytest.raises(siren.ConfigError) as caught:
+    with pytest.raises(ValueError) as caught:
         toy.load(siren.Config(), **{name: value})
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-    assert toy_tools.main([f"--{name.replace('_', '-')}={value}"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert value in str(caught.value) and name in str(caught.value)
 
 
-def test_a_budget_that_does_not_fit_the_model_is_refused(capsys, tmp_path):
+def test_the_smallest_vocabulary_holds_all_that_is_written():
+    """Of the total 33, four slips of +10, and the four tokens below the number 1."""
+    with pytest.raises(ValueError, match="vocab of at least 78"):
+        toy.ToyWorld(vocab=77)
+    world = toy.ToyWorld(vocab=78, gap_share=1, slip=1, noise=0.1)
+    rng = random.Random(0)
+    for terms in world.multisets["train"]:
+        assert max(world.demonstration(terms, rng)) < 78
+
+
+def test_a_budget_that_does_not_fit_the_model_is_refused():
     assert toy.load(siren.Config(max_tokens=250)) == toy.ToyWorld()  # 6 + 250 = 256
-    message = "--max-tokens 251: with a prompt of 6 tokens it must fit the model's 256 tokens"
-    with pytest.raises(siren.ConfigError, match=message):
+    message = "--max-tokens 251: the model reads 256 tokens"
+    with pytest.raises(ValueError, match=message):
         toy.load(siren.Config(max_tokens=251))
-    with pytest.raises(siren.ConfigError, match="with a prompt of 8 tokens"):
+    with pytest.raises(ValueError, match="the model reads 256 tokens"):
         toy.load(siren.Config(max_tokens=249), max_terms="7")
-    for flags, text in (
-        (["--max-tokens=251"], message),
-        (["--eval-prompts=100000"], "100000 held-out problems: must be 1 to"),
-        (["--eval-prompts=8", "--gap-share=0"], "8 held-out problems: must be 1 to 0"),
-    ):
-        assert siren.main([*flags, f"--out={tmp_path / 'run'}"]) == 2
-        line = capsys.readouterr().err.strip()
-        assert text in line and "\n" not in line
-    assert "lower --eval-prompts" in line
+
+
+def test_more_problems_than_there_are_is_one_line():
+    with pytest.raises(ValueError, match=r"there are \d+ easy held-out prompts, not 100000"):
+        toy.ToyWorld().heldout(100_000)
+    with pytest.raises(ValueError, match="there are 0 hard held-out prompts, not 8"):
+        toy.ToyWorld(gap_share=0).heldout(8)
+    with pytest.raises(ValueError, match="not 0"):
+        toy.ToyWorld().heldout(0)
 
 
 # ------------------------------------------------------------------------------ the base model
@@ -247,32 +286,35 @@ def test_teaching_loss_is_the_cross_entropy_of_response_tokens_alone():
     assert loss == pytest.approx(np.mean(losses), abs=1e-5)
 
 
+def taught(world):
+    model = world.new_model()
+    world.teach(model)
+    return model
+
+
 def test_teaching_learns_repeats_and_leaves_the_random_state_alone():
     world = toy.ToyWorld(**SMALL | {"base_steps": 40, "base_batch": 16})
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    threads = torch.get_num_threads()
-    model, loss = world.teach()
-    assert torch.equal(torch.rand(3), expected) and torch.get_num_threads() == threads
-    again, same_loss = world.teach()
-    assert loss == same_loss < math.log(1024)
+    model, again = taught(world), taught(world)
+    assert torch.equal(torch.rand(3), expected)
+    loss = world._teaching_loss(model, random.Random(3)).item()
+    before = world._teaching_loss(world.new_model(), random.Random(3)).item()
+    assert loss < before and loss < math.log(1024)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    other = dataclasses.replace(world, seed=1).teach()[0]
+    other = taught(dataclasses.replace(world, seed=1))
     assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
-    with pytest.raises(KeyError), toy_tools.one_thread():
-        raise KeyError
-    assert torch.get_num_threads() == threads, "also after an error"
 
 
-# ------------------------------------------------------------------------------ its file
+# ------------------------------------------------------------------------------------ its file
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder in which base models are stored during the test."""
-    monkeypatch.setattr(toy_tools, "ROOT", tmp_path)
-    return tmp_path
+    """The working directory, in whose runs/ base models are kept during the test."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
 
 
 def equal_weights(one, two):
@@ -283,139 +325,141 @@ def equal_weights(one, two):
 def test_a_world_is_taught_once_and_then_read(place, monkeypatch):
     world = toy.ToyWorld(**SMALL)
     first = world.build_model()
-    assert [file.name for file in (place / ".cache").iterdir()] == [world.base_file.name]
-    assert equal_weights(first, world.teach()[0])
-    monkeypatch.setattr(toy.ToyWorld, "teach", lambda world: pytest.fail("taught again"))
+    assert [file.name for file in place.iterdir()] == [world.base_file.name]
+    assert equal_weights(first, taught(world))
+    monkeypatch.setattr(toy.ToyWorld, "teach", lambda *_: pytest.fail("taught again"))
     assert equal_weights(first, world.build_model())
+
+
+def test_the_default_world_comes_with_the_code_or_is_taught(place, monkeypatch, tmp_path):
+    shipped = toy.ToyWorld().base_file
+    assert shipped.is_file() and equal_weights(
+        toy.ToyWorld().build_model(), toy.ToyWorld().build_model()
+    )
+    monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy_env.py"))  # without assets/
+    assert toy.ToyWorld().base_file == Path("runs") / shipped.name
 
 
 def test_writing_is_whole_or_not_at_all(place, monkeypatch):
     world, other = toy.ToyWorld(**SMALL), toy.ToyWorld(**SMALL).new_model()
-    world.store(model := world.new_model())
+    model = world.new_model()
+    world.store(model)
     before = world.base_file.read_bytes()
 
-    def full(_):
+    def full(path, data):
+        with open(path, "wb") as file:
+            file.write(data[:100])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space left"):
-            world.store(model)
+            world.store(other)
     assert world.base_file.read_bytes() == before
-    assert len(list((place / ".cache").iterdir())) == 1, "no part is left behind"
 
-    real, inside = os.fsync, []
+    true_write, inside = Path.write_bytes, []
 
-    def meanwhile(file):  # a second process stores at the same moment
-        real(file)
+    def meanwhile(path, data):  # a second process stores at the same moment
+        true_write(path, data)
         if not inside:
             inside.append(1)
-            world.store(other)
+            world.store(model)
 
-    monkeypatch.setattr(os, "fsync", meanwhile)
+    monkeypatch.setattr(Path, "write_bytes", meanwhile)
     world.store(model)
     assert inside and world.base_file.read_bytes() == before
     assert equal_weights(world.build_model(), model)
-    assert len(list((place / ".cache").iterdir())) == 1
 
 
-def test_writing_follows_no_symbolic_link(place):
-    world = toy.ToyWorld(**SMALL)
-    victim = place / "victim"
-    victim.write_text("mine")
-    world.base_file.parent.mkdir()
-    world.base_file.symlink_to(victim)
-    world.store(world.new_model())
-    assert victim.read_text() == "mine" and not world.base_file.is_symlink()
-    assert equal_weights(world.build_model(), world.new_model())
-
-
-def test_a_wrong_or_damaged_file_is_one_line(place):
+def test_every_damage_of_the_file_is_one_line(place):
     world = toy.ToyWorld(**SMALL)
     world.store(world.new_model())
     data = world.base_file.read_bytes()
-    for bad in (b"", b"not a model", data[:-8], data[:40], b"\xff" * 64 + data[64:]):
+    assert len(data) < 60_000, "so that every byte can be tried below"
+    rng = random.Random(0)
+    flipped = []
+    for place_of_bit in [*range(40), *rng.sample(range(len(data)), 60), len(data) - 1]:
+        changed = bytearray(data)
+        changed[place_of_bit] ^= 1 << rng.randrange(8)
+        flipped.append(bytes(changed))
+    torn = [b"", b"not a model", data[:-8], data[:40], data[:32], data[:31], data + b"\0"]
+    for bad in (*flipped, *torn):
         world.base_file.write_bytes(bad)
-        with pytest.raises(siren.ConfigError, match="is damaged; run `python toy_env"):
+        with pytest.raises(ValueError, match="is damaged") as caught:
             world.build_model()
-    wide = dataclasses.replace(world, hidden=16)
-    wide.store(wide.new_model())
-    wide.base_file.replace(world.base_file)
-    with pytest.raises(siren.ConfigError, match=f"is of world {wide.fingerprint}, not"):
-        world.build_model()
-    state = {name: x for name, x in wide.new_model().state_dict().items() if "lm_head" not in name}
-    world.base_file.write_bytes(save(state, metadata={"world": world.fingerprint}))
-    with pytest.raises(siren.ConfigError, match="is damaged"):  # shapes of another model
-        world.build_model()
+        assert "\n" not in str(caught.value) and world.base_file.name in str(caught.value)
+    world.base_file.write_bytes(data)
+    assert equal_weights(world.build_model(), world.new_model())
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_teaching(place, monkeypatch):
-    (place / ".cache").write_text("a file where the folder should be")
-    monkeypatch.setattr(toy.ToyWorld, "teach", lambda world: pytest.fail("taught in vain"))
-    with pytest.raises(siren.ConfigError, match=r"\.cache: can't be written"):
-        toy.ToyWorld(**SMALL).build_model()
+def test_a_shipped_file_with_a_flipped_bit_stops_the_command(tmp_path):
+    """In one line, with exit code 2."""
+    for name in ("siren.py", "toy_env.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    shipped = toy.ToyWorld().base_file
+    data = bytearray(shipped.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / shipped.name).write_bytes(data)
+    done = run_python(tmp_path, "siren.py", "--steps=0", "--eval-prompts=2")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "is damaged" in done.stderr
 
 
-# ------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------- the commands
+
+
+def run_python(folder, *words):
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=folder, env=bare
+    )
 
 
 def test_show_prints_an_example_that_holds(capsys):
-    assert toy_tools.main(["--seed=3", "--gap-share", "0.2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
     world = toy.ToyWorld(seed=3, gap_share=0.2)
-    rows = [(line[:15].strip(), line[15:]) for line in lines]
-    values = dict(rows)
+    toy.show(world)
+    lines = capsys.readouterr().out.splitlines()
+    values = {line[:15].strip(): line[15:] for line in lines}
     problem = world.train_problems(1, "show")[0]
     assert values["prompt"] == world.decode(problem.prompt)
     assert values["demonstration"].endswith(f"(right: {problem.answer})")
+    terms = [int(word) for word in values["prompt"].split()[:-1]]
+    first, *rest = (int(word) for word in values["demonstration"].split(" <eos>")[0].split())
+    assert sorted([first, *rest[::2]]) == sorted(terms) and sum(terms) == int(problem.answer)
+    share = float(world.gap_free_share(terms))
+    assert values["gap-free"] == f"{share:.1%} of this prompt's orders"
     assert values["gaps"] == f"{round(0.2 * 405)} of 405 pairs"
-    for name, text in rows:
-        if name == "gap":
-            words = text.replace(",", "").split()
-            assert world.gaps[int(words[0]), int(words[2])] == int(words[-1]) != int(words[4])
     for split in ("train", "validation", "test"):
-        count, *grades = values[split].replace(" multisets of terms:", "").split(" ", 1)
-        assert int(count) == sum(int(part.split()[0]) for part in grades[0].split(", "))
+        grades = sorted(Counter(map(world.grade, world.multisets[split])).items())
+        assert values[split] == str(grades)
 
 
-def test_rebuild_stores_what_it_teaches(place, capsys):
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    assert toy_tools.main(["--rebuild-base", *flags]) == 0
-    world = toy.ToyWorld(**SMALL)
-    assert equal_weights(world.build_model(), world.teach()[0])
-    printed = capsys.readouterr().out
-    assert "nats per token; wrote .cache/" in printed and world.base_file.name in printed
-
-
-def test_what_goes_wrong_is_one_line_and_an_exit_code(place, monkeypatch, capsys):
-    errors = {1: OSError(28, "No space left on device"), 130: KeyboardInterrupt()}
-    for code, error in errors.items():
-
-        def teach(world, error=error):
-            raise error
-
-        monkeypatch.setattr(toy.ToyWorld, "teach", teach)
-        assert toy_tools.main(["--rebuild-base"]) == code
-        assert len(capsys.readouterr().err.splitlines()) == 1
-    assert not list(place.iterdir()), "nothing was stored"
+def test_the_command(tmp_path):
+    shown = run_python(ROOT, "toy_env.py", "seed=3", "gap_share=0.2")
+    assert shown.returncode == 0 and "81 of 405 pairs" in shown.stdout, shown.stderr
+    bad = run_python(ROOT, "toy_env.py", "slip=2")
+    assert bad.returncode == 2 and "shares from 0 to 1" in bad.stderr
+    assert len(bad.stderr.splitlines()) == 1 and not bad.stdout
 
 
 def test_check_base_tells_a_good_model_from_a_bad_one(monkeypatch, capsys):
     world = toy.ToyWorld()
-    good, bad = world.build_model(), world.new_model()
-    for model, verdict in ((good, True), (bad, False)):
-        monkeypatch.setattr(toy.ToyWorld, "teach", lambda world, model=model: (model, 0.0))
-        assert toy_tools.check_base(world, 250) is verdict
-        monkeypatch.setattr(toy_tools, "check_base", lambda world, verdict=verdict: verdict)
-        assert toy_tools.main(["--check-base"]) == (0 if verdict else 1)
-        monkeypatch.undo()
-    assert "differ by at most" in capsys.readouterr().out
+    good = world.build_model()
+    assert check_base.check_base(world, good, 250)
+    assert not check_base.check_base(world, world.new_model(), 250)
+    assert "a difference up to" in capsys.readouterr().out
+    monkeypatch.setattr(toy.ToyWorld, "teach", lambda *_: None)
+    for verdict, code in ((True, 0), (False, 1)):
+        monkeypatch.setattr(check_base, "check_base", lambda *_, verdict=verdict: verdict)
+        assert check_base.main() == code
 
 
 def test_the_model_card_says_what_is_shipped():
-    card = (Path(toy_tools.ROOT) / "assets" / "README.md").read_text()
+    card = (ROOT / "assets" / "README.md").read_text()
     model, world = toy.ToyWorld().build_model(), toy.ToyWorld()
     count = sum(weight.numel() for weight in model.parameters())
+    assert world.base_file.name in card
     assert f"{count / 1000:.0f} thousand parameters" in card
     assert f"{world.base_file.stat().st_size / 1000:.0f} kB" in card
     assert f"{world.base_steps} steps of {world.base_batch} demonstrations" in card

@@ -93,7 +93,8 @@ def holm(values: dict[Any, float]) -> dict[Any, float]:
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'c': 0.06, 'b': 0.06}
     """
-    adjusted, least = {}, 0.0
+    adjusted = {}
+    least = 0.0
     for i, (key, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
         least = max(least, min(1.0, (len(values) - i) * p))
         adjusted[key] = least
@@ -144,7 +145,8 @@ def kinds(row: Row) -> dict[str, dict[str, float]]:
     the last; a sum is a fact; the last term and the end are forced. A token counts by its
     position.
     """
-    places, length = row["probe"]["positions"], 2 * study.TERMS
+    places = row["probe"]["positions"]
+    length = 2 * study.TERMS
     kind = np.array(["fork", *["fork", "fact"] * (study.TERMS - 1), "forced"])
     kind[length - 3] = "forced"
     values = {name: np.array(some[:length]) for name, some in places.items()}
@@ -219,7 +221,8 @@ def score_tables(lines: dict) -> list[str]:
 
 def kept(lines: dict, method: str, key: str) -> str:
     """An entropy / that of the base model, over seeds."""
-    base, own = lines["base", "hard", "0.6"], lines[method, "hard", "0.6"]
+    base = lines["base", "hard", "0.6"]
+    own = lines[method, "hard", "0.6"]
     return text(line[key] / base[seed][key] for seed, line in own.items())
 
 
@@ -246,7 +249,8 @@ def headline(lines: dict) -> list[str]:
 
 def differences(lines: dict, other: str, score: str, temperature: str) -> list[float]:
     """SIREN minus another method on hard prompts, seed by seed."""
-    mine, theirs = lines["siren", "hard", temperature], lines[other, "hard", temperature]
+    mine = lines["siren", "hard", temperature]
+    theirs = lines[other, "hard", temperature]
     return [
         mine[seed][score] - theirs[seed][score] for seed in sorted(mine.keys() & theirs.keys())
     ]
@@ -354,7 +358,8 @@ def kinds_table(rows: dict[str, list[Row]]) -> list[str]:
     """Where the entropy sits."""
     lines = []
     for label, some in rows.items():
-        found, cells = [kinds(row) for row in some], []
+        found = [kinds(row) for row in some]
+        cells = []
         for what, kind in itertools.product(("entropy", "nucleus_entropy", "peaks"), KINDS):
             cells.append(f"{np.mean([k[kind][what] for k in found]):.3f}")
         lines.append([NAMES[label], *cells])
@@ -429,7 +434,8 @@ def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
         "nucleus_entropy": "H' (nats)",
         "peaks": "share of the peaks",
     }
-    shades, labels = {"fork": "#0059b3", "fact": "#e69f00", "forced": "0.65"}, list(rows)
+    shades = {"fork": "#0059b3", "fact": "#e69f00", "forced": "0.65"}
+    labels = list(rows)
     for ax, (what, title) in zip(
         figure.subplots(1, 3, sharey=True), titles.items(), strict=True
     ):

@@ -26,14 +26,12 @@ PAPER = "the SIREN paper, arXiv 2509.25133"
 
 def covariance_mask(v: MiniBatch) -> Tensor:
     """Clip-Cov's weights. Its bounds are quantiles of cov, or numbers as in the papers."""
-    cov, o = weights.covariance(v.adv, v.logp, v.mask), v.options
+    cov = weights.covariance(v.adv, v.logp, v.mask)
+    o = v.options
     low, high = o.low, o.high
     if o.by_quantile:
-        low, high = (
-            cov[v.mask]
-            .quantile(torch.tensor([o.low, o.high], device=cov.device).clamp(max=1))
-            .tolist()
-        )
+        bounds = torch.tensor([o.low, o.high], device=cov.device).clamp(max=1)
+        low, high = cov[v.mask].quantile(bounds).tolist()
         high = torch.inf if o.high == 1 else high
     return weights.clip_cov(cov, v.mask, o.rho, low, high, v.generator)
 
@@ -96,7 +94,8 @@ def corridor(last: dict, o: object) -> dict[str, float]:
 
 def epo_term(now: dict[str, Tensor], v: MiniBatch) -> Tensor:
     """H_t - s P_t; its weight is -lam."""
-    o, h = v.options, now["entropy"]
+    o = v.options
+    h = now["entropy"]
     penalty = terms.corridor_penalty(h, v.state.history, o.k_low, o.k_high)
     return h - v.state.penalty_weight * penalty
 

@@ -57,7 +57,8 @@ def support(base: Sequence[bool], policy: Sequence[bool]) -> dict[str, float]:
     def ratio(part: float, whole: float) -> float:
         return part / whole if whole else float("nan")
 
-    kept, new = ratio(both, both + lost), ratio(gained, both + gained)
+    kept = ratio(both, both + lost)
+    new = ratio(gained, both + gained)
     mean = ratio(2 * kept * new, kept + new)
     return {
         "SRR": kept,

@@ -295,7 +295,8 @@ def page(
     costs: dict[str, list],
 ) -> list[str]:
     """What goes between the marks of docs/zoo.md, but for the candidates."""
-    base, seeds = study_report.by_seed(rows["base"]), len(size.test_seeds)
+    base = study_report.by_seed(rows["base"])
+    seeds = len(size.test_seeds)
     lines = [f"Mean over {seeds} test seeds and its 95 % interval; hard held-out prompts."]
     lines += [f"In this world SIREN has p = {study.P} and tau = {study.TAU}.", ""]
     for names, title in (
@@ -374,7 +375,8 @@ def figure(rows: dict[str, list[Row]]) -> Any:
     each method, with its intervals. The numbers are those of the page (14b: dph_js); what has
     none there has a letter. Dashed: Dr.GRPO's mean; dotted: the base model's, whose maj@16 is
     below the picture."""
-    base, letters = study_report.by_seed(rows["base"]), iter("ABCDEFGHIJ")
+    base = study_report.by_seed(rows["base"])
+    letters = iter("ABCDEFGHIJ")
     marks = {name: str(m.number) if m.number else next(letters) for name, m in METHODS.items()}
     marks["dph_js"] += "b"
     drawing, axes = study_report.panels(2)
@@ -460,7 +462,8 @@ def command(argv: list[str] | None) -> int:
             print(f"{part}: {study.hours(missing.values())}")
             if not (args.plan or args.report):
                 study.run_jobs("zoo", missing, store, pool)
-        jobs, costs = final(SIZE, choose(SIZE, store)), out / COSTS
+        jobs = final(SIZE, choose(SIZE, store))
+        costs = out / COSTS
         if not costs.exists():
             print(f"cost: {ROUNDS * len(EVERY)} runs of {TIMED_STEPS} steps: 10 minutes")
         if store.missing(jobs) or args.plan:

@@ -3,24 +3,25 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
 
 A model that is rewarded for right answers becomes more and more certain, until its samples are
 copies of each other: its entropy collapses. Why each part of SIREN is there:
-1. A bonus for entropy acts on all of the 150,000 tokens, so it makes thousands of useless ones
-   likelier, and the entropy explodes. So SIREN restricts the actions: only the nucleus counts,
-   the few likely tokens (top-p mask).
-2. At most positions nothing is left to decide, and entropy there means mistakes. So SIREN
-   restricts the states: only the peaks count, the positions of a response with the highest
-   entropy (peak-entropy mask).
-3. A bonus never has enough: there is no value at which it stops. So SIREN pulls the entropy to
-   an anchor, the value that it had before training, from below and from above.
+1. A bonus for entropy acts on the whole vocabulary, 150,000 tokens, so it makes thousands of
+   useless ones likelier, and the entropy explodes. So SIREN restricts the actions: only the
+   nucleus counts, the few likely tokens (top-p mask).
+2. In most places of a response there is nothing to decide, and more entropy there only means
+   more mistakes. So SIREN restricts the states: only the peaks count, the positions of a
+   response with the highest entropy (peak-entropy mask).
+3. There is no value at which a bonus stops. So SIREN pulls the entropy to an anchor, the value
+   that it had before training, from below and from above.
 
     L       = L_DrGRPO + beta * (H_agg - H*)^2, where L_DrGRPO makes better responses likelier
     V_p     = the nucleus: the fewest tokens whose probabilities pi add up to p or more
-    H'_t    = -sum over v in V_p of q_v log q_v, where q = pi / pi(V_p) is pi on the nucleus
+    H'_t    = -sum over v in V_p of q_v log q_v, where q = pi / pi(V_p) is renormalised
     theta_i = the tau-quantile of H' over the tokens of response i
     H_i     = the mean of H' over the peaks of response i, where H' >= theta_i and H' > 0
     H_agg   = the mean of H_i over the responses
     H*      = the anchor: H_agg of the first batch, before any update
 
-A prompt of the toy task (toy_env.py) and one right response to it, whose reward is 1:
+Both masks are taken anew from the current policy at every update. A prompt of the toy task
+(toy_env.py) and one right response, whose reward is 1 because its last number is the total:
 
     8 3 1 5 2 =                    add these numbers, in an order of your own
     8 2 10 5 15 1 16 3 19 <eos>    8, + 2 = 10, + 5 = 15, + 1 = 16, + 3 = 19
@@ -29,8 +30,9 @@ A prompt of the toy task (toy_env.py) and one right response to it, whose reward
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0   # a plain bonus explodes
 
-B responses, T positions of a response, P of a prompt, V vocabulary, K nucleus, N tokens, D
-hidden size. Entropies are in nats. There is no KL term, as in the paper.
+B is the number of responses, T of positions in a response, P of positions in a prompt, V of
+tokens in the vocabulary, K of likely tokens, N of all response tokens, D of hidden units.
+Entropies are in nats. There is no KL term, as in the paper.
 """
 
 import argparse
@@ -61,8 +63,8 @@ def require(ok, rule):  # refuses bad input with one line
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?
 
-    rewards [B], float, the responses to a prompt side by side -> A [B]. GRPO ("grpo") also
-    divides by the standard deviation of the group; Dr.GRPO does not.
+    rewards [B], float, the responses to a prompt in consecutive rows -> A [B]. GRPO ("grpo")
+    also divides by the standard deviation of the group; Dr.GRPO does not.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # the mean is 1/4
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
@@ -80,26 +82,29 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
 def nucleus(log_pi, top_p):
     """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K].
 
-    The likeliest token comes first; outside V_p there is -inf. The token with which the sum
-    reaches p is inside. The choice of V_p has no gradient.
+    The K likeliest tokens, the first one first (with p = 1: all, in their own order); outside
+    V_p there is -inf. The token with which the sum reaches p is inside. The choice of V_p has
+    no gradient.
 
     >>> nucleus(torch.tensor([0.1, 0.6, 0.1, 0.2]).log(), 0.7).exp()  # 0.6 + 0.2 reach 0.7
     tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
     require(0 < top_p <= 1, f"top_p {top_p}: must be above 0 and at most 1")
     if top_p == 1:
-        return log_pi  # every token: a rounded sum reaches 1 too early and would lose some
-    log_pi = likeliest(log_pi, top_p)  # or, more slowly: log_pi.sort(-1, descending=True)[0]
+        return log_pi  # without sums, which are rounded: they reach 1 before the last tokens
+    # the likeliest first: the same as log_pi.sort(-1, descending=True)[0], but faster
+    log_pi = likeliest(log_pi, top_p)
     pi = log_pi.detach().exp()
     mass_before = pi.cumsum(-1) - pi  # of the tokens that are likelier than this one
-    return log_pi.masked_fill(mass_before >= top_p, -torch.inf).log_softmax(-1)
+    return log_pi.masked_fill(mass_before >= top_p, -torch.inf).log_softmax(-1)  # renormalised
 
 
 def likeliest(log_pi, top_p):
-    """Speed only: the likeliest tokens in order, as many as are needed: [..., V] -> [..., K].
-    Rows whose K tokens do not reach p get 16 times as many; the others have -inf there."""
+    """Speed only, skip it: a full sort gives the same. The likeliest tokens in order, as many
+    as p needs: [..., V] -> [..., K]. K begins with a small guess. While some rows do not reach
+    p, K is made 16 times as large for these rows; the other rows are filled up with -inf."""
     vocab = log_pi.shape[-1]
-    k = min(64, 1 + vocab // 65)
+    k = min(64, 1 + vocab // 65)  # the guess
     top = log_pi.topk(k).values
     while k < vocab and (short := top.detach().exp().sum(-1) < top_p).any():
         more = min(15 * k, vocab - k)
@@ -111,14 +116,15 @@ def likeliest(log_pi, top_p):
 
 def entropy_of(log_q):
     """-sum of q log q over the last dimension, where 0 log 0 is 0."""
-    with torch.autocast(log_q.device.type, enabled=False):  # it would round to bfloat16
-        return -torch.linalg.vecdot(log_q.exp(), log_q.clamp(min=-1e30))
+    with torch.autocast(log_q.device.type, enabled=False):  # autocast would round to bfloat16
+        return -torch.linalg.vecdot(log_q.exp(), log_q.clamp(min=-1e30))  # 0 * -inf is NaN
 
 
 def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
     """What the loss needs to know of each token: "logp", its log-probability, and
-    "nucleus_entropy", H'. For the log alone, without gradient: "entropy", H over the whole
-    vocabulary, and "nucleus_size", |V_p|. logits [..., V] predict tokens [...] (ids) -> [...].
+    "nucleus_entropy", H'. Only to be reported, without gradient: "entropy", H over the whole
+    vocabulary, and "nucleus_size", |V_p|. From logits [..., V] and the ids of the tokens [...]
+    that they predict; each result has the shape [...].
 
     >>> stats = token_stats(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), torch.tensor(0))
     >>> stats["nucleus_entropy"]  # 0.6 + 0.3 reach p = 0.8, so q is 2/3 and 1/3
@@ -148,8 +154,10 @@ def peak_mask(entropy, mask, quantile):
     require(mask.dtype == torch.bool and mask.shape == entropy.shape, "mask: bool, [B, T]")
     if quantile == 0 or mask.numel() == 0:
         return mask
+    # theta is often equal to one of the H' and must not be rounded above it: so 1e-9, and
+    # float64, which not every GPU has. nanquantile takes 16 million numbers: so 256 rows
     own = entropy.detach().cpu().double().masked_fill(~mask.cpu(), torch.nan)
-    level = max(0, quantile - 1e-9)  # or rounding may lift theta above the value that it is
+    level = max(0, quantile - 1e-9)
     theta = torch.cat([rows.nanquantile(level, 1, keepdim=True) for rows in own.split(256)])
     return ((own >= theta) & (own > 0)).to(mask.device)
 
@@ -172,7 +180,7 @@ def aggregate_entropy(entropy, peak, mask):
 def policy_loss(
     logp, old_logp, adv, mask, max_tokens, clip_low=0.2, clip_high=0.2, algorithm="dr_grpo"
 ):
-    """L_DrGRPO, PPO's clipped loss in Dr.GRPO's average -> (loss, stats):
+    """L_DrGRPO, PPO's clipped loss, averaged as Dr.GRPO does -> (loss, stats):
 
         - mean over i of 1 / max_tokens * sum over t of
           min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
@@ -200,7 +208,7 @@ def policy_loss(
     loss = -(gain / length).sum() / mask.any(1).sum().clamp(min=1)
     tokens = mask.sum().clamp(min=1)
     stats = {"clip_fraction": ((clipped < free) & mask).sum() / tokens}  # without a gradient
-    stats["approx_kl"] = (ratio - 1 - log_ratio).detach().sum() / tokens
+    stats["approx_kl"] = (ratio - 1 - log_ratio).detach().sum() / tokens  # only reported
     return loss, stats
 
 
@@ -232,14 +240,14 @@ def siren_loss(policy, entropy, mask, anchor, beta, peak_quantile=0.8, regulariz
 
 
 # === end: copy to here ===
-# Skip these two when you first read: memory. Copy them, too, for a large model.
+# Skip these two when you first read: they save memory. For a large model, copy them, too.
 def in_parts(function, size, *tensors):
     """function(*tensors), a dictionary of tensors, with `size` rows in memory at once.
 
-    The square of a mean, (H_agg - H*)^2, is not a sum over parts of the rows, so the gradients
-    of the parts can't just be added up. Here the loss is taken over all rows at once; only the
-    passes before it are cut. The backward pass computes each part again (checkpointing).
-    """
+    (H_agg - H*)^2 is the square of a mean over all rows. It is not a sum over parts of them,
+    so the gradients of losses of parts can't just be added up. Here the loss is taken over all
+    rows at once, and only what comes before it is cut into parts. Their intermediate results
+    are not kept; the backward pass computes them again (checkpointing)."""
     if len(tensors[0]) <= size:
         return function(*tensors)
     again = {"use_reentrant": False, "preserve_rng_state": False}
@@ -250,7 +258,7 @@ def in_parts(function, size, *tensors):
 
 def stats_in_chunks(hidden, head, tokens, top_p, temperature, chunk=0):
     """token_stats of head(hidden), with `chunk` rows of logits in memory at once: [N, D], a
-    module, [N] -> [N] each. Nothing may follow the head, such as a soft cap."""
+    module, [N] -> [N] each. The logits must be the output of the head and nothing more."""
 
     def stats_of(hidden, tokens):
         return token_stats(head(hidden), tokens, top_p, temperature)
@@ -278,16 +286,17 @@ class Config:
     sample_batch: int = 1024  # responses that are sampled at once
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
-    # in text a fifth of the tokens fork, so tau is 0.8; in the toy 4 of 10. The toy's p holds
-    # five equal terms, but no mistake in a sum, whose probability is about 0.1
+    # SIREN. In text a fifth of the tokens are choices, so the paper's tau is 0.8; in the toy
+    # four of ten are, so it is 0.6. The toy's p of 0.85 has five equal choices inside (0.8
+    # would cut one off), but not the mistakes in a sum, whose probability is 0.1
     regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
-    beta: float = 0.2  # weight of the regulariser (paper: 0.005, for its max_tokens)
+    beta: float = 0.2  # its weight (paper: 0.005; there the policy loss is divided by 3072)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
     anchor: float = 0.0  # H* itself, in nats; 0: H_agg of the first batch
     algorithm: str = "dr_grpo"  # or grpo, which also divides by std and lengths
-    clip_low: float = 0.2  # pi / old pi counts down to 1 - this
-    clip_high: float = 0.2  # pi / old pi counts up to 1 + this
+    clip_low: float = 0.2  # pi / old pi is clipped at 1 - this
+    clip_high: float = 0.2  # pi / old pi is clipped at 1 + this
     lr: float = 3e-4  # learning rate of AdamW (paper: 1e-6, for 7B parameters)
     warmup_steps: int = 5  # steps in which the learning rate rises from 0
     weight_decay: float = 0.0  # of AdamW (paper: 0.1)
@@ -295,7 +304,7 @@ class Config:
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
     eval_prompts: int = 128  # held-out prompts of each kind
     eval_samples: int = 16  # k: responses to each of them
-    eval_temperature: float = 0.6  # the paper's
+    eval_temperature: float = 0.6  # of the policy in evaluations (as in the paper)
     out: str = ""  # folder of the run; by default runs/<regularizer>-seed<seed>
     save_every: int = 10  # steps between checkpoints
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute
@@ -387,7 +396,8 @@ def sample(model, task, problems, cfg, key, samples, temperature):
 
 
 # --------------------------------------------------------------------------------- 4. verifier
-NUMBER = re.compile(r"[+-]?(([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?|[0-9]+/0*[1-9][0-9]*)")
+DIGITS = r"([0-9]+|[1-9][0-9]{0,2}(,[0-9]{3})+)"  # 1234 or 1,234
+NUMBER = re.compile(rf"[+-]?({DIGITS}(\.[0-9]+)?|[0-9]+/0*[1-9][0-9]*)")
 
 
 def extract_answer(text, find_answer=None):
@@ -399,8 +409,8 @@ def extract_answer(text, find_answer=None):
     """
     start = None  # of the last box
     depth = 0  # how many braces are open in it
-    for brace in re.finditer(r"\\boxed\s*\{|(?<!\\)[{}]", text):
-        if depth > 0 or len(brace[0]) > 1:
+    for brace in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text):  # after another \, no brace
+        if len(brace[0]) > 2 or (depth > 0 and len(brace[0]) == 1):
             start = start if depth > 0 else brace.end()
             depth += -1 if brace[0] == "}" else 1
             end = brace.start()
@@ -454,6 +464,24 @@ def score(model, rollout, cfg):
     return in_parts(score_part, cfg.micro_batch_size, *rollout)
 
 
+def compare_scores(model, rollout, logp, cfg):
+    """Once, before the first update: is what is scored what was sampled, and does padding
+    change nothing? ValueError for a model that ignores its cache or the positions that it is
+    given."""
+    i = rollout.prompt_mask.sum(1).argmin().item()  # the prompt with the most padding
+    row = Rollout(*(tensor[i] for tensor in rollout))
+    prompt = [row.prompt[row.prompt_mask], row.prompt_mask[row.prompt_mask]]
+    response = [tensor[row.mask] for tensor in row[2:]]
+    with torch.no_grad():
+        alone = score(model, Rollout(*(x[None] for x in prompt + response)), cfg)["logp"][0]
+    gaps = {"a row and the same row without padding": alone - logp[i][row.mask]}
+    gaps["sampling and scoring"] = (rollout.logp - logp)[rollout.mask]
+    most = 1e-3 if model.dtype == torch.float32 else 0.05  # nats, in the mean over the tokens
+    for what, gap in gaps.items():
+        mean = gap.abs().mean().item()
+        require(mean <= most, f"{what} differ by {mean:.3g} nats: this model can't be trained")
+
+
 def update(run, rollout, old_logp, adv):
     """One update of the weights with a mini-batch -> its metrics."""
     cfg = run.cfg
@@ -491,9 +519,12 @@ def training_step(run, step):
     # 3. score before any update: the old log-probabilities and, at first, the anchor
     with torch.no_grad():
         old = score(run.model, rollout, cfg)  # [B, T] each
+    if step == 1:
+        compare_scores(run.model, rollout, old["logp"], cfg)
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
-    run.anchor = run.anchor or h_agg
+    if run.anchor == 0:
+        run.anchor = h_agg  # H*: of the whole first batch, before any update
     # 4. update: once for each mini-batch of whole groups, in random order
     run.optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
     order = list(range(cfg.prompts))
@@ -560,7 +591,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
         exists = (self.folder / "checkpoint.pt").exists()
-        require(resume or not exists, f"--out {self.folder}: holds a run; add --resume")
+        fix = "add --resume to go on with it, or name another --out"
+        require(resume or not exists, f"--out {self.folder}: holds a run; {fix}")
         module, *options = re.split(r"[:,](?=\w+=)", cfg.task)
         options = dict(option.split("=", 1) for option in options)
         self.task = importlib.import_module(module).load(cfg, **options)
@@ -576,6 +608,8 @@ class Run:
             for name in vars(cfg).keys() - MAY_CHANGE:
                 rule = f"--resume: --{name} was {saved['config'][name]}; leave it out"
                 require(getattr(cfg, name) == saved["config"][name], rule)
+            world = saved["world"] == getattr(self.task, "fingerprint", None)
+            require(world, "--resume: the data or the frozen weights are not those of the run")
             self.model.load_state_dict(saved["model"], strict=False)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.anchor = saved["anchor"]
@@ -586,6 +620,7 @@ class Run:
         state = {"optimizer": self.optimizer.state_dict(), "anchor": self.anchor}
         state["model"] = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         state |= {"records": self.records, "config": vars(self.cfg)}
+        state["world"] = getattr(self.task, "fingerprint", None)
         part = self.folder / "checkpoint.part"
         torch.save(state, part)
         with open(part, "ab") as file:
@@ -671,8 +706,9 @@ def main(argv=None):
         report(train(run))
     except KeyboardInterrupt:
         parser.exit(130, "siren.py: interrupted; --resume goes on\n")
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        parser.exit(1 if run else 2, f"siren.py: {' '.join(str(error).split())}\n")
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        code = 2 if run is None or isinstance(error, ValueError) else 1
+        parser.exit(code, f"siren.py: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":

@@ -256,6 +256,10 @@ class Plugged:
         return loss.detach()
 
 
+def not_compared(*_: Any) -> None:
+    """In the place of siren.compare_scores: a sampler that keeps tokens has no logp of them."""
+
+
 def use(method: Method, **options: Any) -> None:
     """Plug a method into siren, with options (numbers or text) in place of its own."""
     for name, value in options.items():
@@ -273,3 +277,4 @@ def use(method: Method, **options: Any) -> None:
     siren.update = plugged.update
     if method.sample:
         siren.sample = plugged.sample
+        siren.compare_scores = not_compared

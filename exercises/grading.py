@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-import siren
 import test_siren
-from exercises import qae, test_exercise_12
+from exercises import qae, reference, test_exercise_12, test_graders
 
 EXERCISES = {
     "ex1": ["group_advantages"],
@@ -30,8 +29,12 @@ EXERCISES = {
     "ex11": ["sample"],
     "ex12": ["quantile_advantages", "plug"],
 }
-# the right solution of every exercise: siren.py, and beside it what siren.py does not have
-SOLUTION = {**vars(siren), "quantile_advantages": qae.quantile_advantages, "plug": qae.plug}
+# the right solution of every exercise
+SOLUTION = {
+    **vars(reference),
+    "quantile_advantages": qae.quantile_advantages,
+    "plug": qae.plug,
+}
 
 
 def solution_with(**changes: Callable) -> SimpleNamespace:
@@ -41,14 +44,15 @@ def solution_with(**changes: Callable) -> SimpleNamespace:
 
 def graders_of(exercise: str) -> list[Callable]:
     """The tests of an exercise in the order of `pytest --impl`: on small numbers first."""
-    named = {**vars(test_siren), **vars(test_exercise_12)}
+    named = {**vars(test_siren), **vars(test_graders), **vars(test_exercise_12)}
     found = [test for name, test in named.items() if name.startswith("test_")]
     found = [test for test in found if cases(test, exercise)]
     return sorted(found, key=lambda test: not test.__name__.startswith("test_ex"))
 
 
 def cases(test: Callable, exercise: str) -> list[dict[str, Any]]:
-    """The arguments beside `impl` that pytest calls a grader with, where it grades the exercise."""
+    """The arguments beside `impl` that pytest calls a grader with, where it grades the
+    exercise."""
     marks = getattr(test, "pytestmark", [])
     whole = any(mark.name == exercise for mark in marks)
     axes = []

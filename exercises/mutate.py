@@ -3,9 +3,10 @@
     python exercises/mutate.py             # every change, about a minute on one core
     python exercises/mutate.py ex3 ex4     # of these exercises only
 
-A mutant is the right solution, siren.py or qae.py, with one small change: another operator or
-number, a term or call left out, arguments swapped. The graders kill it if one of them fails. What
-survives is either equivalent, which means that it solves the exercise as well, or shows a hole.
+A mutant is the right solution, siren.py, reference.py or qae.py, with one small change: another
+operator or number, a term or call left out, arguments swapped. The graders kill it if one of
+them fails. What survives is equivalent, that is, it solves the exercise as well, or it shows a
+hole.
 """
 
 from __future__ import annotations
@@ -22,28 +23,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the graders' common.py
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "tests")
+)  # the graders' common.py
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py
 import siren
-from exercises import qae
+from exercises import qae, reference
 from exercises.grading import SOLUTION, failures
 
 SECONDS = 20  # a mutant that runs longer hangs
 ENOUGH = 0.9  # the share of the mutants that the graders must kill
-# the functions of the solution that each exercise asks for
+FILES = {module.__name__: Path(module.__file__) for module in (siren, reference, qae)}
+# the functions of the solution that each exercise asks for, by whatever file has them
 FUNCTIONS = {
     "ex1": ["group_advantages"],
     "ex2": ["policy_loss"],
     "ex3": ["nucleus", "nucleus_mask"],
-    "ex4": ["log_softmax", "entropy_of", "nucleus_entropy"],
+    "ex4": ["entropy_of", "nucleus_entropy"],
     "ex5": ["peak_mask"],
     "ex6": ["aggregate_entropy"],
-    "ex7": ["stats_of", "siren_loss"],
+    "ex7": ["token_stats", "siren_loss"],
     "ex8": ["micro_batch_anchor"],
     "ex9": ["pass_at_k"],
     "ex10": ["maj_at_k"],
-    "ex11": ["sample"],
+    "ex11": ["sample", "read"],
     "ex12": ["quantile_advantages", "plug"],
 }
 ALSO = {"ex3": ["ex4"]}  # half of nucleus() is for exercise 4, whose graders see it, too
@@ -53,62 +58,59 @@ HARMLESS = "metrics with a gradient do no harm"
 METRIC, OTHER = "a metric that students need not return", "another regulariser"
 NOT_ASKED = {
     "group_advantages": {
-        "if group_size < 2 or len(rewards) % group_size:": INPUT,
-        "if algorithm == 'grpo':\n        adv = adv / (groups.std(1, keepdim=True) + 1e-06)": GRPO,
+        "group_size > 1 and len(rewards) % group_size == 0": INPUT,
+        "if algorithm == 'grpo':\n        adv = adv / ": GRPO,
+        "(groups.std(1, keepdim=True) + 1e-06)": GRPO,
     },
     "policy_loss": {
-        "{'dr_grpo': budget, 'grpo': mask.sum(1).clamp(min=1)}[algorithm]": GRPO,
+        "logp.shape == old_logp.shape == mask.shape and mask.dtype == torch.bool": INPUT,
+        "fits and adv.shape in (mask.shape, mask.shape[:1])": INPUT,
+        "max_tokens if algorithm == 'dr_grpo' else mask.sum(1).clamp(min=1)": GRPO,
+        "adv.detach()": HARMLESS,
+        "old_logp.detach()": HARMLESS,
+        "(len(mask), -1)": INPUT,
         ".clamp(-20, 20)": INPUT,
-        "ratio - 1 - log_ratio": METRIC,
-        "x.detach()": HARMLESS,
-        "max(1, mask.shape": INPUT,
-        "adv if adv.dim() == 2 else ": INPUT,
-    },
-    "nucleus": {
-        "log_pi.detach()": SPEED,
-        "k = min(64, 1 + vocab // 65)": SPEED,
-        "while k < vocab and (short := (top.exp().sum(-1) < top_p)).any():": SPEED,
-        "more = min(15 * k, vocab - k)": SPEED,
-        "(0, more), value=float('-inf')": SPEED,
-        "ids, k = (torch.nn.functional.pad(ids, (0, more)), k + more)": SPEED,
-        "top[short], ids[short] = fixed[short].topk(k)": SPEED,
-        " & (pi > 0)": SPEED,
-    },
-    "log_softmax": {
-        "temperature=1.0": INPUT,
-        ".to(torch.promote_types(logits.dtype, torch.float32))": INPUT,
-        "logits if temperature == 1 else logits / temperature": INPUT,
+        "(ratio - 1 - log_ratio).detach()": METRIC,
     },
     "entropy_of": {"enabled=False": INPUT},
-    "peak_mask": {"h.numel() == 0": INPUT},
-    "stats_of": {  # inside token_stats
-        "outputs if head is None else head(outputs)": INPUT,
+    "peak_mask": {
+        "mask.numel() == 0": INPUT,
+        "entropy.detach().cpu().double()": INPUT,
+        "~mask.cpu()": INPUT,
+        ".to(mask.device)": INPUT,
+        "own.split(256)": SPEED,
+    },
+    "token_stats": {
+        "temperature=1.0": INPUT,
+        "top_p=0.8": INPUT,
+        "torch.promote_types(logits.dtype, torch.float32)": INPUT,
+        "(logits.to(wide) / temperature)": INPUT,
         "entropy_of(log_pi.detach())": METRIC,
-        "(log_q > float('-inf')).sum(-1)": METRIC,
+        "(log_q > -torch.inf).sum(-1)": METRIC,
     },
     "siren_loss": {
         "temperature=1.0": INPUT,
-        "clip_low=0.2, clip_high=0.2": INPUT,
-        "chunk=0": INPUT,
-        "anchor if mask.any() else 0.0": "the exercise leaves this penalty open",
-        "regularizer == 'bonus'": OTHER,
-        "policy - beta * h_agg": OTHER,
-        "regularizer == 'none'": OTHER,
+        "peak_quantile=0.8, regularizer='anchor'": INPUT,
+        "if regularizer == 'anchor' else -h_agg": OTHER,
+        "policy if regularizer == 'none' else": OTHER,
         "peak.sum() / mask.sum().clamp(min=1)": METRIC,
+        "stats | more_stats": METRIC,
         ".detach()": HARMLESS,
     },
     "sample": {
         "batch=1024": INPUT,
-        "max(1, batch // samples)": INPUT,
+        "sample_batch=batch": INPUT,
+        "max(1, cfg.sample_batch // samples)": INPUT,
         "config=model.config": INPUT,
-        ".long()": INPUT,
+    },
+    "read": {
         ".float()": INPUT,
-        "if logp.isnan().any():": INPUT,
         "use_cache=True": "a model that is given a cache uses it",
         "logits_to_keep=1": SPEED,
     },
     "quantile_advantages": {
-        "if algorithm == 'grpo':\n        adv = adv / (groups.std(1, keepdim=True) + 1e-06)": GRPO
+        "if algorithm == 'grpo':\n        adv = adv / ": GRPO,
+        "(groups.std(1, keepdim=True) + 1e-06)": GRPO,
     },
     "plug": {"0 < float(quantile) <= 1": INPUT},
 }
@@ -121,40 +123,25 @@ EQUIVALENT = {
         " -> torch.where(mask, torch.min(free, clipped), 0.0).sum(0)",
     ],
     "in padding the ratio is 1, which is never clipped": [
-        "policy_loss: {'clip_fraction': (clipped < free) & mask,"
-        " 'approx_kl': ratio - 1 - log_ratio}"
-        " -> {'clip_fraction': clipped < free, 'approx_kl': ratio - 1 - log_ratio}"
+        "policy_loss: ((clipped < free) & mask).sum -> (clipped < free).sum"
     ],
-    "of two dimensions the last is dimension 1, and of one column the last is the first": [
-        "stats_of: log_pi.gather(-1, tokens[:, None]) -> log_pi.gather(1, tokens[:, None])",
-        "stats_of: log_pi.gather(-1, tokens[:, None])[:, 0]"
-        " -> log_pi.gather(-1, tokens[:, None])[:, -1]",
-        "sample: model(ids, attention_mask=seen, position_ids=positions, past_key_values=cache,"
-        " use_cache=True, logits_to_keep=1).logits[:, -1]"
-        " -> model(ids, attention_mask=seen, position_ids=positions, past_key_values=cache,"
-        " use_cache=True, logits_to_keep=1).logits[:, -0]",
-        "sample: (logits / temperature).log_softmax(-1) -> (logits / temperature).log_softmax(1)",
-        "sample: ids[:, 0] -> ids[:, -1]",
-        "sample: log_pi.gather(1, ids)[:, 0] -> log_pi.gather(1, ids)[:, -1]",
-        "sample: (~torch.isin(ids[:, 0], eos)).nonzero()[:, 0]"
-        " -> (~torch.isin(ids[:, 0], eos)).nonzero()[:, -1]",
+    "comparisons have no gradient": ["nucleus: log_pi.detach().exp -> log_pi.exp"],
+    "of one column the first is the last": [
+        "token_stats: log_pi.gather(-1, tokens[..., None])[..., 0]"
+        " -> log_pi.gather(-1, tokens[..., None])[..., -1]"
     ],
-    "a step with no row left, or a copy of the same rows, changes nothing": [
-        "sample: len(alive) == 0 -> len(alive) == -1",
-        "sample: len(alive) < len(rows) -> len(alive) <= len(rows)",
+    "two ways to the same peaks; where they differ by rounding, these entropies do not": [
+        "peak_mask: max(0, quantile - 1e-09) -> max(-1, quantile - 1e-09)",
+        "peak_mask: max(0, quantile - 1e-09) -> max(0, quantile)",
+        "peak_mask: quantile - 1e-09 -> quantile - 0",
     ],
-    "columns of padding at the end are allowed": ["sample: mask.any(0).sum -> mask.sum"],
     "the first of two is the first of one, and the last of one is its first": [
-        "maj_at_k: c.most_common(1) -> c.most_common(2)",
-        "maj_at_k: c.most_common(1)[0] -> c.most_common(1)[-1]",
+        "maj_at_k: counts.most_common(1) -> counts.most_common(2)",
+        "maj_at_k: counts.most_common(1)[0] -> counts.most_common(1)[-1]",
     ],
-    "comparisons have no gradient": ["peak_mask: entropy.detach() -> entropy"],
-    "two ways to the same peaks; where they differ by rounding, float64 does not show it": [
-        "peak_mask: torch.nanquantile(own, max(0, quantile - 1e-06), 1, True,"
-        " interpolation='higher') -> torch.nanquantile(own, max(0, quantile - 1e-06), 1, True)",
-        "peak_mask: max(0, quantile - 1e-06) -> max(-1, quantile - 1e-06)",
-        "peak_mask: max(0, quantile - 1e-06) -> max(0, quantile)",
-        "peak_mask: quantile - 1e-06 -> quantile - 0",
+    "the text of a tensor is a text that decides the draws, too": [
+        "sample: str(torch.randint(2 ** 62, (1,), generator=generator).item())"
+        " -> str(torch.randint(2 ** 62, (1,), generator=generator))"
     ],
 }
 
@@ -175,6 +162,7 @@ class Mutant(NamedTuple):
     exercise: str
     text: str  # "function: old -> new"
     tree: ast.Module
+    module: str = "exercises.reference"  # of which this is a changed copy
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -210,17 +198,29 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Constant(value=int() | float()):
             if node.value + 1 != node.value:  # as it is for 1e30
                 yield ast.Constant(node.value + 1)
-            yield ast.UnaryOp(ast.USub(), ast.Constant(1)) if node.value == 0 else ast.Constant(0)
+            yield (
+                ast.UnaryOp(ast.USub(), ast.Constant(1))
+                if node.value == 0
+                else ast.Constant(0)
+            )
         case ast.Call():
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if len(node.args) > 1 and called not in ("min", "max", "vecdot"):  # whose order is free
+            if len(node.args) > 1 and called not in (
+                "min",
+                "max",
+                "vecdot",
+            ):  # whose order is free
                 first, second, *rest = node.args
                 yield altered(args=[second, first, *rest])
-            if isinstance(node.func, ast.Attribute) and called != "bool":  # masks are bool already
+            if (
+                isinstance(node.func, ast.Attribute) and called != "bool"
+            ):  # masks are bool already
                 yield node.func.value  # without the call
             for keyword in node.keywords:
                 if keyword.arg != "device":  # there is only the CPU
-                    yield altered(keywords=[one for one in node.keywords if one is not keyword])
+                    yield altered(
+                        keywords=[one for one in node.keywords if one is not keyword]
+                    )
         case ast.Attribute() if node.attr in NAMES:
             yield altered(attr=NAMES[node.attr])
         case ast.Name() if node.id in NAMES:
@@ -242,30 +242,43 @@ class Replace(ast.NodeTransformer):
 def mutants(exercise: str) -> Iterator[Mutant]:
     """All mutants of an exercise's functions."""
     for name in FUNCTIONS[exercise]:
-        path = Path((qae if hasattr(qae, name) else siren).__file__)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        place, function = next(found for found in functions(tree) if found[1].name == name)
-        before = ast.unparse(tree.body[place])
-        for node, around in itertools.chain(*map(pieces, [function.args, *function.body])):
-            for new in changes(node):
-                changed = copied(tree.body[place], node, new)
-                after = ast.unparse(changed)
-                if any(before.count(text) != after.count(text) for text in NOT_ASKED.get(name, [])):
-                    continue
-                shown = new if around is node else copied(around, node, new)
-                body = [*tree.body[:place], changed, *tree.body[place + 1 :]]
-                text = f"{name}: {ast.unparse(around)} -> {ast.unparse(shown)}"
-                yield Mutant(exercise, text, ast.Module(body, type_ignores=[]))
+        for module, path in FILES.items():
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for place, function in functions(tree):
+                if function.name == name:
+                    yield from mutants_of(function, place, tree, exercise, module)
+
+
+def mutants_of(
+    function: ast.FunctionDef, place: int, tree: ast.Module, exercise: str, module: str
+) -> Iterator[Mutant]:
+    """All mutants of a function, which is, or is in, tree.body[place]."""
+    untouched = NOT_ASKED.get(function.name, [])
+    before = ast.unparse(tree.body[place])
+    for node, around in itertools.chain(*map(pieces, [function.args, *function.body])):
+        for new in changes(node):
+            changed = copied(tree.body[place], node, new)
+            after = ast.unparse(changed)
+            if any(before.count(text) != after.count(text) for text in untouched):
+                continue
+            shown = new if around is node else copied(around, node, new)
+            body = [*tree.body[:place], changed, *tree.body[place + 1 :]]
+            text = f"{function.name}: {ast.unparse(around)} -> {ast.unparse(shown)}"
+            yield Mutant(exercise, text, ast.Module(body, type_ignores=[]), module)
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[int, ast.FunctionDef]]:
     """All functions of a module, each with its place, or that of the function it is in."""
     for place, top in enumerate(tree.body):
-        yield from ((place, node) for node in ast.walk(top) if isinstance(node, ast.FunctionDef))
+        yield from (
+            (place, node) for node in ast.walk(top) if isinstance(node, ast.FunctionDef)
+        )
 
 
 def pieces(node: ast.AST, around: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST]]:
     """A tree's nodes, each with the expression that it is shown in."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "require":
+        return  # it refuses what no exercise has
     yield node, around or node
     if not isinstance(node, (ast.keyword, ast.Tuple, ast.UnaryOp, ast.Slice)):
         around = node if isinstance(node, (ast.expr, ast.arguments)) else None
@@ -321,9 +334,20 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
+def solution_of(mutant: Mutant) -> SimpleNamespace:
+    """The right solution with the mutant in it; reference.py takes functions from siren."""
+    changed = imported(mutant.tree)
+    if mutant.module == "siren":
+        with patch.dict(sys.modules, siren=changed):
+            changed = imported(
+                ast.parse(FILES[reference.__name__].read_text(encoding="utf-8"))
+            )
+    return SimpleNamespace(**SOLUTION | vars(changed))
+
+
 def killed(mutant: Mutant) -> bool:
     """Does a grader of its exercise fail on the mutant, or does the mutant hang?"""
-    module = SimpleNamespace(**{**SOLUTION, **vars(imported(mutant.tree))})
+    module = solution_of(mutant)
     graded_by = [mutant.exercise, *ALSO.get(mutant.exercise, [])]
     try:
         with time_limit(SECONDS):
@@ -333,7 +357,8 @@ def killed(mutant: Mutant) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the survivors and the share that is killed of each exercise; 1 if one is too small."""
+    """Prints the survivors and the share that is killed of each exercise; 1 if one is too
+    small."""
     why = {text: reason for reason, texts in EQUIVALENT.items() for text in texts}
     rows = []
     for exercise in argv or FUNCTIONS:

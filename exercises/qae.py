@@ -1,7 +1,7 @@
 """The solution of exercise 12: the quantile baseline of QAE as a drop-in for siren.py.
 
-    python siren.py --plug exercises.qae                 # K = 0.4, as in the paper
-    python siren.py --plug exercises.qae:quantile=0.6    # a higher one
+    python research/plugs.py --plug exercises.qae                 # K = 0.4, as in the paper
+    python research/plugs.py --plug exercises.qae:quantile=0.6    # a higher one
 
 QAE is "Quantile Advantage Estimation", arXiv 2509.22611.
 """
@@ -15,9 +15,9 @@ import siren
 def quantile_advantages(rewards, group_size, algorithm="dr_grpo", quantile=0.4):
     """A_i = r_i - the K-quantile of its group's r: the smallest reward x with F(x) >= K.
 
-    F(x) is the share of the group's rewards that are at most x, and `quantile` is K, above 0 and at
-    most 1. rewards [B], a prompt's responses side by side -> A [B]. "grpo" divides by the group's
-    standard deviation as well, as group_advantages does.
+    F(x) is the share of the group's rewards that are at most x, and `quantile` is K, above 0
+    and at most 1. rewards [B], a prompt's responses side by side -> A [B]. "grpo" divides by
+    the group's standard deviation as well, as group_advantages does.
 
     >>> import torch
     >>> quantile_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # F(0) = 3/4, so x = 0

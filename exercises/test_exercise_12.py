@@ -27,7 +27,8 @@ def test_ex12_binary_rewards(impl):
     r = group(5)
     mistakes = {
         "the quantile is interpolated: it must be one of the rewards": r - 0.8,
-        "the baseline is the quantile, not the mean, and the result is not centred": r - r.mean(),
+        "the baseline is the quantile, not the mean, and the result is not centred": r
+        - r.mean(),
         "the smallest reward x with F(x) >= K, not the one below it": r,
         "that is the baseline: the advantage is the reward minus it": torch.ones(8),
         "mind the sign: the advantage is the reward minus the baseline": 1 - r,
@@ -74,7 +75,9 @@ def test_ex12_plug(impl):
     try:
         impl.plug()
         replaced = siren.group_advantages is not before
-        assert replaced, "plug() must set siren.group_advantages, by which siren.update calls it"
+        assert replaced, (
+            "plug() must set siren.group_advantages, by which siren.training_step calls it"
+        )
         same(as_siren_calls_it(r), r, "plug() without an option: K = 0.4")
         impl.plug(quantile="0.6")
         same(as_siren_calls_it(r), r - 1, "K is the option of plug(): quantile='0.6'")
@@ -83,9 +86,9 @@ def test_ex12_plug(impl):
 
 
 def as_siren_calls_it(rewards):
-    """The advantages by siren.group_advantages, with the arguments that siren.update passes."""
+    """The advantages by siren.group_advantages, with the arguments that siren.py passes."""
     try:
         return siren.group_advantages(rewards, 8, "dr_grpo")
     except TypeError as error:
-        idea = "siren.update passes (rewards, group_size, algorithm), and plug() gets K as a text"
+        idea = "siren.training_step passes (rewards, group_size, algorithm), and K is a text"
         raise AssertionError(f"{idea}: {error}") from None

@@ -13,7 +13,7 @@ import itertools
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +24,9 @@ import torch
 
 import siren
 import toy_env
-from examples.engine import plugged
 from exercises import mutate, student, wrong
 from exercises.grading import EXERCISES, SOLUTION, cases, failures, graders_of, solution_with
+from research.plugs import plugged
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize("row", wrong.WRONG, ids=lambda row: f"{row.exercise}-{row.name}")
 def test_the_first_failure_names_the_mistake(row):
     """As a student sees it, who runs the graders with -x."""
-    test, error = next(failures(row.exercise, solution_with(**row.changes)), ("", "none fails"))
+    test, error = next(
+        failures(row.exercise, solution_with(**row.changes)), ("", "none fails")
+    )
     assert row.words in str(error), f"another sentence, in {test}: {error}"
     assert isinstance(error, AssertionError)
 
@@ -42,7 +44,12 @@ def test_the_first_failure_names_the_mistake(row):
 @pytest.mark.parametrize(
     "exercise, changes, test, words",
     [
-        ("ex3", {"nucleus_mask": wrong.exclusive_nucleus}, "is_minimal", "your nucleus leaves out"),
+        (
+            "ex3",
+            {"nucleus_mask": wrong.exclusive_nucleus},
+            "is_minimal",
+            "your nucleus leaves out",
+        ),
         ("ex8", {"micro_batch_anchor": wrong.scaled_anchor}, "gaps_of", "the gap of each"),
         ("ex8", {"micro_batch_anchor": wrong.gap_squared}, "add_up", "add up"),
     ],
@@ -83,13 +90,17 @@ def test_the_solution_behind_the_students_signatures_passes(exercise):
         solution, signature = SOLUTION[name], inspect.signature(getattr(student, name))
 
         def checked(*args: Any, **given: Any) -> Any:
-            signature.bind(*args, **given)  # TypeError: the student's function has no such argument
+            signature.bind(
+                *args, **given
+            )  # TypeError: the student's function has no such argument
             return solution(*args, **given)
 
         return checked
 
     names = itertools.chain(*EXERCISES.values())
-    module = SimpleNamespace(**{name: behind(name) for name in names})  # and nothing else of siren
+    module = SimpleNamespace(
+        **{name: behind(name) for name in names}
+    )  # and nothing else of siren
     assert graders_of(exercise) and not list(failures(exercise, module))
 
 
@@ -98,7 +109,9 @@ def test_every_failure_has_a_sentence(exercise):
     for test in graders_of(exercise):
         file = Path(sys.modules[test.__module__].__file__)
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        (function,) = (node for node in tree.body if getattr(node, "name", "") == test.__name__)
+        (function,) = (
+            node for node in tree.body if getattr(node, "name", "") == test.__name__
+        )
         for node in ast.walk(function):
             message = not isinstance(node, ast.Assert) or node.msg
             assert message, f"{test.__name__}, line {node.lineno}"
@@ -113,13 +126,15 @@ def test_student_file_has_every_exercise_in_order():
         doc = ast.get_docstring(node)
         shown = ">>> " in doc or node.name in ("sample", "plug")
         assert shown, f"{node.name}: a worked example"
-        assert len(node.body) == 2 and isinstance(node.body[1], ast.Raise), f"{node.name}: a body"
+        assert len(node.body) == 2 and isinstance(node.body[1], ast.Raise), (
+            f"{node.name}: a body"
+        )
         assert all(argument.annotation for argument in node.args.args + node.args.kwonlyargs)
 
 
 @pytest.mark.parametrize("option, right", [("", 1), (":quantile=0.6", 0)])
 def test_the_drop_in_trains(option, right):
-    """Exercise 12's solution by --plug: with one right response of two, who gets a gradient?"""
+    """Exercise 12's solution by --plug: one of two responses is right, which one counts?"""
     rewards = torch.tensor([1.0, 0.0])
     with plugged(f"exercises.qae{option}"):
         adv = siren.group_advantages(rewards, 2, "dr_grpo")
@@ -130,7 +145,9 @@ def test_the_drop_in_trains(option, right):
 def test_worked_examples_hold_for_the_solution():
     runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder()
     for name in itertools.chain(*EXERCISES.values()):
-        (examples,) = finder.find(getattr(student, name), name, globs={**SOLUTION, "torch": torch})
+        (examples,) = finder.find(
+            getattr(student, name), name, globs={**SOLUTION, "torch": torch}
+        )
         runner.run(examples)
     assert runner.summarize(verbose=False) == (0, runner.tries) and runner.tries >= 10
 
@@ -139,24 +156,29 @@ def test_readme_has_every_exercise():
     text = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
     for exercise, names in EXERCISES.items():
         number = exercise[2:]
-        (row,) = re.findall(rf"^\| {number} \| \[.*\) \| `(.+)` \| (.*) \|$", text, re.MULTILINE)
+        (row,) = re.findall(
+            rf"^\| {number} \| \[.*\) \| `(.+)` \| (.*) \|$", text, re.MULTILINE
+        )
         assert row[0] == names[0]
         section = text.split(f"\n## {number}. ")[1].split("\n## ")[0]
         marks = r"Difficulty: ([1-5])/5, importance: ([1-5])/5, ([0-9]+-[0-9]+) minutes"
-        assert re.search(marks, section).groups() == tuple(row[1].split(" | ")), "as in the table"
+        assert re.search(marks, section).groups() == tuple(row[1].split(" | ")), (
+            "as in the table"
+        )
         assert section.count("<details><summary>Hint</summary>") == 1
     flags = {flag.strip("-") for flag in re.findall(r"(?<!\S)`?--([a-z][a-z-]+)", text)}
     known = {field.name.replace("_", "-") for field in dataclasses.fields(siren.Config)}
-    known |= {option.replace("_", "-") for option in toy_env.OPTIONS}
-    assert flags <= known | {"impl", "help"}, f"unknown flags {flags - known}"
+    known |= {field.name.replace("_", "-") for field in dataclasses.fields(toy_env.ToyWorld)}
+    assert flags <= known | {"impl", "help", "plug"}, f"unknown flags {flags - known}"
 
 
-# --------------------------------------------------------------------------------------- mutants
+# ------------------------------------------------------------------------------------- mutants
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_a_sample_of_the_mutants_is_killed(exercise):
-    """One in sixty; `python exercises/mutate.py` runs all. What is explained must still exist."""
+    """One in sixty; `python exercises/mutate.py` runs all. What is explained must still
+    exist."""
     made = list(mutate.mutants(exercise))
     texts, explained = (
         {mutant.text for mutant in made},
@@ -173,12 +195,10 @@ def killed_or_explained(mutant):
 
 
 def test_what_mutants_leave_alone_exists():
-    sources = [Path(module.__file__).read_text() for module in (siren, mutate.qae)]
-    code = {
-        node.name: ast.unparse(node)
-        for text in sources
-        for _, node in mutate.functions(ast.parse(text))
-    }
+    code = defaultdict(str)  # function -> its code, also in two files
+    for path in mutate.FILES.values():
+        for _, node in mutate.functions(ast.parse(path.read_text())):
+            code[node.name] += ast.unparse(node)
     for name, texts in mutate.NOT_ASKED.items():
         for text in texts:
             assert text in code[name], f"{name}: {text}"
@@ -187,9 +207,9 @@ def test_what_mutants_leave_alone_exists():
 @pytest.mark.parametrize(
     "exercise, code, dead",
     [
-        ("ex1", "from siren import *", False),
-        ("ex8", "from siren import *", False),
-        ("ex9", "from siren import *", False),
+        ("ex1", "from exercises.reference import *", False),
+        ("ex8", "from exercises.reference import *", False),
+        ("ex9", "from exercises.reference import *", False),
         ("ex9", "def pass_at_k(n, c, k): return c / n", True),
         ("ex9", "def pass_at_k(n, c, k):\n    while True: pass", True),
     ],
@@ -208,7 +228,7 @@ def test_the_mutation_run_prints_its_share(capsys):
     assert ex8 == ["ex8", "6", "6", "0", "100%"] and everything == ["all", *ex8[1:]]
 
 
-# ------------------------------------------------------------------------ as a student runs them
+# ---------------------------------------------------------------------- as a student runs them
 
 
 def run_graders(*words: str) -> subprocess.CompletedProcess[str]:
@@ -230,7 +250,7 @@ def test_untouched_file_fails_every_exercise_in_one_line():
 
 MINE = """
 import torch
-from siren import nucleus_entropy
+from exercises.reference import nucleus_entropy
 
 def nucleus_mask(logits, top_p):
     p, order = logits.softmax(-1).sort(-1, descending=True)
@@ -250,8 +270,12 @@ def test_one_file_with_all_that_can_happen(tmp_path):
     done = run_graders("--impl", str(path), "-m", "ex3 or ex4 or ex5 or ex9 or ex10")
     assert done.returncode == 1
     *_, three, four, five, nine, ten, _ = done.stdout.strip().splitlines()
-    assert three.startswith("ex3") and "your nucleus leaves out the token that crosses p" in three
-    assert four.startswith("ex4") and "failed" not in four, "an import from siren is a solution"
+    assert (
+        three.startswith("ex3") and "your nucleus leaves out the token that crosses p" in three
+    )
+    assert four.startswith("ex4") and "failed" not in four, (
+        "an imported function is a solution"
+    )
     assert five.startswith("ex5") and five.endswith("mine.py has no function peak_mask")
     assert nine.startswith("ex9") and "'int' object is not subscriptable" in nine
     assert ten.startswith("ex10") and ten.endswith("first: AssertionError")

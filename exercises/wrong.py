@@ -1,7 +1,7 @@
 """Wrong solutions of the exercises: mistakes that people make, one or more a function.
 
-WRONG has for each its exercise, its name, the functions that it replaces in the right solution, and
-words of the sentence that a student who makes this mistake reads first.
+WRONG has for each its exercise, its name, the functions that it replaces in the right
+solution, and words of the sentence that a student who makes this mistake reads first.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 
 import siren
-from exercises import qae
+from exercises import qae, reference
 from exercises.grading import EXERCISES
 
 
-# ---------------------------------------------------------------------------------- 1. advantages
+# ------------------------------------------------------------------------------- 1. advantages
 def baseline_of_the_batch(rewards, group_size):
     return rewards - rewards.mean()
 
@@ -63,7 +63,7 @@ def rewards_overwritten(rewards, group_size):
     return rewards
 
 
-# -------------------------------------------------------------------------------- 2. clipped loss
+# ----------------------------------------------------------------------------- 2. clipped loss
 def clipped_loss(
     logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None, slip=""
 ):
@@ -109,7 +109,7 @@ def clipped_loss(
     return loss, {"clip_fraction": clip_fraction}
 
 
-# ------------------------------------------------------------------------------------- 3. nucleus
+# ---------------------------------------------------------------------------------- 3. nucleus
 def exclusive_nucleus(logits, top_p):
     p, order = logits.softmax(-1).sort(-1, descending=True)
     return torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) <= top_p)
@@ -140,7 +140,7 @@ def no_softmax(logits, top_p):
 
 def threshold_keeps_ties(logits, top_p):
     p = logits.softmax(-1)
-    inside = siren.nucleus_mask(logits, top_p)
+    inside = reference.nucleus_mask(logits, top_p)
     return p >= p.masked_fill(~inside, 1.0).min(-1, keepdim=True).values
 
 
@@ -151,7 +151,7 @@ def tail_lost_at_p_1(logits, top_p):
 
 
 def rounded_away_at_p_1(logits, top_p):
-    return logits.softmax(-1) > 0 if top_p >= 1 else siren.nucleus_mask(logits, top_p)
+    return logits.softmax(-1) > 0 if top_p >= 1 else reference.nucleus_mask(logits, top_p)
 
 
 def ascending_without_p_1(logits, top_p):
@@ -164,59 +164,59 @@ def another_dimension(logits, top_p):
     return torch.zeros_like(p, dtype=torch.bool).scatter(1, order, p.cumsum(1) - p < top_p)
 
 
-# ----------------------------------------------------------------------------- 4. nucleus entropy
+# -------------------------------------------------------------------------- 4. nucleus entropy
 def not_renormalised(logits, top_p):
     log_pi = logits.log_softmax(-1)
-    return -(log_pi.exp() * log_pi * siren.nucleus_mask(logits, top_p)).sum(-1)
+    return -(log_pi.exp() * log_pi * reference.nucleus_mask(logits, top_p)).sum(-1)
 
 
 def log_of_pi_instead_of_q(logits, top_p):
-    pi, inside = logits.softmax(-1), siren.nucleus_mask(logits, top_p)
+    pi, inside = logits.softmax(-1), reference.nucleus_mask(logits, top_p)
     return -(pi * pi.log() * inside).sum(-1) / (pi * inside).sum(-1)
 
 
 def entropy_of_the_vocabulary(logits, top_p):
-    return siren.nucleus_entropy(logits, 1.0)
+    return reference.nucleus_entropy(logits, 1.0)
 
 
 def bits(logits, top_p):
-    return siren.nucleus_entropy(logits, top_p) / math.log(2)
+    return reference.nucleus_entropy(logits, top_p) / math.log(2)
 
 
 def logits_masked_with_0(logits, top_p):
-    return siren.nucleus_entropy(logits * siren.nucleus_mask(logits, top_p), 1.0)
+    return reference.nucleus_entropy(logits * reference.nucleus_mask(logits, top_p), 1.0)
 
 
 def nan_in_the_sum(logits, top_p):
-    inside = siren.nucleus_mask(logits, top_p)
+    inside = reference.nucleus_mask(logits, top_p)
     log_q = logits.masked_fill(~inside, -math.inf).log_softmax(-1)
     return -(log_q.exp() * log_q).sum(-1)
 
 
 def detached_entropy(logits, top_p):
-    return siren.nucleus_entropy(logits.detach(), top_p)
+    return reference.nucleus_entropy(logits.detach(), top_p)
 
 
 def nan_in_the_gradient(logits, top_p):
-    inside = siren.nucleus_mask(logits, top_p)
+    inside = reference.nucleus_mask(logits, top_p)
     q = logits.masked_fill(~inside, -math.inf).softmax(-1)
     return torch.where(inside, -q * q.log(), 0.0).sum(-1)
 
 
 def detached_normaliser(logits, top_p):
-    inside = siren.nucleus_mask(logits, top_p)
+    inside = reference.nucleus_mask(logits, top_p)
     pi = logits.softmax(-1) * inside
     q = pi / pi.sum(-1, keepdim=True).detach()
     return -torch.where(inside, q * q.masked_fill(~inside, 1.0).log(), 0.0).sum(-1)
 
 
 def epsilon_in_the_log(logits, top_p):
-    pi = logits.softmax(-1) * siren.nucleus_mask(logits, top_p)
+    pi = logits.softmax(-1) * reference.nucleus_mask(logits, top_p)
     q = pi / pi.sum(-1, keepdim=True)
     return -(q * (q + 1e-8).log()).sum(-1)
 
 
-# --------------------------------------------------------------------------------------- 5. peaks
+# ------------------------------------------------------------------------------------ 5. peaks
 def own_quantile(entropy, mask, quantile, interpolation="linear"):
     own = entropy.detach().double().masked_fill(~mask, math.nan)
     return torch.nanquantile(own, quantile, 1, True, interpolation=interpolation)
@@ -262,7 +262,7 @@ def entropy_overwritten(entropy, mask, quantile):
     return siren.peak_mask(entropy, mask, quantile)
 
 
-# --------------------------------------------------------------------------------- 6. aggregation
+# ------------------------------------------------------------------------------ 6. aggregation
 def mean_over_all_peaks(entropy, peak, mask):
     peak = peak & mask
     return (entropy * peak).sum() / peak.sum().clamp(min=1)
@@ -304,19 +304,19 @@ def padding_times_0(entropy, peak, mask):
     return h_i.sum() / mask.any(1).sum().clamp(min=1)
 
 
-# --------------------------------------------------------------- 7. anchored loss, 8. micro-batches
+# ---------------------------------------------------------- 7. anchored loss, 8. micro-batches
 def anchored_loss(
     logits, tokens, old_logp, adv, mask, anchor, *, beta, top_p=0.8, peak_quantile=0.8,
     max_tokens=None, slip="",
 ):  # fmt: skip
     """siren_loss with one slip."""
     top_p = {"entropy of the vocabulary": 1.0, "top_p unused": 0.8}.get(slip, top_p)
-    h = siren.nucleus_entropy(logits, top_p)
+    h = reference.nucleus_entropy(logits, top_p)
     log_pi = logits.log_softmax(-1)
     if slip == "logits shifted once more":
         log_pi = log_pi.roll(1, 1)
     logp = log_pi.gather(-1, tokens[..., None])[..., 0]
-    policy, _ = siren.policy_loss(logp, old_logp, adv, mask, max_tokens=max_tokens)
+    policy, _ = reference.policy_loss(logp, old_logp, adv, mask, max_tokens=max_tokens)
     quantile = 0.8 if slip == "peak_quantile unused" else peak_quantile
     peak = mask if slip == "no peak mask" else siren.peak_mask(h, mask, quantile)
     h_agg = siren.aggregate_entropy(h.detach() if slip == "H_agg detached" else h, peak, mask)
@@ -372,7 +372,7 @@ def one_sided_gap(h_micro, h_agg, anchor):
     return h_micro - min(h_agg - anchor, torch.zeros(()))
 
 
-# ------------------------------------------------------------------------------------- 9. pass@k
+# ----------------------------------------------------------------------------------- 9. pass@k
 def biased_pass_at_k(n, c, k):
     return 1 - (1 - c / n) ** k
 
@@ -411,7 +411,7 @@ def logarithms_of_factorials(n, c, k):
     return float(1 - (log_comb(n - c, k) - log_comb(n, k)).exp()) if n - c >= k else 1.0
 
 
-# ------------------------------------------------------------------------------------ 10. maj@k
+# ----------------------------------------------------------------------------------- 10. maj@k
 def majority(votes, answer, k, slip=""):
     """maj_at_k with one slip."""
     end = len(votes) if slip == "a last block that is not whole" else len(votes) - k + 1
@@ -439,7 +439,7 @@ def majority(votes, answer, k, slip=""):
     return won / len(blocks)
 
 
-# ------------------------------------------------------------------------------------ 11. sampler
+# --------------------------------------------------------------------------------- 11. sampler
 @torch.no_grad()
 def slow_sampler(
     model, prompts, *, max_tokens, eos_ids, pad_id,
@@ -462,7 +462,11 @@ def slow_sampler(
     going, columns = torch.ones(size, dtype=torch.bool), []
     for _ in range(max_tokens):
         cached = slip != "no cache"
-        fed = {"input_ids": inputs if cached else ids, "attention_mask": seen, "use_cache": cached}
+        fed = {
+            "input_ids": inputs if cached else ids,
+            "attention_mask": seen,
+            "use_cache": cached,
+        }
         spots = torch.arange(seen.shape[1]).expand(size, -1)
         if slip != "position ids count the padding":
             spots = (seen.cumsum(1) - 1).clamp(min=0)
@@ -496,7 +500,7 @@ def slow_sampler(
     return siren.Rollout(prompt, prompt_mask, tokens, mask, logp)
 
 
-# -------------------------------------------------------------------------------- 12. a drop-in
+# ------------------------------------------------------------------------------- 12. a drop-in
 def interpolated(rewards, group_size, algorithm="dr_grpo", quantile=0.4):
     groups = rewards.view(-1, group_size)
     return (groups - groups.quantile(quantile, 1, True)).view(-1)
@@ -566,7 +570,7 @@ def plug_of_two_arguments(quantile="0.4"):
     )
 
 
-# --------------------------------------------------------------------------------- the table of all
+# ---------------------------------------------------------------------------- the table of all
 
 
 class Wrong(NamedTuple):
@@ -622,7 +626,7 @@ WRONG = [
             "max instead of min": "the smaller of both terms, not the larger",
             "clip on the wrong side for A < 0": "for A < 0 you clip on the wrong side",
             "clip from above only": "for A < 0 you clip on the wrong side",
-            "clip fraction counts advantages of 0": "where the clipped term is the smaller one",
+            "clip fraction counts advantages of 0": "the clipped term is the smaller one",
             "padding in the mean": "padding reaches the loss",
             "length normalisation": "each response's own length",
             "mean over tokens": "not by the number of tokens",
@@ -784,7 +788,11 @@ WRONG = [
     *(
         Wrong("ex12", name, {"quantile_advantages": function}, words)
         for name, function, words in (
-            ("from the largest", rank_from(math.ceil, descending=True), "from the smallest up"),
+            (
+                "from the largest",
+                rank_from(math.ceil, descending=True),
+                "from the smallest up",
+            ),
             ("no tolerance", rank_from(math.ceil), "count with a tolerance"),
             ("one too far", rank_from(lambda x: int(x) + 1), "where F(x) is exactly K"),
         )
@@ -793,8 +801,8 @@ WRONG = [
         "ex12",
         {
             plug_that_replaces_nothing: "plug() must set siren.group_advantages",
-            plug_of_two_arguments: "siren.update passes",
-            plug_of_a_text: "K as a text",
+            plug_of_two_arguments: "siren.training_step passes",
+            plug_of_a_text: "K is a text",
             plug_without_the_option: "K is the option",
         },
         "plug",

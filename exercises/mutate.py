@@ -3,7 +3,7 @@
     python exercises/mutate.py             # every change, about a minute on one core
     python exercises/mutate.py ex3 ex4     # of these exercises only
 
-A mutant is the right solution, siren.py, reference.py or qae.py, with one small change: another
+A mutant is the right solution (siren.py, reference.py, qae.py) with one small change: another
 operator or number, a term or call left out, arguments swapped. The graders kill it if one of
 them fails. What survives is equivalent, that is, it solves the exercise as well, or it shows a
 hole.

@@ -514,5 +514,5 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_task_is_loaded_as_a_run_loads_it(tmp_path):
-    cfg = Config(task="toy_env:vocab=96,split=validation", out=str(tmp_path), eval_prompts=1)
+    cfg = Config(task="toy_env:slip=0.1,split=validation", out=str(tmp_path), eval_prompts=1)
     assert tools.load_task(cfg) == siren.Run(cfg).task

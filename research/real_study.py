@@ -348,7 +348,9 @@ def collect(jobs: list[Job], results: Path) -> None:
 
     What these files hold of a job stays if its run folder is gone.
     """
-    curves, heldout, forms = [], [], []
+    curves: list[dict[str, Any]] = []
+    heldout: list[dict[str, Any]] = []
+    forms: list[dict[str, Any]] = []
     kept = stored(results, jobs[0].cfg)
     texts = sections(results / "responses.md")
     for job in jobs:

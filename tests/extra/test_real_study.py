@@ -162,7 +162,8 @@ def test_base_metrics_are_those_of_the_model_without_adapters(monkeypatch):
     monkeypatch.setattr(real_study, "FULL_MASS", 0.7)  # so that some tokens are foreign
     found = real_study.base_metrics(model, rollout, temperature=0.8)
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)
-    foreign, logps = [], []
+    foreign = []
+    logps = []
     for row in range(len(ids)):
         start = int(rollout.prompt_mask[row].logical_not().sum())  # where its padding ends
         with torch.no_grad():

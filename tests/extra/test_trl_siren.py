@@ -166,7 +166,8 @@ def run(folder, micro, processes=1, fsdp=False, **options):
 def oracle_entropy(z, top_p=0.8):
     """H' of one position, logits z [V]."""
     p = z.softmax(-1).sort(descending=True).values
-    size, mass = 0, 0.0
+    size = 0
+    mass = 0.0
     while mass < top_p:
         mass += p[size].item()
         size += 1
@@ -221,7 +222,8 @@ def oracle(
         [batch for r in runs for batch in r["seen"][s * accumulation : (s + 1) * accumulation]]
         for s in range(STEPS)
     ]
-    log, old = [], []
+    log = []
+    old = []
     for step, window in enumerate(windows[:steps]):
         if step % 2 == 0:  # a new rollout
             with torch.no_grad():
@@ -344,8 +346,8 @@ def test_autocast_rounds_no_entropy(tmp_path):
     """Under bf16 autocast the head must stay in float32: only hidden states are rounded."""
     trainer, recorded = run(tmp_path, 16, bf16=True, max_steps=2)
     model = ToyWorld().build_model()
-    sums, batches = [], recorded["seen"][:1]
-    for batch in batches:
+    sums = []
+    for batch in recorded["seen"][:1]:
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         positions = (seen.cumsum(1) - 1).clamp(min=0)

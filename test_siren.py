@@ -34,6 +34,7 @@ from common import (
     logp_alone,
     loss_of,
     make,
+    model_with_absolute_positions,
     oracle_aggregate,
     oracle_entropy,
     oracle_nucleus,
@@ -776,13 +777,7 @@ def test_sampled_logp_is_that_of_the_row_alone(impl, temperature):
 @torch.no_grad()
 def test_position_ids_count_a_rows_own_tokens(impl):
     """With learned absolute positions; rotary ones, as in small_model, see differences."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 32}
-    drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(**sizes, **drop, initializer_range=0.4)).eval()
+    model = model_with_absolute_positions()
     out = sampled(impl, model)
     for row in range(0, len(out.mask), 7):
         alone = logp_alone(model, PROMPTS[row // 16], out.tokens[row][out.mask[row]])
@@ -1185,14 +1180,17 @@ def test_a_run_repeats_and_goes_on_where_it_stopped(tmp_path):
     assert resumed[3] == whole[3] and resumed[1] == whole[1]
 
 
-def test_flags_become_a_config_and_options_of_the_task():
-    cfg, resume = siren.read_flags(
-        ["--lr=0.5", "--steps", "7", "--vocab", "96", "--gap-share=0"]
-    )
-    assert (cfg.lr, cfg.steps, resume) == (0.5, 7, False)
+def test_flags_become_a_config_and_options_of_the_task(monkeypatch):
+    asked = []
+    monkeypatch.setattr(siren, "Run", lambda *given: asked.append(given))
+    monkeypatch.setattr(siren, "train", lambda run: [{}])
+    siren.main(["--lr=0.5", "--steps", "7", "--vocab", "96", "--gap-share=0"])
+    ((cfg, resume),) = asked
+    assert (cfg.lr, cfg.steps, cfg.prompts, resume) == (0.5, 7, 32, False)
     assert cfg.task == "toy_env:vocab=96,gap_share=0"
     assert toy_env.load(cfg, vocab="96", gap_share="0") == toy_env.ToyWorld(
         vocab=96, gap_share=0
     )
-    with pytest.raises(ValueError, match=r"--lr -1.0: must be"):
-        siren.read_flags(["--lr=-1"])
+    with pytest.raises(SystemExit) as stop:
+        siren.main(["--lr=-1"])
+    assert stop.value.code == 2

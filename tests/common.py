@@ -249,6 +249,18 @@ def small_model(vocab=32, context=64, seed=0):
         return Qwen2ForCausalLM(config).eval()
 
 
+def model_with_absolute_positions():
+    """A random GPT-2: it adds a learned vector for each position."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 32}
+    drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(**sizes, **drop, initializer_range=0.4)
+        return GPT2LMHeadModel(config).eval()
+
+
 PROMPTS = [
     [5, 1, 7],
     [8, 9, 10, 11, 12, 13, 14],

@@ -269,6 +269,18 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
     assert code == 2 and "holds a run" in lines[-1]
 
 
+def test_a_checkpoint_is_of_the_data_and_the_frozen_weights_that_the_task_has(
+    tmp_path, monkeypatch
+):
+    """A task may have a fingerprint of what the checkpoint does not hold."""
+    monkeypatch.setattr(toy_env.ToyWorld, "fingerprint", "one", raising=False)
+    run(tmp_path, steps=1)
+    assert run(tmp_path, resume=True, steps=2)[-1]["step"] == 2
+    monkeypatch.setattr(toy_env.ToyWorld, "fingerprint", "another")
+    code, _, lines = command("--resume", f"--out={tmp_path}", "--steps=3")
+    assert code == 2 and len(lines) == 1 and "are not those of the run" in lines[0]
+
+
 def test_bad_input_found_late_leaves_the_folder_free(tmp_path):
     flags = [f"--out={tmp_path}", "--prompts=8", "--steps=0"]
     assert command(*flags, "--eval-prompts=100000")[0] == 2

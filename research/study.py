@@ -12,6 +12,9 @@ whose row is there is not run again, so a study that was killed goes on where it
 seed draws everything: the world's gaps, the base model and the training. What is chosen is
 chosen on validation seeds and validation prompts; the main table is of other seeds and of test
 prompts.
+
+--again finds the same digits on a processor like that of the stored rows. Another one rounds
+in another way, and after a few steps the samples differ.
 """
 
 from __future__ import annotations

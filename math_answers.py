@@ -18,12 +18,29 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from itertools import accumulate
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
 SECONDS = 3.0  # for one question, by the clock; math-verify needs about 0.01
+BUDGET = 10.0  # for the slow questions of a step together, those of more than SLOW each
+SLOW = 1.0
 START_SECONDS = 120  # to import math-verify, on a busy machine
+AMOUNTS = (
+    "hundred thousand million billion trillion dozen half halv quarter third fourth fifth"
+)
+AMOUNTS = {*f"{AMOUNTS} tenth hundredth thousandth squared cubed mor l not".split()}
+DEGREES = re.compile(r"\^?\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\^?\s*°")
+TEXT = re.compile(r"\\(?:text[a-z]*|math[a-z]+|mbox)\s*\{([^{}]*)\}(\s*\^\s*\{?\s*[0-9])?")
+BARE = re.compile(r"[A-Za-z.]{3,}|(?:(?<=[0-9])|(?<=[0-9] ))[A-Za-z]+(?=\s*\Z)")
+BRACKETS = re.compile(r"\s*\$?\s*(?:\\left\s*)?(\\\{|[(\[]|)")
+BASE = re.compile(r"[0-9A-F]\s*_\s*\{?\s*(?:\\text\s*\{)?\s*([0-9A-Za-z]+)")
+# digits that only look joined: 5\text{ }6, $5$6, \frac123
+JOINED = re.compile(r"[0-9]\s*(?:\\text\s*\{\s*\}|\\?\$)\s*[0-9]|frac\s*[0-9]{3}")
+COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z*]*\}|\\[A-Za-z]+")
+PLAIN = r"""° ^\circ|\degree ^\circ|√ \sqrt|π \pi|∞ \infty|− -|– -|× \times|€ \text{euro}|{:} :
+|\lbrace \{|\rbrace \}|\emptyset \varnothing|\big {}|\colon :"""
 MAX_CHARACTERS, MAX_DEPTH = 300, 15  # of an answer, and of its brackets; more is wrong at once
 MAX_BYTES = 4 << 30  # of memory, for the process
 # wrong at once: exponents of six digits or as in 9^{9^{9}}; factorials of five digits or twice
@@ -54,11 +71,60 @@ def last_number(text):
     return (LAST_NUMBER.findall(text) or [None])[-1]
 
 
+def is_loose(given, answer):
+    r"""Could math-verify call these equal although they are not? It reads words as products of
+    letters, and drops units, bases, and whether an order counts.
+
+    >>> is_loose("ACT", "CAT"), is_loose("5 m", "5 cm"), is_loose("5 cm", "5")
+    (True, True, False)
+    """
+    known = words(answer)
+    own = words(given)
+    dropped = own != known if own and known else AMOUNTS & (own | known)
+    kinds = [BRACKETS.match(text)[1] or "," in text for text in (given, answer)]
+    ordered = kinds[0] != kinds[1] and {*"(["} & {*kinds} and False not in kinds
+    based = BASE.findall(given) != BASE.findall(answer)
+    capitals = re.fullmatch(r"\s*(?:[A-Z]{2,}|[a-z])\s*", answer) and given.strip().isupper()
+    return bool(dropped or ordered or based or capitals or JOINED.search(given))
+
+
+def words(text):
+    """The words and units of an answer, alike in singular and plural."""
+    text = DEGREES.sub(" degrees ", text.replace("\\$", " dollars "))
+    found = [word for part in TEXT.findall(text) for word in (*part[0].split(), part[1])]
+    found += BARE.findall(COMMAND.sub(" ", TEXT.sub(" ", text)))
+    return {re.sub("[.,]", "", word).lower().rstrip("es") for word in found} - {
+        "",
+        "and",
+        "or",
+    }
+
+
+def same_value(a, b, *_):
+    """For math-verify, in the place of its own rule, which rounds to six decimals: are these
+    two the same to 40 digits, with decimals as exact fractions?"""
+    from sympy import Float, MatrixBase, Rational
+
+    try:
+        if isinstance(a, MatrixBase) and isinstance(b, MatrixBase):
+            return a.shape == b.shape and all(map(same_value, a, b))
+        a, b = (
+            value.doit().xreplace({x: Rational(str(x)) for x in value.doit().atoms(Float)})
+            for value in (a, b)
+        )
+        rest = a - b
+        small = rest.is_number and abs(rest.evalf(60)) < 1e-40 * abs(b.evalf(60))
+        return bool(rest == 0 or small)
+    except Exception:  # of sets, for example
+        return False
+
+
 class Grader:
     """math-verify in a process of its own, started when first needed. Safe from threads."""
 
     def __init__(self, seconds=SECONDS):
         self.seconds = seconds
+        self.spent = 0.0  # seconds on slow questions, in this step
         self.timeouts = 0  # questions whose answer came too late, and so is "wrong"
         self._process = None
         self._lock = threading.Lock()
@@ -73,15 +139,25 @@ class Grader:
         boxes = re.search(r"\\boxed|\\fbox", given)  # it would take the 7 out of -\boxed{7}
         if boxes or not given.strip() or is_too_big(given) or is_too_big(answer):
             return False
+        for line in PLAIN.split("|"):
+            written, plain = line.split()
+            given, answer = (text.replace(written, f"{plain} ") for text in (given, answer))
+        if is_loose(given, answer):
+            return False
+        for part in given.split("=")[:-1]:  # it would see the 5 alone in 2 + 2 = 5
+            number = part.strip() and not re.search("[A-Za-z]", COMMAND.sub("", part))
+            if number and "=" not in answer and not self.equal(part, answer):
+                return False
         with self._lock:
-            verdict = self._remembered(given, answer)
+            verdict = self._remembered(given, answer) if self.spent < BUDGET else None
             self.timeouts += verdict is None
         return bool(verdict)
 
     def metrics(self):
-        """The number of answers that came too late since the last call."""
+        """The number of late answers since the last call; a new budget begins."""
         late = self.timeouts
         self.timeouts = 0
+        self.spent = 0.0
         return {"verify_timeouts": late}
 
     def close(self):
@@ -95,10 +171,13 @@ class Grader:
         """math-verify's verdict; None if the process had to end."""
         if self._process is None:
             self._start()
+        start = time.monotonic()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps([given, answer]) + "\n")
             self._process.stdin.flush()
         reply = self._process.stdout.readline()  # or the process ends by its own alarm
+        seconds = time.monotonic() - start
+        self.spent += seconds if seconds > SLOW or not reply else 0
         if not reply:
             self.close()
         return json.loads(reply) if reply else None
@@ -134,8 +213,9 @@ def serve(seconds):
     SIGALRM is not handled, so the system ends the process when the time is over, also in the
     middle of a multiplication, and also when the run itself is long gone."""
     signal.alarm(START_SECONDS)
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, grader, parse, verify
 
+    grader.sympy_numeric_eq = same_value
     with contextlib.suppress(ValueError, OSError):  # a system that has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     replies = os.fdopen(os.dup(1), "w")

@@ -14,15 +14,19 @@ question in its own chat template and is rewarded for a right answer (docs/verif
               <|im_start|>assistant
     response  9 + 8 = 17, so the answer is \boxed{17}.<|im_end|>
 
-Data files are JSON Lines in UTF-8 (with or without BOM, LF or CRLF), a problem per line, no
-empty lines. An answer is a text or a number, and may be in a \boxed{}. FILE#start:stop takes
-the rows that Python's slice takes: train.jsonl#:1000, train.jsonl#-100:. Training and
-evaluation share no question.
+A data file is JSON Lines in UTF-8, a problem per line, or parquet; hub:NAME:CONFIG:SPLIT is a
+data set of the library datasets, such as hub:openai/gsm8k:main:train, or a folder. A question
+is a text, or the messages of a chat, which go through the chat template as they are. An answer
+is a text or a number; its one \boxed{} counts, or what follows its ####, if it has one.
+#start:stop takes the rows that Python's slice takes: train.jsonl#:1000, train.jsonl#-100:.
+Training and evaluation share no question, and the columns' names.
 """
 
-import contextlib
 import functools
+import hashlib
 import json
+import operator
+import os
 import random
 import re
 import sys
@@ -45,11 +49,13 @@ from siren import require
 # -------------------------------------------------------------------------------- 1. options
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 MODEL_FORMS = "a folder that transformers loads, a folder with a .gguf file, or a hub id"
-DATA_FORMS = "FILE.jsonl or FILE.jsonl#start:stop"
+DATA_FORMS = "FILE.jsonl, FILE.parquet or hub:NAME:CONFIG:SPLIT, with #start:stop or without"
 OPTIONS = {  # name: default, the pattern of what is allowed, and the same in words
     "model": ("", ".+", MODEL_FORMS),
     "data": ("", ".+", f"{DATA_FORMS}, to train on"),
     "eval_data": ("", ".*", "the same, to evaluate on; by default the last tenth of data"),
+    "question_key": ("question", ".+", "a column, or a dotted path into one: the questions"),
+    "answer_key": ("answer", ".+", "the same for answers, such as reward_model.ground_truth"),
     "prompt": (PROMPT, r".*\{question\}.*", "the user's message, with {question} in it"),
     "max_prompt": (1024, "0*[1-9][0-9]*", "a whole number of tokens: longer ones are dropped"),
     "answer_form": ("boxed", "boxed|last-number", "boxed, or last-number if there is no box"),
@@ -132,25 +138,21 @@ BAD_GOLDS = 0.01  # the largest share of answers that no response can match
 
 
 class Row(NamedTuple):
-    question: str
+    question: str | list[dict]  # a text, or the messages of a chat
     answer: str
     where: str  # FILE:LINE, for errors
     prompt: list[int] = ()  # the question in the chat template, as token ids
 
 
-def read_rows(spec):
-    """The problems of FILE.jsonl or FILE.jsonl#start:stop; errors name the file and line."""
-    sliced = re.fullmatch(r"(.+)#(-?\d*):(-?\d*)", spec, re.DOTALL)
-    path, *ends = sliced.groups() if sliced else (spec, "", "")
-    rows = []
+def read_rows(spec, question_key="question", answer_key="answer"):
+    """The problems of a file or a data set, or a slice of them; errors name the row."""
+    path, *ends = re.fullmatch(r"(.*?)(?:#(-?\d*):(-?\d*))?", spec, re.DOTALL).groups()
+    found = read_table if path.startswith("hub:") or path.endswith(".parquet") else read_lines
     try:
-        with open(Path(path).expanduser(), "rb") as file:
-            while line := file.readline(MAX_LINE + 1):
-                where = f"{path}:{len(rows) + 1}"
-                short = len(line) <= MAX_LINE
-                require(short, f"{where}: longer than {MAX_LINE:,} bytes; split the file")
-                line = line if rows else line.removeprefix(b"\xef\xbb\xbf")
-                rows += [read_row(line, where)] if line else []  # also outside start:stop
+        rows = [
+            read_row(row, f"{path}:{number}", question_key, answer_key)
+            for number, row in enumerate(found(path), 1)  # also outside start:stop
+        ]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; give {DATA_FORMS}") from error
     chosen = rows[slice(*(int(end) if end else None for end in ends))]
@@ -158,24 +160,92 @@ def read_rows(spec):
     return chosen
 
 
-def read_row(line, where):
-    expected = f'{where}: expected {{"question": "...", "answer": "..."}}'
+def read_lines(path):
+    with open(os.path.expanduser(path), "rb") as file:
+        line = file.readline(MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
+        while line:
+            yield line
+            line = file.readline(MAX_LINE + 1)
+
+
+def read_table(path):
+    """The rows of a parquet file or of a hub data set, as dictionaries."""
+    package = "datasets" if path.startswith("hub:") else "pyarrow"
     try:
-        row = json.loads(line.decode())
-        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogate
-    except (ValueError, RecursionError) as error:
-        what = f"not JSON in UTF-8 ({error})" if line.strip() else "the line is empty"
-        raise ValueError(f"{expected}; {what}") from error
+        if package == "pyarrow":
+            from pyarrow import parquet
+
+            with open(os.path.expanduser(path), "rb") as file:
+                return parquet.read_table(file).to_pylist()
+        from datasets import load_dataset
+
+        _, name, config, split = path.split(":", 3)
+        return load_dataset(os.path.expanduser(name), config or None, split=split)
+    except ImportError as error:
+        raise ValueError(f"{path}: {error}; pip install {package}") from error
+    except Exception as error:  # a loader may raise whatever it likes
+        raise ValueError(f"{path}: {reason_of(error)}; give {DATA_FORMS}") from error
+
+
+def reason_of(error):
+    """The first line of an error."""
+    return str(error).strip().partition("\n")[0].strip(" .") or type(error).__name__
+
+
+def unique(pairs):
+    """A JSON object as a dictionary, of which Python's json would take the last of two."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        require(names.count(name) == 1, f"the key {name} is given twice")
+    return dict(pairs)
+
+
+def read_row(row, where, question_key, answer_key):
+    """The Row of a line of JSON or of a dictionary. An answer is never changed silently."""
+    expected = f'{where}: expected {{"{question_key}": "...", "{answer_key}": "..."}}'
+    if isinstance(row, bytes):
+        require(len(row) <= MAX_LINE, f"{where}: longer than {MAX_LINE:,} bytes; split it")
+        how = {"object_pairs_hook": unique, "parse_float": Decimal}
+        try:
+            empty = not row.strip()
+            row = json.loads(row.decode(), parse_constant=int, **how)  # int("NaN") is an error
+            json.dumps(row, ensure_ascii=False, default=str).encode()  # no lone surrogate
+        except (ValueError, RecursionError) as error:
+            what = "the line is empty" if empty else f"not JSON in UTF-8 ({error})"
+            raise ValueError(f"{expected}; {what}") from error
     require(isinstance(row, dict), f"{expected}; found a {type(row).__name__}")
-    for name in ("question", "answer"):
-        value = row.get(name)
-        if name == "answer" and type(value) in (int, float):
-            value = f"{Decimal(repr(value)):f}"  # 0.00001, not 1e-05
-        what = f"{name} is {json.dumps(value)[:40]}" if name in row else f"no {name}"
-        require(isinstance(value, str) and value.strip(), f"{expected}, not blank; {what}")
-    boxes = plain_boxes(value).count("\\boxed")
+    values = []
+    for key in (question_key, answer_key):
+        try:
+            path = [key] if key in row else key.split(".")
+            value = functools.reduce(operator.getitem, path, row)
+            what = f"{key} is {json.dumps(value, default=str)[:40]}"
+        except (LookupError, TypeError):
+            value, what = None, f"no {key}, but {', '.join(row)}"[:200]
+        if key == answer_key and type(value) in (int, float, Decimal):
+            number = Decimal(str(value))
+            exact = len(number.as_tuple().digits) <= 17 and abs(number.adjusted()) < 100
+            require(exact, f"{where}: {what}, more than 17 digits; write it as a text")
+            value = f"{number:f}"  # 0.00001, not 1e-05
+        chat = key == question_key and is_chat(value)
+        fine = chat or (isinstance(value, str) and value.strip())
+        require(fine, f"{expected}, not blank; {what}")
+        values.append(value)
+    question, answer = values
+    boxes = plain_boxes(answer).count("\\boxed")
     require(boxes <= 1, f"{where}: the answer has {boxes} boxes; leave the one that counts")
-    return Row(row["question"], siren.extract_answer(plain_boxes(value)) or value, where)
+    marks = answer.count("####")
+    require(marks <= 1, f"{where}: the answer has {marks} ####; leave the one that counts")
+    answer = answer.partition("####")[2].strip() if marks else answer
+    return Row(question, siren.extract_answer(plain_boxes(answer)) or answer, where)
+
+
+def is_chat(value):
+    """Is it a list of messages, {"role": "user", "content": "..."}?"""
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        return False
+    parts = [part.get(name) for part in value for name in ("role", "content")]
+    return bool(parts) and all(isinstance(part, str) and part.strip() for part in parts)
 
 
 def matchable(rows, name, equal=equal):
@@ -184,15 +254,21 @@ def matchable(rows, name, equal=equal):
     bad = {}
     for row in rows:
         right = siren.verify(f"\\boxed{{{row.answer}}}", row.answer, None, equal)
-        if not right or len(row.answer) > MAX_ANSWER:
+        words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", row.answer)
+        prose = len(words) > (2 if "\n" in row.answer.strip() else 12)
+        if not right or prose or len(row.answer) > MAX_ANSWER:
             bad[row.where] = f"{row.where} {row.answer[:40]!r}"
     text = f"{len(bad)} of {len(rows)} answers can't be matched by any response"
     text = f"{text}: {'; '.join([*bad.values()][:3])}; an answer has at most {MAX_ANSWER}"
-    text = f"{text} characters, and its braces are balanced"
+    text = f"{text} characters, is no prose, and its braces are balanced"
     require(len(bad) <= BAD_GOLDS * len(rows), f"{name}: {text}")
     if bad:
         say(f"{name}: dropped {text}")
     return [row for row in rows if row.where not in bad]
+
+
+def hash_of(things):
+    return hashlib.sha256(ascii(things).encode()).hexdigest()
 
 
 def say(text):
@@ -217,7 +293,7 @@ def check_precision(dtype, lora_rank, lr):
 
 def find_model(model):
     """Where transformers finds a model: its name for it, and {"gguf_file": ...} or {}."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # ~nobody stays as it is
     if (path / "config.json").exists():
         return str(path), {}
     files = [path] if path.is_file() and path.suffix == ".gguf" else [*path.glob("*.gguf")]
@@ -238,7 +314,7 @@ def open_model(what, model, **options):
     try:
         return what.from_pretrained(folder, trust_remote_code=False, **gguf, **options)
     except Exception as error:  # a loader on torn files may raise whatever it likes
-        reason = str(error).strip().partition("\n")[0].strip(" .") or type(error).__name__
+        reason = reason_of(error)
         if gguf and isinstance(error, ImportError):
             reason = f"{reason}; pip install gguf accelerate"
         here = "" if Path(folder).exists() else "no such folder, and as a hub id: "
@@ -247,13 +323,16 @@ def open_model(what, model, **options):
 
 def read_model(model, dtype="float32"):
     """A causal language model with the weights of its files, ready to be trained or saved."""
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         say(f"{model} has pickled weights; they are read as weights only, no code in it runs")
     how = {"dtype": getattr(torch, dtype), "output_loading_info": True, "weights_only": True}
     network, info = open_model(AutoModelForCausalLM, model, **how)
     for name in sorted(info["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"model={model}: has no weights for {name}; get the whole model")
+    for name, weight in network.named_parameters():
+        rule = f"model={model}: {name} has weights that are not finite; get the model again"
+        require(weight.isfinite().all(), rule)
     if getattr(network.config, "quantization_config", None) and find_model(model)[1]:
         # a GGUF file has been turned into plain weights; without this it can't be saved
         network.hf_quantizer = None
@@ -328,20 +407,7 @@ class TextTask:
         self.tokenizer = open_model(AutoTokenizer, options.model)
         if not self.tokenizer.chat_template:
             say(f"{options.model} has no chat template: it reads the prompt alone")
-        generation = None
-        with contextlib.suppress(OSError):  # this file is optional
-            generation = GenerationConfig.from_pretrained(find_model(options.model)[0])
-        ends = set()
-        for source in (self.config, self.tokenizer, generation):
-            ids = getattr(source, "eos_token_id", None)
-            ends |= set(ids if isinstance(ids, list) else [ids])
-        self.eos_ids = sorted(ends - {None})  # chat models have several
-        require(self.eos_ids, f"model={options.model}: its config needs an eos_token_id")
-        pad = self.tokenizer.pad_token_id
-        known = pad is not None and pad < self.config.vocab_size  # else it has no embedding
-        self.pad_id = pad if known else self.eos_ids[0]  # siren.py masks by position
-        special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        self._with_text = {*self.tokenizer.get_vocab().values()} - special
+        self._check_tokens()
         self._train = self._read(options.data, "data")
         if options.eval_data:
             self._heldout = self._read(options.eval_data, "eval_data")
@@ -350,15 +416,59 @@ class TextTask:
             say(f"no eval_data: {last} of {len(self._train)} problems are held out")
             self._train, self._heldout = self._train[:-last], self._train[-last:]
         require(self._train, f"{options.data}: one problem can't be split; give eval_data")
-        seen = {" ".join(row.question.split()): row.where for row in self._train}
+        seen = {" ".join(str(row.question).split()): row.where for row in self._train}
         for row in self._heldout:
-            twin = seen.get(" ".join(row.question.split()))
+            twin = seen.get(" ".join(str(row.question).split()))
             require(not twin, f"{row.where}: is also trained on ({twin}); remove one of them")
+        for row in self._train[:3]:  # as the model and the verifier read them
+            text = self.tokenizer.decode(row.prompt)
+            text = text if len(text) < 200 else f"{text[:100]} ... {text[-90:]}"
+            say(f"{row.where}: {text!r}; right is {str(normalize(row.answer))[:60]!r}")
+        rows = [row._replace(where="") for row in [*self._train, *self._heldout]]
+        self.fingerprint = self._rows = hash_of(rows)  # siren.Run compares it when it resumes
+
+    def _check_tokens(self):
+        """Find the tokens that end a response, and the padding; refuse what does not fit."""
+        where = f"model={self.options.model}"
+        generation = None
+        folder = Path(find_model(self.options.model)[0])
+        try:
+            generation = GenerationConfig.from_pretrained(str(folder))
+        except Exception as error:  # the file is optional, but must not be torn
+            torn = not isinstance(error, OSError) or "valid JSON" in str(error)
+            torn = torn or (folder / "generation_config.json").exists()
+            require(not torn, f"{where}: generation_config.json: {reason_of(error)}")
+        vocab = self.config.vocab_size
+        ends = []
+        for source in (self.config, self.tokenizer, generation):
+            ids = getattr(source, "eos_token_id", None)
+            ends += ids if isinstance(ids, list) else [ids]
+        ends = [i for i in ends if i is not None]  # chat models have several
+        require(ends, f"{where}: its config needs an eos_token_id")
+        for i in ends:
+            known = type(i) is int and 0 <= i < vocab
+            require(known, f"{where}: eos_token_id {i!r} is outside its vocabulary of {vocab}")
+        self.eos_ids = sorted(set(ends))
+        pad = self.tokenizer.pad_token_id
+        known = pad is not None and pad < vocab  # else it has no embedding
+        self.pad_id = pad if known else self.eos_ids[0]  # siren.py masks by position
+        added = self.tokenizer.added_tokens_decoder
+        ids = {*self.tokenizer.get_vocab().values()}
+        self._with_text = ids - {i for i, token in added.items() if token.special}
+        few = min(vocab, len(ids))
+        require(few >= 4, f"{where}: has {few} tokens; take a model with at least four")
+        most = max(ids - added.keys(), default=0)  # added ones may lack an embedding
+        rule = f"{where}: its tokenizer has ids up to {most}, its vocabulary is {vocab}"
+        require(most < vocab, f"{rule}; take the tokenizer of this model")
 
     def _read(self, spec, name):
         """The problems with their prompts, without those that leave no room for a response."""
-        rows = matchable(read_rows(spec), name, self.equal)
+        keys = (self.options.question_key, self.options.answer_key)
+        rows = matchable(read_rows(spec, *keys), name, self.equal)
         rows = [row._replace(prompt=self.encode(row.question)) for row in rows]
+        for row in rows:
+            known = max(row.prompt, default=0) < self.config.vocab_size
+            require(known, f"{row.where}: has tokens outside the vocabulary of the model")
         context = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         most = min(self.options.max_prompt, context - self.cfg.max_tokens)
         kept = [row for row in rows if 0 < len(row.prompt) <= most]
@@ -371,21 +481,40 @@ class TextTask:
         return kept
 
     def encode(self, question):
-        """The prompt for a question, as token ids."""
-        text = self.options.prompt.replace("{question}", question)
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(text).input_ids
-        chat = [{"role": "user", "content": text}]
+        """The prompt for a question, a text or the messages of a chat, as token ids."""
+        if isinstance(question, str):
+            text = self.options.prompt.replace("{question}", question)
+            if not self.tokenizer.chat_template:
+                return self.tokenizer(text).input_ids
+            question = [{"role": "user", "content": text}]
         how = {"add_generation_prompt": True, "tokenize": False}
-        text = self.tokenizer.apply_chat_template(chat, **how)
+        try:
+            text = self.tokenizer.apply_chat_template(question, **how)
+        except Exception as error:  # a template is a program, which may raise anything
+            rule = f"its chat template fails: {reason_of(error)}"
+            raise ValueError(f"model={self.options.model}: {rule}") from error
         return self.tokenizer(text, add_special_tokens=False).input_ids  # they are in the text
 
+    epoch = None  # how many times training has gone through the problems
+
     def train_problems(self, n, key):
-        """n training problems, decided by n and key: none comes twice before all have come."""
-        rng = random.Random(f"train {key}")
+        """n training problems, decided by n and key. Steps 1, 2, ... (the keys seed/1, seed/2,
+        ...) walk through all problems in a random order, a new one for each epoch."""
+        found = re.fullmatch(r"(.*)/([1-9][0-9]*)", key)
+        seed, step = (found[1], int(found[2])) if found else (key, 1)
+        size = len(self._train)
+        orders = {}
         drawn = []
-        while len(drawn) < n:
-            drawn += rng.sample(self._train, min(n - len(drawn), len(self._train)))
+        for i in range((step - 1) * n, step * n):
+            epoch = i // size
+            if epoch not in orders:
+                orders[epoch] = random.Random(f"train {seed} {epoch}").sample(
+                    self._train, size
+                )
+            drawn.append(orders[epoch][i % size])
+        self.epoch = step * n / size
+        if self.grader:
+            self.grader.spent = 0.0
         return drawn
 
     def heldout(self, n):
@@ -403,6 +532,9 @@ class TextTask:
             add_lora(network, self.options.lora_rank, self.cfg.seed)
         if self.options.recompute:
             recompute_layers(network)
+        frozen = [p.flatten() for p in network.parameters() if not p.requires_grad]
+        sums = [p.view(torch.int16).sum().item() for p in frozen]  # of bits, so it is exact
+        self.fingerprint = self._rows + hash_of(sums)
         return network
 
     def decode(self, ids):
@@ -420,8 +552,9 @@ class TextTask:
         return None if boxed or text.endswith(CUT_OFF) else last_number(text)
 
     def metrics(self, responses):
-        """With math-verify, the answers for which it had no time, and which are wrong."""
-        return self.grader.metrics() if self.grader else {}
+        """The epoch; with math-verify, the answers that were too slow, and so are wrong."""
+        found = {} if self.epoch is None else {"epoch": self.epoch}
+        return found | (self.grader.metrics() if self.grader else {})
 
 
 load = TextTask  # siren.Run calls load(cfg, **options)

@@ -12,17 +12,21 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_test.jsonl"  # as published, MIT
 sys.path.insert(0, str(ROOT))
 
 import siren  # noqa: E402
@@ -49,7 +53,8 @@ def tiny_model(folder, template=TEMPLATE, pad="<eos>", words=WORDS):
     """A folder with a random Llama and a tokenizer of 21 words, whose padding is its EOS."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).save_pretrained(folder)
+        config = LlamaConfig(**SMALL | {"vocab_size": len(words)})
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     ids = {word: i for i, word in enumerate(words)}
     words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -177,6 +182,209 @@ def test_missing_and_empty_files(tmp_path):
             text_env.read_rows(f"{tmp_path}/{name}")
 
 
+# GSM8K, MATH and DAPO-Math-17k in the forms in which they are published
+MATH_ROWS = [
+    {"problem": f"Compute {i}/7.", "level": "Level 1", "type": "Algebra", "solution": text}
+    for i, text in enumerate(
+        [
+            "Nothing is $\\boxed{0}$.",
+            "It stays as it is, so the answer is $\\boxed{\\frac{1}{7}}.$",
+            "\\[\\boxed{\\dfrac{2}{7}}\\]",
+        ]
+    )
+]
+DAPO_ROWS = [
+    {
+        "data_source": "math_dapo",
+        "prompt": [{"content": f"What is {i} plus {i} ?", "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": str(2 * i), "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": f"{i}"},
+    }
+    for i in range(9)
+]
+DAPO_KEYS = ("prompt", "reward_model.ground_truth")
+
+
+def write_parquet(path, rows):
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def test_the_published_file_of_gsm8k():
+    if not GSM8K.parent.exists():
+        pytest.skip("../shared/data is not there")
+    rows = text_env.read_rows(str(GSM8K))
+    assert len(rows) == 1319
+    assert all(isinstance(text_env.normalize(row.answer), Fraction) for row in rows)
+    assert len(text_env.matchable(rows, "data")) == 1319
+    assert (rows[0].answer, rows[2].answer) == ("18", "70000")
+
+
+def test_columns_of_math(tmp_path):
+    path = write_lines(tmp_path / "math.jsonl", *MATH_ROWS)
+    rows = text_env.read_rows(path, "problem", "solution")
+    assert [row.question for row in rows] == [row["problem"] for row in MATH_ROWS]
+    assert [row.answer for row in rows] == ["0", "\\frac{1}{7}", "\\dfrac{2}{7}"]
+    with pytest.raises(ValueError, match=r"1: expected .*no question, but problem, level, ty"):
+        text_env.read_rows(path)
+
+
+def test_parquet_and_chat_messages(tmp_path, tiny, capsys):
+    path = write_parquet(tmp_path / "dapo.parquet", DAPO_ROWS)
+    rows = text_env.read_rows(f"{path}#2:", *DAPO_KEYS)
+    assert [row.answer for row in rows] == [str(2 * i) for i in range(2, 9)]
+    assert rows[0].where == f"{path}:3"
+    how = {"question_key": DAPO_KEYS[0], "answer_key": DAPO_KEYS[1]}
+    task = load(model=tiny, data=path, **how)
+    words = ["[user]", "What", "is", "3", "plus", "3", "?", "[assistant]"]
+    problem = next(p for p in task.train_problems(8, "a") if p.answer == "6")
+    assert problem.prompt == [WORDS.index(word) for word in words]  # and no other words
+    # the same rows in JSON, with several messages
+    chat = [{"role": "system", "content": "plus"}, {"role": "user", "content": "What is 1 ?"}]
+    path = write_lines(tmp_path / "d.jsonl", *({**row, "prompt": chat} for row in DAPO_ROWS))
+    assert text_env.read_rows(path, *DAPO_KEYS)[0].question == chat
+    assert len(task.encode(chat)) == 2 + 5 + 1
+    held = text_env.read_rows(path, *DAPO_KEYS)
+    with pytest.raises(ValueError, match=r"d\.jsonl:9: is also trained on"):
+        load(model=tiny, data=path, **how)
+    assert held[0].question == held[1].question
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [[], ["What"], [{"role": "user"}], [{"role": "user", "content": " "}], [{"content": "x"}]],
+    ids=str,
+)
+def test_what_is_no_chat(tmp_path, chat):
+    path = write_lines(tmp_path / "a.jsonl", {"question": chat, "answer": "1"})
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected .*; question is \["):
+        text_env.read_rows(path)
+
+
+def test_a_chat_needs_a_template(tmp_path):
+    folder = tiny_model(tmp_path / "m", template=None)
+    path = write_lines(tmp_path / "d.jsonl", *DAPO_ROWS)
+    how = {"question_key": DAPO_KEYS[0], "answer_key": DAPO_KEYS[1]}
+    with pytest.raises(
+        ValueError, match=r"its chat template fails: .*chat_template is not set"
+    ):
+        load(model=folder, data=path, **how)
+
+
+def test_a_hub_data_set(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return [{"question": f"q {i}", "answer": f"so\n#### {i},000"} for i in range(3)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = text_env.read_rows("hub:openai/gsm8k:main:train#1:")
+    assert asked == [("openai/gsm8k", "main", "train")]
+    assert [row.answer for row in rows] == ["1,000", "2,000"]
+    assert rows[0].where == "hub:openai/gsm8k:main:train:2"
+    text_env.read_rows("hub:a/b::train[:10]")
+    assert asked[1] == ("a/b", None, "train[:10]")
+
+    def fails(*names, **how):
+        raise ConnectionError("Couldn't reach the hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(ValueError, match="hub:a/b:c:d: Couldn't reach the hub; give") as error:
+        text_env.read_rows("hub:a/b:c:d")
+    assert "\n" not in str(error.value)
+    for spec in ("hub:a/b", "hub:", "hub:a:b"):
+        with pytest.raises(ValueError, match=rf"{spec}: .*; give .*hub:NAME:CONFIG:SPLIT"):
+            text_env.read_rows(spec)
+
+
+def test_a_data_set_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_parquet(folder / "train.parquet", sums(7))
+    rows = text_env.read_rows(f"hub:{folder}::train#:3")
+    assert [row.answer for row in rows] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "datasets"])
+def test_without_the_package_it_says_so(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    spec = {"pyarrow": f"{tmp_path}/a.parquet", "datasets": "hub:a/b:c:d"}[package]
+    with pytest.raises(ValueError, match=f"; pip install {package}") as error:
+        text_env.read_rows(spec)
+    assert str(error.value).startswith(spec) and "\n" not in str(error.value)
+
+
+def test_a_torn_parquet_file(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 torn")
+    for name in ("a.parquet", "none.parquet"):
+        with pytest.raises(ValueError, match=rf"{name}: .*; give FILE.jsonl") as error:
+            text_env.read_rows(f"{tmp_path}/{name}")
+        assert "\n" not in str(error.value)
+
+
+def test_the_first_problems_are_shown(tmp_path, tiny, capsys):
+    rows = [{**row, "answer": f"so\n#### {row['answer']}.0"} for row in sums(20)]
+    load(model=tiny, data=write_lines(tmp_path / "a.jsonl", *rows))
+    said = [line for line in capsys.readouterr().err.splitlines() if "right is" in line]
+    assert len(said) == 3
+    assert "a.jsonl:2: '[user] What is 0 plus 1 ?" in said[1]
+    assert said[1].endswith("[assistant]'; right is '1'")
+    assert max(map(len, said)) < 400
+
+
+def test_golds_of_prose_are_counted(tmp_path, tiny, capsys):
+    prose = ["She sells 9 eggs.\nSo she makes 18 dollars.", "so " * 3 + "as we " * 20]
+    for gold in prose:
+        rows = [*sums(99), {"question": "plus", "answer": gold}]
+        path = write_lines(tmp_path / "a.jsonl", *rows)
+        load(model=tiny, data=path, eval_data=write_lines(tmp_path / "b.jsonl", *sums(1, 99)))
+        assert "dropped 1 of 100 answers" in capsys.readouterr().err
+        path = write_lines(tmp_path / "a.jsonl", *rows[60:])
+        with pytest.raises(ValueError, match="1 of 40 answers can't be matched"):
+            load(model=tiny, data=path, eval_data=path)
+    good = ["\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}", "\\text{no solution}"]
+    good.append("all real numbers but one")
+    path = write_lines(tmp_path / "a.jsonl", *({"question": "q", "answer": x} for x in good))
+    assert len(text_env.matchable(text_env.read_rows(path), "data")) == 3
+
+
+CHANGED = {
+    "18 digits": ('{"question": "q", "answer": 0.123456789012345678}', "more than 17 digits"),
+    "a long integer": ('{"question": "q", "answer": 123456789012345678}', "more than 17 dig"),
+    "too large": ('{"question": "q", "answer": 1e400}', "more than 17 digits"),
+    "too small": ('{"question": "q", "answer": 1e-400}', "more than 17 digits"),
+    "two answers": ('{"question": "q", "answer": 1, "answer": 2}', "answer is given twice"),
+    "two keys inside": (
+        '{"question": "q", "answer": "1", "x": {"a": 1, "a": 2}}',
+        "a is given",
+    ),
+    "two golds": ({"question": "q", "answer": "#### 1 #### 2"}, "has 2 ####"),
+    "two boxes": ({"question": "q", "answer": "\\boxed{1} #### \\boxed{2}"}, "2 boxes"),
+}
+
+
+@pytest.mark.parametrize("line, reason", CHANGED.values(), ids=CHANGED)
+def test_golds_are_never_changed_silently(tmp_path, line, reason):
+    path = write_lines(tmp_path / "a.jsonl", GOOD, line)
+    with pytest.raises(ValueError, match=reason) as error:
+        text_env.read_rows(path)
+    assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
+
+
+def test_numbers_keep_all_of_their_digits(tmp_path):
+    numbers = ["0.12345678901234567", "12345678901234567", "1e5", "-2.50", "1E-7"]
+    lines = [f'{{"question": "q", "answer": {number}}}' for number in numbers]
+    rows = text_env.read_rows(write_lines(tmp_path / "a.jsonl", *lines))
+    for row, number in zip(rows, numbers):
+        assert text_env.normalize(row.answer) == Fraction(number)
+
+
 def test_lines_have_a_longest_length(tmp_path):
     path = tmp_path / "long.jsonl"
     good = json.dumps(GOOD).encode() + b"\n"
@@ -285,6 +493,54 @@ def test_problems_are_a_function_of_n_and_seed(tiny, data, capsys):
     capsys.readouterr()
     assert len(task.heldout(99)["heldout"]) == 3
     assert "holds 3 problems, not 99" in capsys.readouterr().err
+
+
+def test_every_problem_is_seen_once_per_epoch(tiny, data):
+    """27 problems, 8 per step: a walk, by seed and step alone, so a resumed run goes on."""
+    task = load(model=tiny, data=data)
+    assert task.metrics([]) == {}
+    walk = []
+    for step in range(1, 28):  # eight epochs
+        walk += task.train_problems(8, f"0/{step}")
+        assert task.metrics([]) == {"epoch": step * 8 / 27}
+    orders = [[p.where for p in walk[i : i + 27]] for i in range(0, 8 * 27, 27)]
+    assert all(len(set(order)) == 27 for order in orders)
+    assert len({tuple(order) for order in orders}) == 8
+    again = load(model=tiny, data=data)
+    assert again.train_problems(8, "0/20") == walk[19 * 8 : 20 * 8]
+    assert again.train_problems(8, "1/20") != walk[19 * 8 : 20 * 8]
+    for key in ("0/eval", "0/probe", "plan", "0/0", "0/-1", ""):
+        assert len({p.where for p in again.train_problems(27, key)}) == 27
+    assert len({p.where for p in again.train_problems(60, "0/9")}) == 27
+
+
+def test_the_fingerprint_of_the_rows_and_the_frozen_weights(tmp_path, tiny, data):
+    def prints(rows=None, model=tiny, **how):
+        path = write_lines(tmp_path / "rows.jsonl", *rows) if rows else data
+        task = load(model=model, data=path, **how)
+        first = task.fingerprint
+        task.build_model()
+        assert task.build_model() and type(first) is type(task.fingerprint) is str
+        return first, task.fingerprint
+
+    rows = sums(30)
+    same = prints(rows, lora_rank=2)
+    assert prints(rows, lora_rank=2) == same == prints(lora_rank=2)
+    changed = [{**row, "answer": "7"} for row in rows]
+    held = [*rows[:-1], {**rows[-1], "answer": "7"}]
+    for other in (changed, held, rows[::-1], rows[1:]):
+        assert prints(other)[0] != same[0]
+    folder = tmp_path / "larger"
+    shutil.copytree(tiny, folder)
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(1.5)
+    network.save_pretrained(folder)
+    other = prints(model=folder, lora_rank=2)
+    assert other[0] == same[0] and other[1] != same[1]
+    # weights that are trained are in the checkpoint
+    assert prints(model=folder)[1] == prints()[1]
 
 
 def test_the_prompt_goes_through_the_chat_template(tiny, data):
@@ -731,6 +987,88 @@ def test_a_model_with_missing_weights_is_refused(tmp_path, tiny):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"has no weights for {name}"):
         text_env.read_model(str(folder))
+
+
+def broken(tmp_path, tiny, **files):
+    """A copy of the model with other files; None: without it."""
+    folder = tmp_path / f"m{len(list(tmp_path.iterdir()))}"
+    shutil.copytree(tiny, folder)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def refused(folder, data, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        load(model=folder, data=data).build_model()
+    assert f"model={folder}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite(tmp_path, tiny, data):
+    for value in (math.nan, math.inf):
+        folder = broken(tmp_path, tiny)
+        network = AutoModelForCausalLM.from_pretrained(folder)
+        network.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = value
+        network.save_pretrained(folder)
+        refused(
+            folder, data, r"model.layers.1.mlp.up_proj.weight has weights that are not fin"
+        )
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for m in messages %}{{ m['content'", "{{ raise_exception('no') }}", "{{ 1 // 0 }}"],
+)
+def test_broken_chat_templates(tmp_path, tiny, data, template):
+    folder = broken(tmp_path, tiny, chat_template__jinja=template)
+    refused(folder, data, "its chat template fails: ")
+
+
+def test_tokens_that_the_model_does_not_have(tmp_path, tiny, data):
+    folder = tmp_path / "larger"
+    words = [*WORDS, "more"]
+    tiny_model(folder, words=words)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(tiny) / name, folder)  # of a model with 21 tokens
+    refused(folder, data, "its tokenizer has ids up to 21, its vocabulary is 21")
+    for source in ("config", "generation_config"):
+        for end in ("21", "-1", '"</s>"', "[1, 99]"):
+            text = json.loads((Path(tiny) / f"{source}.json").read_text())
+            text["eos_token_id"] = json.loads(end)
+            files = {f"{source}__json": json.dumps(text)}
+            with pytest.raises(ValueError, match="eos_token_id") as error:
+                load(model=broken(tmp_path, tiny, **files), data=data)
+            assert "\n" not in str(error.value)
+
+
+def test_an_added_token_in_a_prompt(tmp_path, data):
+    """Padding may lack an embedding; a token of a prompt may not."""
+    folder = tiny_model(tmp_path / "m", pad="<pad>")
+    path = write_lines(tmp_path / "a.jsonl", *sums(9), {"question": "<pad>", "answer": "1"})
+    load(model=folder, data=data)
+    with pytest.raises(ValueError, match=r"a\.jsonl:10: has tokens outside the vocabulary"):
+        load(model=folder, data=path)
+
+
+def test_fewer_than_four_tokens(tmp_path, data):
+    folder = tiny_model(tmp_path / "m", words=WORDS[:3])
+    refused(folder, data, "has 3 tokens; take a model with at least four")
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": [2, ', "", "[]", '{"eos_token_id": "\xff'])
+def test_a_torn_generation_config(tmp_path, tiny, data, text):
+    folder = broken(tmp_path, tiny)
+    (folder / "generation_config.json").write_bytes(text.encode("latin-1"))
+    refused(folder, data, "generation_config.json: ")
+    (folder / "generation_config.json").unlink()
+    load(model=folder, data=data)
+
+
+def test_nobodys_home(tmp_path, tiny, data):
+    refused("~nouser/model", data, "no such folder; give")
+    for name in ("~nouser/a.jsonl", "~nouser/a.parquet"):
+        with pytest.raises(ValueError, match=f"{name}: .*No such file"):
+            load(model=tiny, data=name)
 
 
 class Hostile:

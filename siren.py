@@ -320,7 +320,9 @@ class Config:
             low = 0 if field.default == 0 or field.name in may_be_0 else 1e-6
             high = largest.get(field.name, 1e12)
             ok = field.type is str or low <= value <= high
-            require(ok, f"--{field.name} {value}: must be from {low:g} to {high:g}")
+            flag = "--" + field.name.replace("_", "-")
+            rule = "0 or more" if low == 0 else "above 0"
+            require(ok, f"{flag} {value}: must be {rule}, and at most {high:g}")
 
 
 # ---------------------------------------------------------------------------------- 3. sampler

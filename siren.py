@@ -478,7 +478,7 @@ def compare_scores(model, rollout, logp, cfg):
         alone = score(model, Rollout(*(x[None] for x in prompt + response)), cfg)["logp"][0]
     gaps = {"a row and the same row without padding": alone - logp[i][row.mask]}
     gaps["sampling and scoring"] = (rollout.logp - logp)[rollout.mask]
-    most = 1e-3 if model.dtype == torch.float32 else 0.05  # nats, in the mean over the tokens
+    most = 1e-3 if model.dtype == torch.float32 else 0.25  # nats, in the mean over the tokens
     for what, gap in gaps.items():
         mean = gap.abs().mean().item()
         require(mean <= most, f"{what} differ by {mean:.3g} nats: this model can't be trained")

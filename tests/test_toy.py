@@ -6,9 +6,8 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import os
 import random
-import subprocess
+import runpy
 import sys
 from collections import Counter
 from fractions import Fraction
@@ -392,28 +391,21 @@ def test_every_damage_of_the_file_is_one_line(place):
     assert equal_weights(world.build_model(), world.new_model())
 
 
-def test_a_shipped_file_with_a_flipped_bit_stops_the_command(tmp_path):
+def test_a_shipped_file_with_a_flipped_bit_stops_the_command(tmp_path, monkeypatch, capsys):
     """In one line, with exit code 2."""
-    for name in ("siren.py", "toy_env.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     shipped = toy.ToyWorld().base_file
     data = bytearray(shipped.read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / shipped.name).write_bytes(data)
-    done = run_python(tmp_path, "siren.py", "--steps=0", "--eval-prompts=2")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "is damaged" in done.stderr
+    monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy_env.py"))
+    with pytest.raises(SystemExit) as stop:
+        siren.main(["--steps=0", f"--out={tmp_path / 'run'}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "is damaged" in line
 
 
 # -------------------------------------------------------------------------------- the commands
-
-
-def run_python(folder, *words):
-    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, cwd=folder, env=bare
-    )
 
 
 def test_show_prints_an_example_that_holds(capsys):
@@ -435,12 +427,17 @@ def test_show_prints_an_example_that_holds(capsys):
         assert values[split] == str(grades)
 
 
-def test_the_command(tmp_path):
-    shown = run_python(ROOT, "toy_env.py", "seed=3", "gap_share=0.2")
-    assert shown.returncode == 0 and "81 of 405 pairs" in shown.stdout, shown.stderr
-    bad = run_python(ROOT, "toy_env.py", "slip=2")
-    assert bad.returncode == 2 and "shares from 0 to 1" in bad.stderr
-    assert len(bad.stderr.splitlines()) == 1 and not bad.stdout
+def test_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["toy_env.py", "seed=3", "gap_share=0.2"])
+    runpy.run_path(str(ROOT / "toy_env.py"), run_name="__main__")
+    assert "81 of 405 pairs" in capsys.readouterr().out
+    for bad, message in (("slip=2", "shares from 0 to 1"), ("what", "what"), ("x=1", "x=1")):
+        monkeypatch.setattr(sys, "argv", ["toy_env.py", bad])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "toy_env.py"), run_name="__main__")
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and not out and message in err
+        assert len(err.splitlines()) == 1
 
 
 def test_check_base_tells_a_good_model_from_a_bad_one(monkeypatch, capsys):

@@ -507,6 +507,16 @@ def test_cure_trains_drawn_tokens_alone_and_leaves_evaluation_as_it_is(tmp_path)
     assert cure[1]["reward"] != plain[1]["reward"]
 
 
+def test_what_cure_draws_is_compared_with_the_scores(tmp_path, monkeypatch):
+    def wrong(*args, **options):
+        out = sampler.branch(*args, **options)
+        return out._replace(logp=1.1 * out.logp)
+
+    monkeypatch.setitem(METHODS, "cure", dataclasses.replace(METHODS["cure"], sample=wrong))
+    with pytest.raises(ValueError, match="sampling and scoring differ by"):
+        train(tmp_path / "x", "cure")
+
+
 # --------------------------------------------------------------------------- what they promise
 def four_runs(folder, name, options=None):
     """Reward and mean H of the last five of 40 steps, and H of the first, means of four seeds.
@@ -616,7 +626,7 @@ def exit_code(main, words):
         ),
         (["--method", "qae:quantile=-1"], 2, "quantile=-1: must be from 0 to 1"),
         (["--method", "siren:gamma=1"], 2, "gamma=1: siren.py has no such setting"),
-        (["--method", "siren:top_p=2"], 2, "top_p 2.0: must be from"),
+        (["--method", "siren:top_p=2"], 2, "2.0: must be "),
         (
             ["--method", "qae", "--regularizer", "anchor"],
             2,
@@ -626,12 +636,12 @@ def exit_code(main, words):
         # these two are found at the first step
         (
             ["--method", "dph_kl:mastered=1"],
-            1,
+            2,
             "mastered=1.0: the base masters no prompt; lower",
         ),
         (
             ["--method", "cure", "--group-size", "6"],
-            1,
+            2,
             "--group-size 6: must be a multiple of",
         ),
     ],

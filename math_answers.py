@@ -27,10 +27,10 @@ SECONDS = 3.0  # for one question, by the clock; math-verify needs about 0.01
 BUDGET = 10.0  # for the slow questions of a step together, those of more than SLOW each
 SLOW = 1.0
 START_SECONDS = 120  # to import math-verify, on a busy machine
-AMOUNTS = (
-    "hundred thousand million billion trillion dozen half halv quarter third fourth fifth"
-)
-AMOUNTS = {*f"{AMOUNTS} tenth hundredth thousandth squared cubed mor l not".split()}
+AMOUNTS = "hundred thousand million billion trillion dozen half halv quarter third fifth tenth"
+AMOUNTS = {
+    *f"{AMOUNTS} hundredth thousandth squared cubed mor l not".split()
+}  # as words() has
 DEGREES = re.compile(r"\^?\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\^?\s*°")
 TEXT = re.compile(r"\\(?:text[a-z]*|math[a-z]+|mbox)\s*\{([^{}]*)\}(\s*\^\s*\{?\s*[0-9])?")
 BARE = re.compile(r"[A-Za-z.]{3,}|(?:(?<=[0-9])|(?<=[0-9] ))[A-Za-z]+(?=\s*\Z)")
@@ -40,7 +40,7 @@ BASE = re.compile(r"[0-9A-F]\s*_\s*\{?\s*(?:\\text\s*\{)?\s*([0-9A-Za-z]+)")
 JOINED = re.compile(r"[0-9]\s*(?:\\text\s*\{\s*\}|\\?\$)\s*[0-9]|frac\s*[0-9]{3}")
 COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z*]*\}|\\[A-Za-z]+")
 PLAIN = r"""° ^\circ|\degree ^\circ|√ \sqrt|π \pi|∞ \infty|− -|– -|× \times|€ \text{euro}|{:} :
-|\lbrace \{|\rbrace \}|\emptyset \varnothing|\big {}|\colon :"""
+|\lbrace \{|\rbrace \}|\emptyset \varnothing|\big( (|\big) )|\colon :"""
 MAX_CHARACTERS, MAX_DEPTH = 300, 15  # of an answer, and of its brackets; more is wrong at once
 MAX_BYTES = 4 << 30  # of memory, for the process
 # wrong at once: exponents of six digits or as in 9^{9^{9}}; factorials of five digits or twice
@@ -93,11 +93,8 @@ def words(text):
     text = DEGREES.sub(" degrees ", text.replace("\\$", " dollars "))
     found = [word for part in TEXT.findall(text) for word in (*part[0].split(), part[1])]
     found += BARE.findall(COMMAND.sub(" ", TEXT.sub(" ", text)))
-    return {re.sub("[.,]", "", word).lower().rstrip("es") for word in found} - {
-        "",
-        "and",
-        "or",
-    }
+    singular = {re.sub("[.,]", "", word).lower().rstrip("es") for word in found}
+    return singular - {"", "and", "or"}
 
 
 def same_value(a, b, *_):
@@ -108,10 +105,9 @@ def same_value(a, b, *_):
     try:
         if isinstance(a, MatrixBase) and isinstance(b, MatrixBase):
             return a.shape == b.shape and all(map(same_value, a, b))
-        a, b = (
-            value.doit().xreplace({x: Rational(str(x)) for x in value.doit().atoms(Float)})
-            for value in (a, b)
-        )
+        a, b = a.doit(), b.doit()
+        exact = {x: Rational(str(x)) for x in a.atoms(Float) | b.atoms(Float)}
+        a, b = a.xreplace(exact), b.xreplace(exact)
         rest = a - b
         small = rest.is_number and abs(rest.evalf(60)) < 1e-40 * abs(b.evalf(60))
         return bool(rest == 0 or small)

@@ -147,12 +147,11 @@ class Row(NamedTuple):
 def read_rows(spec, question_key="question", answer_key="answer"):
     """The problems of a file or a data set, or a slice of them; errors name the row."""
     path, *ends = re.fullmatch(r"(.*?)(?:#(-?\d*):(-?\d*))?", spec, re.DOTALL).groups()
-    found = read_table if path.startswith("hub:") or path.endswith(".parquet") else read_lines
+    table = path.startswith("hub:") or path.endswith(".parquet")
+    rows = []  # of all, also outside start:stop
     try:
-        rows = [
-            read_row(row, f"{path}:{number}", question_key, answer_key)
-            for number, row in enumerate(found(path), 1)  # also outside start:stop
-        ]
+        for row in read_table(path) if table else read_lines(path):
+            rows.append(read_row(row, f"{path}:{len(rows) + 1}", question_key, answer_key))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; give {DATA_FORMS}") from error
     chosen = rows[slice(*(int(end) if end else None for end in ends))]
@@ -170,33 +169,34 @@ def read_lines(path):
 
 def read_table(path):
     """The rows of a parquet file or of a hub data set, as dictionaries."""
+    _, name, config, split = (*path.split(":", 3), "", "", "")[:4]
     package = "datasets" if path.startswith("hub:") else "pyarrow"
     try:
-        if package == "pyarrow":
-            from pyarrow import parquet
+        if package == "datasets":
+            from datasets import load_dataset
 
-            with open(os.path.expanduser(path), "rb") as file:
-                return parquet.read_table(file).to_pylist()
-        from datasets import load_dataset
+            return load_dataset(os.path.expanduser(name), config or None, split=split)
+        from pyarrow import parquet
 
-        _, name, config, split = path.split(":", 3)
-        return load_dataset(os.path.expanduser(name), config or None, split=split)
-    except ImportError as error:
-        raise ValueError(f"{path}: {error}; pip install {package}") from error
+        with open(os.path.expanduser(path), "rb") as file:
+            return parquet.read_table(file).to_pylist()
     except Exception as error:  # a loader may raise whatever it likes
-        raise ValueError(f"{path}: {reason_of(error)}; give {DATA_FORMS}") from error
+        install = f"pip install {package}" if isinstance(error, ImportError) else ""
+        reason = f"{path}: {reason_of(error)}; {install or f'give {DATA_FORMS}'}"
+        raise ValueError(reason) from error
+
+
+def hash_of(things):
+    return hashlib.sha256(ascii(things).encode()).hexdigest()
 
 
 def reason_of(error):
-    """The first line of an error."""
     return str(error).strip().partition("\n")[0].strip(" .") or type(error).__name__
 
 
-def unique(pairs):
-    """A JSON object as a dictionary, of which Python's json would take the last of two."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        require(names.count(name) == 1, f"the key {name} is given twice")
+def no_twins(pairs):
+    """A JSON object as a dictionary; Python's json would take the last of two equal keys."""
+    require(len(dict(pairs)) == len(pairs), "a key is given twice")
     return dict(pairs)
 
 
@@ -205,14 +205,13 @@ def read_row(row, where, question_key, answer_key):
     expected = f'{where}: expected {{"{question_key}": "...", "{answer_key}": "..."}}'
     if isinstance(row, bytes):
         require(len(row) <= MAX_LINE, f"{where}: longer than {MAX_LINE:,} bytes; split it")
-        how = {"object_pairs_hook": unique, "parse_float": Decimal}
+        require(row.strip(), f"{expected}; the line is empty")
+        how = {"object_pairs_hook": no_twins, "parse_float": Decimal, "parse_constant": int}
         try:
-            empty = not row.strip()
-            row = json.loads(row.decode(), parse_constant=int, **how)  # int("NaN") is an error
+            row = json.loads(row.decode(), **how)  # int("NaN") is an error
             json.dumps(row, ensure_ascii=False, default=str).encode()  # no lone surrogate
         except (ValueError, RecursionError) as error:
-            what = "the line is empty" if empty else f"not JSON in UTF-8 ({error})"
-            raise ValueError(f"{expected}; {what}") from error
+            raise ValueError(f"{expected}; not JSON in UTF-8 ({error})") from error
     require(isinstance(row, dict), f"{expected}; found a {type(row).__name__}")
     values = []
     for key in (question_key, answer_key):
@@ -232,20 +231,19 @@ def read_row(row, where, question_key, answer_key):
         require(fine, f"{expected}, not blank; {what}")
         values.append(value)
     question, answer = values
-    boxes = plain_boxes(answer).count("\\boxed")
-    require(boxes <= 1, f"{where}: the answer has {boxes} boxes; leave the one that counts")
-    marks = answer.count("####")
-    require(marks <= 1, f"{where}: the answer has {marks} ####; leave the one that counts")
-    answer = answer.partition("####")[2].strip() if marks else answer
+    for mark, name in (("\\boxed", "boxes"), ("####", "####")):
+        n = plain_boxes(answer).count(mark)
+        require(n <= 1, f"{where}: the answer has {n} {name}; leave the one that counts")
+    answer = answer.partition("####")[2].strip() if "####" in answer else answer
     return Row(question, siren.extract_answer(plain_boxes(answer)) or answer, where)
 
 
 def is_chat(value):
     """Is it a list of messages, {"role": "user", "content": "..."}?"""
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        return False
-    parts = [part.get(name) for part in value for name in ("role", "content")]
-    return bool(parts) and all(isinstance(part, str) and part.strip() for part in parts)
+    parts = value if isinstance(value, list) else []
+    dicts = all(isinstance(part, dict) for part in parts)
+    texts = [part.get(name) for part in parts for name in ("role", "content")] if dicts else []
+    return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
 
 
 def matchable(rows, name, equal=equal):
@@ -258,17 +256,15 @@ def matchable(rows, name, equal=equal):
         prose = len(words) > (2 if "\n" in row.answer.strip() else 12)
         if not right or prose or len(row.answer) > MAX_ANSWER:
             bad[row.where] = f"{row.where} {row.answer[:40]!r}"
-    text = f"{len(bad)} of {len(rows)} answers can't be matched by any response"
-    text = f"{text}: {'; '.join([*bad.values()][:3])}; an answer has at most {MAX_ANSWER}"
-    text = f"{text} characters, is no prose, and its braces are balanced"
+    text = f"{len(bad)} of {len(rows)} answers can't be matched by any response: "
+    text += (
+        f"{'; '.join([*bad.values()][:3])}; an answer has at most {MAX_ANSWER} characters, "
+    )
+    text += "is no prose, and its braces are balanced"
     require(len(bad) <= BAD_GOLDS * len(rows), f"{name}: {text}")
     if bad:
         say(f"{name}: dropped {text}")
     return [row for row in rows if row.where not in bad]
-
-
-def hash_of(things):
-    return hashlib.sha256(ascii(things).encode()).hexdigest()
 
 
 def say(text):
@@ -425,13 +421,13 @@ class TextTask:
             text = text if len(text) < 200 else f"{text[:100]} ... {text[-90:]}"
             say(f"{row.where}: {text!r}; right is {str(normalize(row.answer))[:60]!r}")
         rows = [row._replace(where="") for row in [*self._train, *self._heldout]]
-        self.fingerprint = self._rows = hash_of(rows)  # siren.Run compares it when it resumes
+        self.fingerprint = self._rows = hash_of(rows)  # compared on --resume
 
     def _check_tokens(self):
         """Find the tokens that end a response, and the padding; refuse what does not fit."""
         where = f"model={self.options.model}"
-        generation = None
         folder = Path(find_model(self.options.model)[0])
+        generation = None
         try:
             generation = GenerationConfig.from_pretrained(str(folder))
         except Exception as error:  # the file is optional, but must not be torn
@@ -439,16 +435,15 @@ class TextTask:
             torn = torn or (folder / "generation_config.json").exists()
             require(not torn, f"{where}: generation_config.json: {reason_of(error)}")
         vocab = self.config.vocab_size
-        ends = []
+        ends = set()
         for source in (self.config, self.tokenizer, generation):
             ids = getattr(source, "eos_token_id", None)
-            ends += ids if isinstance(ids, list) else [ids]
-        ends = [i for i in ends if i is not None]  # chat models have several
+            ends |= set(ids if isinstance(ids, list) else [ids])
+        ends -= {None}  # chat models have several
         require(ends, f"{where}: its config needs an eos_token_id")
-        for i in ends:
-            known = type(i) is int and 0 <= i < vocab
-            require(known, f"{where}: eos_token_id {i!r} is outside its vocabulary of {vocab}")
-        self.eos_ids = sorted(set(ends))
+        known = all(type(i) is int and 0 <= i < vocab for i in ends)
+        require(known, f"{where}: eos_token_id {ends} is outside its vocabulary of {vocab}")
+        self.eos_ids = sorted(ends)
         pad = self.tokenizer.pad_token_id
         known = pad is not None and pad < vocab  # else it has no embedding
         self.pad_id = pad if known else self.eos_ids[0]  # siren.py masks by position
@@ -501,21 +496,16 @@ class TextTask:
         """n training problems, decided by n and key. Steps 1, 2, ... (the keys seed/1, seed/2,
         ...) walk through all problems in a random order, a new one for each epoch."""
         found = re.fullmatch(r"(.*)/([1-9][0-9]*)", key)
-        seed, step = (found[1], int(found[2])) if found else (key, 1)
+        seed, step = found.groups() if found else (key, 1)
         size = len(self._train)
-        orders = {}
+        end = int(step) * n  # problems that have come when the step is over
         drawn = []
-        for i in range((step - 1) * n, step * n):
-            epoch = i // size
-            if epoch not in orders:
-                orders[epoch] = random.Random(f"train {seed} {epoch}").sample(
-                    self._train, size
-                )
-            drawn.append(orders[epoch][i % size])
-        self.epoch = step * n / size
+        for epoch in range((end - n) // size, -(-end // size)):
+            drawn += random.Random(f"train {seed} {epoch}").sample(self._train, size)
+        self.epoch = end / size
         if self.grader:
             self.grader.spent = 0.0
-        return drawn
+        return drawn[(end - n) % size :][:n]
 
     def heldout(self, n):
         """n problems that are never trained on, or all of them if they are fewer."""

@@ -359,10 +359,10 @@ CHANGED = {
     "a long integer": ('{"question": "q", "answer": 123456789012345678}', "more than 17 dig"),
     "too large": ('{"question": "q", "answer": 1e400}', "more than 17 digits"),
     "too small": ('{"question": "q", "answer": 1e-400}', "more than 17 digits"),
-    "two answers": ('{"question": "q", "answer": 1, "answer": 2}', "answer is given twice"),
+    "two answers": ('{"question": "q", "answer": 1, "answer": 2}', "a key is given twice"),
     "two keys inside": (
         '{"question": "q", "answer": "1", "x": {"a": 1, "a": 2}}',
-        "a is given",
+        "a key is given",
     ),
     "two golds": ({"question": "q", "answer": "#### 1 #### 2"}, "has 2 ####"),
     "two boxes": ({"question": "q", "answer": "\\boxed{1} #### \\boxed{2}"}, "2 boxes"),

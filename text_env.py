@@ -238,8 +238,7 @@ def read_row(row, where, question_key, answer_key):
     return Row(question, siren.extract_answer(plain_boxes(answer)) or answer, where)
 
 
-def is_chat(value):
-    """Is it a list of messages, {"role": "user", "content": "..."}?"""
+def is_chat(value):  # a list of messages, {"role": "user", "content": "..."}
     parts = value if isinstance(value, list) else []
     dicts = all(isinstance(part, dict) for part in parts)
     texts = [part.get(name) for part in parts for name in ("role", "content")] if dicts else []
@@ -441,8 +440,8 @@ class TextTask:
             ends |= set(ids if isinstance(ids, list) else [ids])
         ends -= {None}  # chat models have several
         require(ends, f"{where}: its config needs an eos_token_id")
-        known = all(type(i) is int and 0 <= i < vocab for i in ends)
-        require(known, f"{where}: eos_token_id {ends} is outside its vocabulary of {vocab}")
+        inside = all(type(i) is int and 0 <= i < vocab for i in ends)
+        require(inside, f"{where}: eos_token_id {ends} is outside its vocabulary of {vocab}")
         self.eos_ids = sorted(ends)
         pad = self.tokenizer.pad_token_id
         known = pad is not None and pad < vocab  # else it has no embedding
@@ -451,7 +450,7 @@ class TextTask:
         ids = {*self.tokenizer.get_vocab().values()}
         self._with_text = ids - {i for i, token in added.items() if token.special}
         few = min(vocab, len(ids))
-        require(few >= 4, f"{where}: has {few} tokens; take a model with at least four")
+        require(few >= 4, f"{where}: has {few} tokens; take one with at least four")
         most = max(ids - added.keys(), default=0)  # added ones may lack an embedding
         rule = f"{where}: its tokenizer has ids up to {most}, its vocabulary is {vocab}"
         require(most < vocab, f"{rule}; take the tokenizer of this model")

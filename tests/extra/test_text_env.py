@@ -1052,7 +1052,7 @@ def test_an_added_token_in_a_prompt(tmp_path, data):
 
 def test_fewer_than_four_tokens(tmp_path, data):
     folder = tiny_model(tmp_path / "m", words=WORDS[:3])
-    refused(folder, data, "has 3 tokens; take a model with at least four")
+    refused(folder, data, "has 3 tokens; take one with at least four")
 
 
 @pytest.mark.parametrize("text", ['{"eos_token_id": [2, ', "", "[]", '{"eos_token_id": "\xff'])

@@ -1,90 +1,90 @@
-"""SIREN, selective entropy regularization (arXiv 2509.25133). The complete version: siren.py
-
-A policy learns to write 6 digits from 0 to 7. A response is right if no digit is more than 2
-away from the digit before it, as in 3 5 4 4 2 1. There are three losses to learn with:
-
-    none    policy loss
-    bonus   policy loss - bonus * H              H: the mean entropy of all positions
-    siren   policy loss + beta * (H_agg - H*)^2
-
-H_agg is the mean entropy of the likely tokens (top-p mask) at the most undecided positions
-(peak-entropy mask). The anchor H* is H_agg before training: SIREN is self-anchored.
-`python examples/one_page.py` takes about 10 seconds and prints, without the last column:
-
-    loss    reward      H*   H_agg  different right responses (of 512)
-    none     1.000   1.832   0.000      10     It repeats itself: the entropy collapses.
-    bonus    0.000   1.832   3.466       0     It writes nonsense: the entropy explodes.
-    siren    0.998   1.832   1.376     199     It is right in many ways.
+"""The whole of SIREN (arXiv 2509.25133, selective entropy regularization) on one page.
+A network learns to write five digits from 0 to 7 that never become smaller: 0 2 2 5 7 is right,
+0 2 1 5 7 is wrong; 792 responses are right. Training makes right responses likelier, until the
+network writes a few of them only: its entropy collapses. SIREN's second term of the loss pulls
+the entropy H_agg back to its first value, the anchor H*:  policy loss + beta (H_agg - H*)^2
+    python examples/one_page.py         prints after 60 steps:  60  0.996  1.557  1.944  44
+    python examples/one_page.py none    (no second term)        60  0.998  0.002  1.944   1
+The columns are: step  reward   h_agg  anchor  different right responses
 """
 
-import torch
-from torch.distributions import Categorical
+import argparse
 
-B = 512  # responses in a step
-T = 6  # tokens in a response: always 6, so there is no padding
-V = 40  # tokens in the vocabulary: the digits 0 to 7, and 32 useless tokens
-P = 0.8  # p of the top-p mask, as in the paper
-TAU = 0.8  # tau of the peak-entropy mask, as in the paper
+import torch
+
+B, T, V = 512, 5, 8  # responses, digits of a response (always 5: no padding), vocabulary
+GROUP, CLIP = 8, 0.2  # as in PPO and GRPO; with prompts, a group answers the same prompt
+P, TAU, BETA = 0.8, 0.8, 1.0  # of the top-p and the peak-entropy mask; weight of SIREN's term
+
+
+class Policy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(V + 1, 32)  # the token V stands before a response
+        self.rnn = torch.nn.GRU(32, 32, batch_first=True)
+        self.head = torch.nn.Linear(32, V)
+
+    def forward(self, tokens):  # [B, T] -> logits [B, T, V] of each token, from those before
+        before = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=V)
+        return self.head(self.rnn(self.embed(before))[0])
 
 
 def token_stats(logits, tokens):
-    """For each position: log pi(token), where pi is the policy; H, the entropy of pi; and H',
-    the entropy of pi on its nucleus, the fewest tokens with probability P together. A bonus
-    on H makes useless tokens likelier. They are outside the nucleus, so H' ignores them."""
-    pi = Categorical(logits=logits)
-    log_pi = pi.logits.sort(-1, descending=True)[0]  # the last axis is now the rank
-    before = log_pi.exp().cumsum(-1) - log_pi.exp()  # pi = 0.6 0.3 0.1: before = 0.0 0.6 0.9
-    outside = before >= P  # top-p mask: the first two reach P = 0.8, so the third is outside
-    q = Categorical(logits=log_pi.masked_fill(outside, -1e9))  # q = 2/3 1/3 0: exp(-1e9) = 0
-    return pi.log_prob(tokens), pi.entropy(), q.entropy()  # [B, T] each
+    """For each position: log pi(token), where pi is the policy, and H', its entropy on the
+    nucleus, the fewest tokens whose probabilities add up to P or more (top-p mask). A bonus
+    for the entropy of all tokens would make useless ones likelier: an explosion."""
+    log_pi = logits.log_softmax(-1)  # [B, T, V]
+    logp = log_pi.gather(-1, tokens[..., None])[..., 0]  # [B, T]
+    ranked = log_pi.sort(-1, descending=True)[0]  # the likeliest token first
+    before = ranked.exp().cumsum(-1) - ranked.exp()  # of pi = 0.6 0.3 0.1: 0.0 0.6 0.9
+    log_q = ranked.masked_fill(before >= P, -torch.inf).log_softmax(-1)  # q = 2/3 1/3 0
+    return logp, -(log_q.exp() * log_q.clamp(min=-99)).sum(-1)  # 0 * -inf would be NaN
 
 
 def aggregate_entropy(entropy):
     """H_agg: the mean of H' [B, T] over the peaks of each response, then over the responses.
-    Peaks are the positions with the highest H': 2 of 6, or more if some are equal."""
-    theta = entropy.quantile(TAU, dim=1, keepdim=True)  # [B, 1]: the second highest H' of 6
-    peak = (entropy >= theta) & (entropy > 0)  # where H' = 0, one token is sure: no choice
-    return ((entropy * peak).sum(1) / peak.sum(1).clamp(min=1)).mean()  # no peak counts as 0
+    Peaks are the positions with the highest H': from the TAU-quantile on, so one of five
+    (peak-entropy mask). Elsewhere there is less to choose, and entropy makes mistakes."""
+    theta = entropy.double().quantile(TAU, 1, keepdim=True)  # [B, 1]
+    peak = (entropy >= theta) & (entropy > 0)  # H' = 0: one sure token, so nothing to choose
+    return ((entropy * peak).sum(1) / peak.sum(1).clamp(min=1)).mean()
 
 
 def policy_loss(logp, old_logp, adv):
-    """PPO's clipped loss. Tokens become likelier where adv > 0, less likely where adv < 0."""
-    ratio = (logp - old_logp).exp()  # [B, T]: probability now / when the token was sampled
-    return -torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv).mean()  # no gain beyond 20%
+    """PPO's clipped loss: tokens become likelier where adv > 0, less likely where adv < 0."""
+    ratio = (logp - old_logp.detach()).exp()  # [B, T]: pi now / pi when it sampled
+    return -torch.min(ratio * adv, ratio.clamp(1 - CLIP, 1 + CLIP) * adv).mean()
 
 
-def train(name, bonus, beta):
+def train(beta):
     torch.manual_seed(0)
-    policy = torch.nn.Sequential(torch.nn.Embedding(V + 1, 32), torch.nn.Linear(32, V))
-    policy[1].bias.data[8:] -= 4.0  # useless tokens are unlikely, as after pretraining
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
-    for step in range(60):
-        tokens = torch.full((B, T + 1), V)  # token V stands before the first digit
-        with torch.no_grad():
-            for t in range(T):  # 1. Sample. This policy sees only the last token.
-                tokens[:, t + 1] = Categorical(logits=policy(tokens[:, t])).sample()
-            seen, tokens = tokens[:, :-1], tokens[:, 1:]  # [B, T] each
-            old_logp, _, nucleus_entropy = token_stats(policy(seen), tokens)
-        h_agg = aggregate_entropy(nucleus_entropy)
-        if step == 0:
-            anchor = h_agg  # H*
-        right = (tokens < 8).all(1) & (tokens.diff(dim=1).abs() <= 2).all(1)  # [B]
-        reward = right.float()[:, None]  # 2. Reward: 1 if right, else 0.
-        adv = reward - reward.mean()  # [B, 1]: better than the average response? (Dr.GRPO)
-        for _ in range(2):  # 3. Update, twice with the same responses.
-            logp, entropy, nucleus_entropy = token_stats(policy(seen), tokens)
-            loss = policy_loss(logp, old_logp, adv) - bonus * entropy.mean()
-            # The policy loss pulls H_agg down, the square pulls it up: it ends in between.
-            loss = loss + beta * (aggregate_entropy(nucleus_entropy) - anchor) ** 2
+    policy = Policy()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
+    print("step  reward   h_agg  anchor  different right responses")
+    for step in range(1, 61):
+        tokens = torch.zeros(B, T, dtype=torch.long)
+        for t in range(T):  # 1. sample, a token at a time
+            tokens[:, t] = policy(tokens)[:, t].softmax(-1).multinomial(1)[:, 0]
+        right = (tokens.diff(dim=1) >= 0).all(1)  # [B]
+        rewards = right.float().view(-1, GROUP)  # 2. reward, compared within a group
+        adv = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1)  # [B, 1]; Dr.GRPO: no std
+        old_logp, entropy = token_stats(policy(tokens), tokens)  # 3. score before any update
+        h_agg = aggregate_entropy(entropy).item()
+        if step == 1:
+            anchor = h_agg  # H*: here log 7, since 7 of 8 equally likely digits reach P
+        for _ in range(2):  # 4. update, twice with the same responses
+            logp, entropy = token_stats(policy(tokens), tokens)
+            pull = (aggregate_entropy(entropy) - anchor) ** 2  # 0 where H_agg is H*
+            loss = policy_loss(logp, old_logp, adv) + beta * pull  # H_agg ends in between
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    different = len(tokens[right].unique(dim=0))
-    print(f"{name:6}{reward.mean():8.3f}{anchor:8.3f}{h_agg:8.3f}{different:8}")
+        if step % 10 == 0:
+            different = len(tokens[right].unique(dim=0))
+            print(f"{step:4}{rewards.mean():8.3f}{h_agg:8.3f}{anchor:8.3f}{different:8}")
 
 
 if __name__ == "__main__":
-    print("loss    reward      H*   H_agg  different right responses (of 512)")
-    train("none", bonus=0.0, beta=0.0)
-    train("bonus", bonus=1.0, beta=0.0)  # 0.03 gives 414 different ones, but 0.1 explodes
-    train("siren", bonus=0.0, beta=1.0)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("regularizer", nargs="?", choices=["siren", "none"], default="siren")
+    train(0.0 if parser.parse_args().regularizer == "none" else BETA)

@@ -1188,6 +1188,28 @@ def test_the_flags_of_the_command(tmp_path, tiny, data, extra, capsys):
     capsys.readouterr()
 
 
+def test_resuming_in_another_world_is_refused(tmp_path, tiny, capsys):
+    """The same path with other answers; the same folder with other frozen weights."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    path = write_lines(tmp_path / "a.jsonl", *sums(30))
+    out = ("--out", str(tmp_path / "run"))
+    flags = ["--model", folder, "--data", path, "--lora-rank", "2", *FLAGS.split()]
+    assert command(*flags, *out, "--steps", "1") == 0
+    write_lines(tmp_path / "a.jsonl", *({**row, "answer": "7"} for row in sums(30)))
+    capsys.readouterr()
+    said = run(capsys, "--resume", *out, "--steps", "2")
+    assert "the data or the frozen weights are not those of the run" in said
+    write_lines(tmp_path / "a.jsonl", *sums(30))
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        network.lm_head.weight.mul_(1.5)
+    network.save_pretrained(folder)
+    assert "the frozen weights are not" in run(capsys, "--resume", *out, "--steps", "2")
+    shutil.copy(Path(tiny) / "model.safetensors", folder)
+    assert command("--resume", *out, "--steps", "2") == 0
+
+
 def test_recomputing_with_dropout_trains_the_policy_that_sampled(tmp_path, data):
     """Before the first update every ratio is 1; dropout in the update would show."""
     folder = Path(tiny_model(tmp_path / "model"))
@@ -1304,8 +1326,9 @@ def test_four_steps_of_smollm2(options, tmp_path, rank, monkeypatch):
     monkeypatch.setattr(siren, "score", score)
     monkeypatch.setattr(siren.Run, "save", save)
     records = siren.train(siren.Run(siren.Config(**how, out=str(tmp_path / "a"))))
+    # in four steps and, before the first update, in siren.compare_scores
     assert (
-        len(checked) == 4 and max(checked) < 1e-3
+        len(checked) == 5 and max(checked) < 1e-3
     )  # the cache's log-probs are the full pass's
     assert [record["step"] for record in records] == list(range(5))
     for record in records[1:]:

@@ -47,6 +47,7 @@ import time
 from collections import Counter, namedtuple
 from fractions import Fraction
 from pathlib import Path
+from pickle import PickleError
 
 import torch
 from filelock import FileLock
@@ -198,7 +199,7 @@ def policy_loss(
     fits = logp.shape == old_logp.shape == mask.shape and mask.dtype == torch.bool
     fits = fits and adv.shape in (mask.shape, mask.shape[:1])
     require(fits, "logp, old_logp, mask (bool): [B, T] each; adv: [B] or [B, T]")
-    adv = adv.detach().view(len(mask), -1)  # [B, 1] or [B, T]
+    adv = adv.detach() if adv.dim() == 2 else adv.detach()[:, None]  # [B, T] or [B, 1]
     log_ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(-20, 20)  # exp: finite
     ratio = log_ratio.exp()
     free = ratio * adv
@@ -313,11 +314,12 @@ class Config:
 
     def __post_init__(self):
         require(self.regularizer in ("anchor", "bonus", "none"), "--regularizer: see --help")
+        require(self.algorithm in ("dr_grpo", "grpo"), "--algorithm: must be dr_grpo or grpo")
         may_be_0 = ("steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps")
         largest = {"top_p": 1, "peak_quantile": 1, "clip_low": 1, "mini_batches": self.prompts}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            low = 0 if field.default == 0 or field.name in may_be_0 else 1e-6
+            low = 0 if field.default == 0 or field.name in may_be_0 else 1e-12
             high = largest.get(field.name, 1e12)
             ok = field.type is str or low <= value <= high
             flag = "--" + field.name.replace("_", "-")
@@ -595,9 +597,17 @@ class Run:
         exists = (self.folder / "checkpoint.pt").exists()
         fix = "add --resume to go on with it, or name another --out"
         require(resume or not exists, f"--out {self.folder}: holds a run; {fix}")
+        if resume:
+            saved = load_checkpoint(self.folder)
+            for name in vars(cfg).keys() - MAY_CHANGE:
+                rule = f"--resume: --{name} was {saved['config'][name]}; leave it out"
+                require(getattr(cfg, name) == saved["config"][name], rule)
         module, *options = re.split(r"[:,](?=\w+=)", cfg.task)
         options = dict(option.split("=", 1) for option in options)
-        self.task = importlib.import_module(module).load(cfg, **options)
+        try:
+            self.task = importlib.import_module(module).load(cfg, **options)
+        except (AttributeError, ImportError, TypeError) as error:
+            raise ValueError(f"--task {cfg.task}: {error}") from error
         self.heldout = self.task.heldout(cfg.eval_prompts)  # name -> problems
         self.model = self.task.build_model().to(cfg.device).eval()  # eval: without dropout
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -606,10 +616,6 @@ class Run:
         self.anchor = cfg.anchor  # H*; 0 until the first batch has been scored
         self.records = []  # the metrics of each step; step 0 is an evaluation alone
         if resume:
-            saved = load_checkpoint(self.folder)
-            for name in vars(cfg).keys() - MAY_CHANGE:
-                rule = f"--resume: --{name} was {saved['config'][name]}; leave it out"
-                require(getattr(cfg, name) == saved["config"][name], rule)
             world = saved["world"] == getattr(self.task, "fingerprint", None)
             require(world, "--resume: the data or the frozen weights are not those of the run")
             self.model.load_state_dict(saved["model"], strict=False)
@@ -640,7 +646,10 @@ def load_checkpoint(folder):
     data = path.read_bytes()
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(whole, f"--resume: {path} is damaged; restore it, or name another --out")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PickleError as error:
+        raise ValueError(f"--resume: {path}: {error}") from error
 
 
 def train(run):
@@ -693,6 +702,7 @@ def main(argv=None):
     given, rest = parser.parse_known_args(argv)
     flags = vars(given)
     resume = flags.pop("resume")
+    problems = (AssertionError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
     run = None
     try:
         if rest:
@@ -708,11 +718,12 @@ def main(argv=None):
         report(train(run))
     except KeyboardInterrupt:
         parser.exit(130, "siren.py: interrupted; --resume goes on\n")
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except problems as error:
         code = 2 if run is None or isinstance(error, ValueError) else 1
         parser.exit(code, f"siren.py: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":
     sys.modules["siren"] = sys.modules["__main__"]  # for tasks that import siren
+    sys.path.append(str(Path(__file__).parent))  # where tasks are, also with python -I
     main()

@@ -1,7 +1,7 @@
 """The whole of SIREN (arXiv 2509.25133, selective entropy regularization) on one page.
 A network learns to write five digits from 0 to 7 that never become smaller: 0 2 2 5 7 is
 right, 0 2 1 5 7 is wrong; 792 responses are right. Training makes right responses likelier,
-until it writes a few of them only: its entropy collapses. SIREN's second term of the loss pulls
+until only a few of them are left: the entropy collapses. SIREN's second term of the loss pulls
 the entropy H_agg back to its first value, the anchor H*:  policy loss + beta (H_agg - H*)^2
     python examples/one_page.py         prints after 60 steps:  60  0.996  1.557  1.944  44
     python examples/one_page.py none    (no second term)        60  0.998  0.002  1.944   1

@@ -2,8 +2,8 @@
 
     python .ci/check_notebook.py tutorial.ipynb
 
-Fails on an error, after 10 minutes, or if a cell prints something else than is stored. Cells with
-the tag "live" train; their numbers depend on the machine and are only executed.
+Fails on an error, after 10 minutes, or if a cell prints something else than is stored. Cells
+with the tag "live" train; their numbers depend on the machine and are only executed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def main(path: Path) -> int:
         live = "live" in old.metadata.get("tags", [])
         if old.cell_type == "code" and not live and not same(printed(old), printed(new)):
             stale += 1
-            print(f"{path}, cell {index} is stale; it now prints:\n{printed(new)}", file=sys.stderr)
+            print(
+                f"{path}, cell {index} is stale; it now prints:\n{printed(new)}",
+                file=sys.stderr,
+            )
     print(f"{path}: {time.monotonic() - start:.0f} s, {stale} stale cells")
     return 1 if stale else 0
 

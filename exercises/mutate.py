@@ -68,7 +68,7 @@ NOT_ASKED = {
         "max_tokens if algorithm == 'dr_grpo' else mask.sum(1).clamp(min=1)": GRPO,
         "adv.detach()": HARMLESS,
         "old_logp.detach()": HARMLESS,
-        "(len(mask), -1)": INPUT,
+        "adv.detach() if adv.dim() == 2 else adv.detach()[:, None]": INPUT,
         ".clamp(-20, 20)": INPUT,
         "(ratio - 1 - log_ratio).detach()": METRIC,
     },

@@ -56,7 +56,8 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------- 1. the method
 # === begin: copy from here (needs nothing but `import torch`) ===
-def require(ok, rule):  # refuses bad input with one line
+def require(ok, rule):
+    """Refuse bad input with one line: a ValueError that says the rule, unless ok."""
     if not ok:
         raise ValueError(rule)
 
@@ -491,7 +492,8 @@ def update(run, rollout, old_logp, adv):
     cfg = run.cfg
     mask = rollout.mask
     now = score(run.model, rollout, cfg)  # [B, T] each, with gradient
-    logp, h = now["logp"], now["nucleus_entropy"]
+    logp = now["logp"]
+    h = now["nucleus_entropy"]
     policy, info = policy_loss(
         logp, old_logp, adv, mask, cfg.max_tokens, cfg.clip_low, cfg.clip_high, cfg.algorithm
     )
@@ -637,6 +639,7 @@ class Run:
 
 
 def folder_of(cfg):
+    """Where a run is written."""
     return Path(cfg.out or f"runs/{cfg.regularizer}-seed{cfg.seed}")
 
 

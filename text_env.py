@@ -31,7 +31,6 @@ import random
 import re
 import sys
 from decimal import Decimal
-from fractions import Fraction
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -43,7 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import siren
-from math_answers import Grader, last_number, plain_boxes
+from math_answers import MAX_ANSWER, Grader, equal, last_number, normalize, plain_boxes
 from siren import require
 
 # -------------------------------------------------------------------------------- 1. options
@@ -78,58 +77,6 @@ def read_options(given):
         there = values[name] == off or find_spec(package.replace("-", "_"))
         require(there, f"{name}={values[name]}: pip install {package}")
     return SimpleNamespace(**values)
-
-
-# ------------------------------------------------------------------------------- 2. verifier
-MAX_ANSWER = 200  # characters; a longer answer is compared as it stands
-GROUP = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
-TEXT = re.compile(rf"\\(?:text|textbf|mathrm|mathbf|boldsymbol|mbox)\s*{GROUP}")
-WHOLE = re.compile(rf"\s*(?:(?:\\(?:boxed|fbox)\s*)?{GROUP}|\*\*([^*]+)\*\*)\s*")
-LAYOUT = re.compile(r"\\(?:left|right|displaystyle)\b|\\\\|\\[()\[\]!$%,;: ]|[$~\u2212\u2013]")
-BECOMES = {"\\\\": "\\\\", "\\%": "%", "\u2212": "-", "\u2013": "-"}  # all others: a space
-FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?(-?\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))", re.A)
-DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.\d*)?"
-NUMBER = re.compile(rf"(?a)([+-]? ?(?:(?=\.?\d){DIGITS}|\d+ ?/ ?0*[1-9]\d*)) ?(%|percent|)")
-THOUSANDS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
-SPACE = re.compile(r"(\\\\|\\[a-zA-Z]+ (?=[a-zA-Z]))|(?<![0-9]) | (?![0-9])")
-
-
-def normalize(answer):
-    r"""What equal answers have in common: an exact number (Fraction), or else a text.
-
-    A number is a sign, digits (also 1,234), decimals or a fraction (1/2, \frac{1}{2}), and %.
-    In a text, spaces count between digits and where a command ends, as in \sin h.
-
-    >>> normalize(r"$-1{,}234.50$"), normalize(r"\dfrac{1}{2}"), normalize(r"50\%")
-    (Fraction(-2469, 2), Fraction(1, 2), Fraction(1, 2))
-    >>> normalize(r"\text{East}"), normalize("x^{2} + 1"), normalize("5 6")
-    ('East', 'x^2+1', '5 6')
-    """
-    return answer.strip() if len(answer) > MAX_ANSWER else normalize_short(answer)
-
-
-@functools.lru_cache(maxsize=10_000)  # of short answers: long ones would fill the memory
-def normalize_short(answer):
-    text = TEXT.sub(r" \1 ", answer.replace("{,}", ",").replace(r",\!", ","))
-    text = LAYOUT.sub(lambda found: BECOMES.get(found[0], " "), text)
-    text = re.sub(r"[.,]\s*\Z", "", text)
-    while whole := WHOLE.fullmatch(text):
-        text = whole[1] or whole[2] or ""
-    text = " ".join(re.sub(r"\{\s*([a-zA-Z0-9]|\\[a-zA-Z]+)\s*\}", r" \1 ", text).split())
-    # a fraction is set apart by spaces, so that it can't join what stands beside it
-    number = NUMBER.fullmatch(" ".join(FRACTION.sub(r" \1\2/\3\4 ", text).split()))
-    if number:
-        return Fraction(re.sub("[, ]", "", number[1])) / (100 if number[2] else 1)
-    # x=1,234 is not the pair x=1, 234, whose space goes next; but (10,100) is (10, 100)
-    if ", " in text or not re.fullmatch(r"\\?[(\[{].*[)\]}]", text):
-        text = THOUSANDS.sub(lambda found: found[0].replace(",", "'"), text)
-    return SPACE.sub(lambda found: found[1] or "", text)
-
-
-def equal(given, answer):
-    """Is the given answer right? It is the same number or the same text, and not nothing."""
-    answer = siren.extract_answer(plain_boxes(answer)) or answer  # without its box
-    return normalize(given) == normalize(answer) != ""
 
 
 # ----------------------------------------------------------------------------------- 3. data

@@ -63,7 +63,7 @@ SIGNS = {  # sign: what is written for it, LaTeX's first way first
     **{"√": r"\sqrt", r"\frac": r"\frac \dfrac \tfrac \cfrac", r"\\": r"\\", "-": "- − –"},
     **{",": r", {,} ,\!", ":": r": {:} \colon"},
 }
-LAYOUT = r"\left \right \displaystyle \big \Big \bigl \bigr \( \) \[ \] \, \; \: \! \$ $ ~ {}"
+LAYOUT = r"\left \right \displaystyle \big \Big \bigl \bigr \( \) \[ \] \, \; \: \! \$ $ ~"
 SIGN_OF = {way: sign for sign, ways in SIGNS.items() for way in ways.split()}
 SIGN_OF |= dict.fromkeys([*LAYOUT.split(), "\\ "], " ") | {"bmatrix": "pmatrix"}
 WAYS = [re.escape(way) + "(?![A-Za-z])" * way[-1].isalpha() for way in SIGN_OF]
@@ -107,7 +107,7 @@ def normalize_short(answer):
         value *= Fraction(10) ** int(number[3] or number[4] or 0)
         return value / 100 if number[5] else value
     text = re.sub(r"(\\[a-z]+)\((\w+|\\[a-z]+)\)(?![\w\\(^!'])", r"\1 \2", text)  # \sin(x)
-    return in_order(without_spaces(re.sub(r"\{(\w|\\[a-zA-Z]+)\}", r" \1 ", text)))
+    return in_order(without_spaces(re.sub(r"\{(\w?|\\[a-zA-Z]+)\}", r" \1 ", text)))
 
 
 def plain(answer):

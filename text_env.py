@@ -14,12 +14,10 @@ question in its own chat template and is rewarded for a right answer (docs/verif
               <|im_start|>assistant
     response  9 + 8 = 17, so the answer is \boxed{17}.<|im_end|>
 
-A data file is JSON Lines in UTF-8, a problem per line, or parquet; hub:NAME:CONFIG:SPLIT is a
-data set of the library datasets, such as hub:openai/gsm8k:main:train, or a folder. A question
-is a text, or the messages of a chat, which go through the chat template as they are. An answer
-is a text or a number; its one \boxed{} counts, or what follows its ####, if it has one.
-#start:stop takes the rows that Python's slice takes: train.jsonl#:1000, train.jsonl#-100:.
-Training and evaluation share no question, and the columns' names.
+Data is FILE.jsonl (UTF-8), FILE.parquet, or hub:NAME:CONFIG:SPLIT, a data set (or a folder) of
+the library datasets: hub:openai/gsm8k:main:train. FILE#start:stop takes the rows that Python's
+slice takes. A question is a text, or the messages of a chat. An answer is a text or a number;
+its one \boxed{} counts, or what follows its ####, if it has one.
 """
 
 import functools
@@ -79,7 +77,7 @@ def read_options(given):
     return SimpleNamespace(**values)
 
 
-# ----------------------------------------------------------------------------------- 3. data
+# ----------------------------------------------------------------------------------- 2. data
 MAX_LINE = 1_000_000  # bytes of a line
 BAD_GOLDS = 0.01  # the largest share of answers that no response can match
 
@@ -94,43 +92,112 @@ class Row(NamedTuple):
 def read_rows(spec, question_key="question", answer_key="answer"):
     """The problems of a file or a data set, or a slice of them; errors name the row."""
     path, *ends = re.fullmatch(r"(.*?)(?:#(-?\d*):(-?\d*))?", spec, re.DOTALL).groups()
-    table = path.startswith("hub:") or path.endswith(".parquet")
     rows = []  # of all, also outside start:stop
-    try:
-        for row in read_table(path) if table else read_lines(path):
-            rows.append(read_row(row, f"{path}:{len(rows) + 1}", question_key, answer_key))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; give {DATA_FORMS}") from error
+    for raw in read_raw(path):
+        rows.append(read_row(raw, f"{path}:{len(rows) + 1}", question_key, answer_key))
     chosen = rows[slice(*(int(end) if end else None for end in ends))]
     require(chosen, f"{spec}: selects none of the {len(rows)} problems in {path}")
     return chosen
 
 
-def read_lines(path):
-    with open(os.path.expanduser(path), "rb") as file:
-        line = file.readline(MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
-        while line:
-            yield line
-            line = file.readline(MAX_LINE + 1)
-
-
-def read_table(path):
-    """The rows of a parquet file or of a hub data set, as dictionaries."""
-    _, name, config, split = (*path.split(":", 3), "", "", "")[:4]
-    package = "datasets" if path.startswith("hub:") else "pyarrow"
+def read_raw(path):
+    """The lines of a file, as bytes, or the rows of a data set, as dictionaries."""
     try:
-        if package == "datasets":
+        if path.startswith("hub:"):
             from datasets import load_dataset
 
-            return load_dataset(os.path.expanduser(name), config or None, split=split)
-        from pyarrow import parquet
+            _, name, config, split = (*path.split(":", 3), "", "", "")[:4]
+            yield from load_dataset(os.path.expanduser(name), config or None, split=split)
+        elif path.endswith(".parquet"):
+            from pyarrow import parquet
 
-        with open(os.path.expanduser(path), "rb") as file:
-            return parquet.read_table(file).to_pylist()
+            with open(os.path.expanduser(path), "rb") as file:
+                yield from parquet.read_table(file).to_pylist()
+        else:
+            with open(os.path.expanduser(path), "rb") as file:
+                file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # byte order mark
+                yield from iter(lambda: file.readline(MAX_LINE + 1), b"")
     except Exception as error:  # a loader may raise whatever it likes
-        install = f"pip install {package}" if isinstance(error, ImportError) else ""
-        reason = f"{path}: {reason_of(error)}; {install or f'give {DATA_FORMS}'}"
-        raise ValueError(reason) from error
+        missing = isinstance(error, ImportError)
+        fix = f"pip install {error.name}" if missing else f"give {DATA_FORMS}"
+        raise ValueError(f"{path}: {reason_of(error)}; {fix}") from error
+
+
+def read_row(raw, where, *keys):
+    """The Row of a line of JSON or of a dictionary. An answer is never changed silently."""
+    expected = f'{where}: expected {{"{keys[0]}": "...", "{keys[1]}": "..."}}'
+    if isinstance(raw, bytes):
+        require(len(raw) <= MAX_LINE, f"{where}: longer than {MAX_LINE:,} bytes; split it")
+        require(raw.strip(), f"{expected}; the line is empty")
+        try:
+            raw = read_json(raw)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{expected}; not JSON in UTF-8 ({error})") from error
+    require(isinstance(raw, dict), f"{expected}; found a {type(raw).__name__}")
+    values = []
+    for key in keys:
+        path = [key] if key in raw else key.split(".")
+        try:
+            value = functools.reduce(operator.getitem, path, raw)
+            what = f"{key} is {json.dumps(value, default=str)[:40]}"
+        except (LookupError, TypeError):
+            value, what = None, f"no {key}, but {', '.join(raw)}"[:200]
+        if key == keys[1] and type(value) in (int, float, Decimal):
+            number = Decimal(str(value))
+            exact = len(number.as_tuple().digits) <= 17 and abs(number.adjusted()) < 100
+            require(exact, f"{where}: {what}, more than 17 digits; write it as a text")
+            value = f"{number:f}"  # 0.00001, not 1e-05
+        fine = is_text(value) or (key == keys[0] and is_chat(value))
+        require(fine, f"{expected}, not blank; {what}")
+        values.append(value)
+    question, answer = values[0], plain_boxes(values[1])
+    for mark, name in (("\\boxed", "boxes"), ("####", "####")):
+        n = answer.count(mark)
+        require(n <= 1, f"{where}: the answer has {n} {name}; leave the one that counts")
+    answer = answer.partition("####")[2].strip() if "####" in answer else answer
+    return Row(question, siren.extract_answer(answer) or answer, where)
+
+
+def read_json(line):
+    """What is in a line, strictly: no key twice, no NaN, no letter outside of UTF-8."""
+
+    def no_twins(pairs):
+        require(len(dict(pairs)) == len(pairs), "a key is given twice")
+        return dict(pairs)
+
+    how = {"object_pairs_hook": no_twins, "parse_float": Decimal, "parse_constant": int}
+    row = json.loads(line.decode(), **how)  # int("NaN") is an error
+    json.dumps(row, ensure_ascii=False, default=str).encode()  # and so is half a surrogate
+    return row
+
+
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_chat(value):  # a list of messages, {"role": "user", "content": "..."}
+    parts = value if isinstance(value, list) else [None]
+    dicts = bool(parts) and all(isinstance(part, dict) for part in parts)
+    return dicts and all(is_text(part.get(x)) for part in parts for x in ("role", "content"))
+
+
+def matchable(rows, name, equal=equal):
+    """The rows whose answer, in a box, is right by the verifier: no response to the others
+    earns a reward. These are counted and shown; too many of them are an error."""
+    good, bad = [], []
+    for row in rows:
+        right = siren.verify(f"\\boxed{{{row.answer}}}", row.answer, None, equal)
+        words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", row.answer)
+        prose = len(words) > (2 if "\n" in row.answer.strip() else 12)
+        fine = right and not prose and len(row.answer) <= MAX_ANSWER
+        (good if fine else bad).append(row)
+    shown = "; ".join(f"{row.where} {row.answer[:40]!r}" for row in bad[:3])
+    text = f"{len(bad)} of {len(rows)} answers can't be matched by any response: {shown}; an "
+    text += f"answer has at most {MAX_ANSWER} characters, is no prose, its braces are balanced"
+    require(len(bad) <= BAD_GOLDS * len(rows), f"{name}: {text}")
+    if bad:
+        say(f"{name}: dropped {text}")
+    return good
 
 
 def hash_of(things):
@@ -139,78 +206,6 @@ def hash_of(things):
 
 def reason_of(error):
     return str(error).strip().partition("\n")[0].strip(" .") or type(error).__name__
-
-
-def no_twins(pairs):
-    """A JSON object as a dictionary; Python's json would take the last of two equal keys."""
-    require(len(dict(pairs)) == len(pairs), "a key is given twice")
-    return dict(pairs)
-
-
-def read_row(row, where, question_key, answer_key):
-    """The Row of a line of JSON or of a dictionary. An answer is never changed silently."""
-    expected = f'{where}: expected {{"{question_key}": "...", "{answer_key}": "..."}}'
-    if isinstance(row, bytes):
-        require(len(row) <= MAX_LINE, f"{where}: longer than {MAX_LINE:,} bytes; split it")
-        require(row.strip(), f"{expected}; the line is empty")
-        how = {"object_pairs_hook": no_twins, "parse_float": Decimal, "parse_constant": int}
-        try:
-            row = json.loads(row.decode(), **how)  # int("NaN") is an error
-            json.dumps(row, ensure_ascii=False, default=str).encode()  # no lone surrogate
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{expected}; not JSON in UTF-8 ({error})") from error
-    require(isinstance(row, dict), f"{expected}; found a {type(row).__name__}")
-    values = []
-    for key in (question_key, answer_key):
-        try:
-            path = [key] if key in row else key.split(".")
-            value = functools.reduce(operator.getitem, path, row)
-            what = f"{key} is {json.dumps(value, default=str)[:40]}"
-        except (LookupError, TypeError):
-            value, what = None, f"no {key}, but {', '.join(row)}"[:200]
-        if key == answer_key and type(value) in (int, float, Decimal):
-            number = Decimal(str(value))
-            exact = len(number.as_tuple().digits) <= 17 and abs(number.adjusted()) < 100
-            require(exact, f"{where}: {what}, more than 17 digits; write it as a text")
-            value = f"{number:f}"  # 0.00001, not 1e-05
-        chat = key == question_key and is_chat(value)
-        fine = chat or (isinstance(value, str) and value.strip())
-        require(fine, f"{expected}, not blank; {what}")
-        values.append(value)
-    question, answer = values
-    for mark, name in (("\\boxed", "boxes"), ("####", "####")):
-        n = plain_boxes(answer).count(mark)
-        require(n <= 1, f"{where}: the answer has {n} {name}; leave the one that counts")
-    answer = answer.partition("####")[2].strip() if "####" in answer else answer
-    return Row(question, siren.extract_answer(plain_boxes(answer)) or answer, where)
-
-
-def is_chat(value):  # a list of messages, {"role": "user", "content": "..."}
-    parts = value if isinstance(value, list) else []
-    dicts = all(isinstance(part, dict) for part in parts)
-    texts = [part.get(name) for part in parts for name in ("role", "content")] if dicts else []
-    return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
-
-
-def matchable(rows, name, equal=equal):
-    """The rows whose answer, in a box, is right by the verifier: no response to the others
-    earns a reward. These are counted and shown; too many of them are an error."""
-    bad = {}
-    for row in rows:
-        right = siren.verify(f"\\boxed{{{row.answer}}}", row.answer, None, equal)
-        words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", row.answer)
-        prose = len(words) > (2 if "\n" in row.answer.strip() else 12)
-        if not right or prose or len(row.answer) > MAX_ANSWER:
-            bad[row.where] = f"{row.where} {row.answer[:40]!r}"
-    text = f"{len(bad)} of {len(rows)} answers can't be matched by any response: "
-    text += (
-        f"{'; '.join([*bad.values()][:3])}; an answer has at most {MAX_ANSWER} characters, "
-    )
-    text += "is no prose, and its braces are balanced"
-    require(len(bad) <= BAD_GOLDS * len(rows), f"{name}: {text}")
-    if bad:
-        say(f"{name}: dropped {text}")
-    return [row for row in rows if row.where not in bad]
 
 
 def say(text):

@@ -14,7 +14,7 @@ from examples import one_page
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "one_page.py"
 B, T, V = 40, 5, 8
-SEEDS = range(20)
+SEEDS = range(6)
 
 
 @pytest.fixture(autouse=True)
@@ -91,24 +91,28 @@ def test_policy_loss(seed):
     assert 0.1 < stats["clip_fraction"] < 0.9
 
 
-def train_with_siren(regularizer):
+def train_with_siren(regularizer, beta):
     """one_page.train, written again with the functions of siren.py."""
     torch.manual_seed(0)
-    policy = one_page.Policy()
-    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
+    policy = torch.nn.Embedding(one_page.V + 1, one_page.V)
+    torch.nn.init.zeros_(policy.weight)
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
     mask = torch.ones(one_page.B, one_page.T, dtype=torch.bool)
     anchor = None
-    for step in range(1, 61):
+    for step in range(1, 201):
         tokens = torch.zeros(one_page.B, one_page.T, dtype=torch.long)
         with torch.no_grad():
             for t in range(one_page.T):
-                tokens[:, t] = policy(tokens)[:, t].softmax(-1).multinomial(1)[:, 0]
-            old = siren.token_stats(policy(tokens), tokens, one_page.P)
+                tokens[:, t] = (
+                    one_page.logits_of(policy, tokens)[:, t].softmax(-1).multinomial(1)[:, 0]
+                )
+            old = siren.token_stats(one_page.logits_of(policy, tokens), tokens, one_page.P)
         falls = [any(a > b for a, b in pairwise(ids)) for ids in tokens.tolist()]
         rewards = 1.0 - torch.tensor(falls).to(torch.get_default_dtype())
         adv = siren.group_advantages(rewards, one_page.GROUP)
         for i in range(2):
-            now = siren.token_stats(policy(tokens), tokens, one_page.P)
+            now = siren.token_stats(one_page.logits_of(policy, tokens), tokens, one_page.P)
             clips = {"clip_low": one_page.CLIP, "clip_high": one_page.CLIP}
             loss, _ = siren.policy_loss(
                 now["logp"], old["logp"], adv, mask, one_page.T, **clips
@@ -118,7 +122,7 @@ def train_with_siren(regularizer):
                 _, stats = siren.siren_loss(loss, h, mask, 0.0, 0.0, one_page.TAU)
                 anchor = stats["h_agg"].item()
             loss, stats = siren.siren_loss(
-                loss, h, mask, anchor, one_page.BETA, one_page.TAU, regularizer
+                loss, h, mask, anchor, beta, one_page.TAU, regularizer
             )
             if i == 0:
                 h_agg = stats["h_agg"].item()  # as the update before has not been done yet
@@ -130,20 +134,20 @@ def train_with_siren(regularizer):
 
 
 def table(rows):
-    lines = ["step  reward   h_agg  anchor  different right responses"]
+    lines = []
     for step, *values in rows:
-        if step % 10 == 0:
+        if step % 50 == 0:
             lines.append("{:4}{:8.3f}{:8.3f}{:8.3f}{:8}".format(step, *values))
     return lines
 
 
-@pytest.mark.parametrize(("regularizer", "beta"), [("anchor", one_page.BETA), ("none", 0.0)])
+@pytest.mark.parametrize(("regularizer", "beta"), [("anchor", 0.3), ("none", 0.0)])
 def test_a_run_with_the_functions_of_siren_prints_the_same_table(regularizer, beta, capsys):
     """In float64, so that no rounding error ever changes what is sampled."""
     torch.set_default_dtype(torch.float64)
     try:
         one_page.train(beta)
-        due = table(train_with_siren(regularizer))
+        due = table(train_with_siren(regularizer, beta))
     finally:
         torch.set_default_dtype(torch.float32)
     assert capsys.readouterr().out.splitlines() == due
@@ -164,27 +168,28 @@ def test_the_command_and_what_its_docstring_promises(tmp_path):
     promised = {}
     for line in one_page.__doc__.splitlines():
         if "python examples/one_page.py" in line:
-            name = "none" if ".py none" in line else "siren"
+            name = "none" if ".py 0" in line else "siren"
             promised[name] = [float(x) for x in line.split()[-5:]]
     assert set(promised) == {"none", "siren"}
     for name, due in promised.items():
-        done = command(*["none"] * (name == "none"), folder=tmp_path)
+        done = command(*["0"] * (name == "none"), folder=tmp_path)
         assert done.returncode == 0, done.stderr
-        head, *rows = done.stdout.splitlines()
-        assert head.strip() in one_page.__doc__ and len(rows) == 6
+        rows = done.stdout.splitlines()
+        assert len(rows) == 4
         first, last = ([float(x) for x in row.split()] for row in (rows[0], rows[-1]))
-        assert [first[0], last[0]] == [10, 60]
+        assert [first[0], last[0]] == [50, 200]
         assert last[1] > 0.95 and last[3] == first[3] == pytest.approx(due[3], abs=0.02)
-        assert last[2] == pytest.approx(due[2], abs=0.1)
-        assert (
-            last[4] > 20 if name == "siren" else last[4] < 5
-        )  # the different right responses
+        assert last[2] == pytest.approx(due[2], abs=0.2)
+        assert last[4] > 90 if name == "siren" else last[4] < 60  # different and right
     assert not list(tmp_path.iterdir())
 
 
 def test_a_misspelt_argument_is_an_error():
     wrong = command("bonus")
-    assert wrong.returncode == 2 and "invalid choice: 'bonus'" in wrong.stderr.splitlines()[-1]
+    assert (
+        wrong.returncode == 2
+        and "invalid float value: 'bonus'" in wrong.stderr.splitlines()[-1]
+    )
 
 
 def test_it_is_one_page_and_needs_nothing_but_torch():

@@ -98,13 +98,13 @@ def train_with_siren(regularizer, beta):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        right = {tuple(ids) for ids, fell in zip(tokens.tolist(), falls) if not fell}
-        yield step, rewards.mean().item(), stats["h_agg"].item(), anchor, len(right)
+        different = len(set(map(tuple, tokens.tolist())))
+        yield step, rewards.mean().item(), stats["h_agg"].item(), anchor, different
 
 
 def line_of(beta, reward, h_agg, anchor, different):
-    text = f"beta = {beta}   reward {reward:.3f}   H_agg {h_agg:.3f}   H* {anchor:.3f}   "
-    return f"{text}{different:3} different responses of {one_page.B}"
+    text = f"beta {beta}   reward {reward:.3f}   H_agg {h_agg:.3f}   H* {anchor:.3f}   "
+    return f"{text}different responses: {different:3} of {one_page.B}"
 
 
 @pytest.mark.parametrize(("regularizer", "beta"), [("anchor", 0.3), ("none", 0.0)])
@@ -122,7 +122,7 @@ def test_a_run_with_the_functions_of_siren_prints_the_same(regularizer, beta, ca
 def test_the_command_and_what_its_docstring_promises(tmp_path):
     """Another machine may print other digits."""
     number = re.compile(r"\d+\.?\d*")
-    lines = [line for line in one_page.__doc__.splitlines() if "beta = 0." in line]
+    lines = [line for line in one_page.__doc__.splitlines() if "beta 0." in line]
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         cwd=tmp_path,

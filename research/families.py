@@ -1,0 +1,231 @@
+"""Which architectures can be trained: every causal one that transformers knows, made tiny.
+
+    python research/families.py                     # about half an hour; writes docs/models.md
+    python research/families.py --only llama mamba  # prints these alone
+
+A tiny random model of each goes through what text_env does with a model before training. A
+model that passes is then judged by something slower: the log-probabilities of what siren.py's
+sampler drew, with prompts of several lengths, against a pass over each row alone, without
+padding, cache or shared prompts, whose logits come from the model itself.
+
+    right    equal to 1e-4 nats, and the gradients of the loss are finite
+    refused  text_env says why in one line
+    broken   neither of these: a fault of text_env
+
+Each architecture has a process of its own, with a time limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
+import siren
+import text_env
+from research.tools import Parser, one_line, run_tool
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+SECONDS = 300  # for an architecture
+VOCAB = 96
+PROMPTS = [[5, 6, 7], list(range(8, 19)), list(range(19, 26))]
+TOKENS = 12  # of a response: prompts and responses pass windows of 8 tokens
+# the tiny value of a config's whole numbers, by name; the first pattern that fits counts
+SMALL = {
+    r"vocab_size|decoder_vocab_size|.*_vocab_size|vocab_offset|unpadded_vocab_size": VOCAB,
+    r"type_vocab_size|task_type_vocab_size": 2,
+    r"hidden_size|d_model|n_embd|dim_model|embed_dim|emb_dim|embedding_(size|dim)": 64,
+    r"word_embed_proj_dim|attention_hidden_size|hidden_size_global|lru_width": 64,
+    r"num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|depth": 4,
+    r"(num_)?(encoder_|decoder_|swa_)?(attention_)?heads|n_heads?|num_attention_heads": 4,
+    r"num_(decoder|encoder)_attention_heads|swa_num_attention_heads|num_query_groups": 4,
+    r"(swa_)?num_key_value_heads|num_kv_heads|kv_n_heads": 2,
+    r"head_dim|dim_head|d_head|kv_channels|swa_head_dim|attention_head_(dim|size)": 16,
+    r".*intermediate_size.*|.*ffn_dim|.*ffn_hidden_size|dim_ff|dff|d_inner|mlp_dim": 64,
+    r"moe_num_experts|num_(local_)?experts|n_routed_experts|zero_expert_num": 4,
+    r"num_experts_per_tok(en)?|moe_top_?k|moe_k": 2,
+    r"topk_group|n_group|num_expert_group": 1,
+    r"(q|kv|o)_lora_rank|adapter_rank|hc_lowrank|gated_norm_rank|laurel_rank": 16,
+    r"qk_rope_head_dim|qk_nope_head_dim|v_head_dim|index_head_dim|rotary_dim": 16,
+    r"qk_head_dim": 32,
+    r"index_n_heads|linear_num_(key|value)_heads|linear_num_heads": 4,
+    r"linear_(key_|value_)?head_dim": 16,
+    r"sliding_window(_size)?|attention_(chunk|window)_size|local_attention": 8,
+    r"mamba_d_state|state_size|ssm_state_size|mamba_dt_rank|time_step_rank": 8,
+    r"mamba_(d_head|head_dim|headdim)": 32,
+    r"mamba_n(um)?_heads|n_mamba_heads": 4,
+    r"(mamba_)?chunk_size": 4,
+}
+LAYERS = ["linear_attention", "full_attention"] * 2
+MIXED = ["sliding_attention", "full_attention"] * 2
+# what some need besides: layers of each kind among four, numbers that must fit each other
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": LAYERS, "num_key_value_heads": 4},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "big_bird": {"attention_type": "original_full", "is_decoder": True},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "cohere_compass_text": {"sliding_window": None},
+    "dots1": {"n_shared_experts": 1},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
+    "gemma3": {"text_config": {"layer_types": MIXED}},
+    "gemma3_text": {"layer_types": MIXED},
+    "gemma3n_text": {"layer_types": MIXED, "num_kv_shared_layers": 0},
+    "gemma4": {"text_config": {"layer_types": MIXED}},
+    "gemma4_text": {"layer_types": MIXED},
+    "gemma4_unified": {"text_config": {"layer_types": MIXED}},
+    "gemma4_unified_text": {"layer_types": MIXED},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "granitemoehybrid": {"layer_types": LAYERS},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
+    "inkling2_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": LAYERS, "num_key_value_heads": 4},
+    "kolibri1": {"layer_types": MIXED},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16},
+    "phi3": {"max_position_embeddings": 128},
+    "reformer": {"is_decoder": True},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
+# models for images or text that answer in text: their text part alone is what counts
+
+
+def shrink(config: Any) -> dict[str, Any]:
+    """The arguments with which a config of this kind is tiny."""
+    sizes = {}
+    for name, value in config.to_dict().items():
+        part = getattr(config, name, None) if name.endswith("_config") else None
+        if hasattr(part, "to_dict"):
+            sizes[name] = shrink(part)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            fits = [small for rule, small in SMALL.items() if re.fullmatch(rule, name)]
+            if fits and value > 0:
+                sizes[name] = fits[-1] if "type_vocab" in name else fits[0]
+            elif name.endswith("_token_id") and name[:3] in ("eos", "bos", "pad"):
+                sizes[name] = {"eos": 1, "bos": 2, "pad": 0}[name[:3]]
+    return sizes
+
+
+def merge(sizes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """sizes with those of the family in their place; None takes one away."""
+    merged = dict(sizes)
+    for name, value in own.items():
+        deeper = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge(merged[name], value) if deeper else value
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def build(family: str) -> torch.nn.Module:
+    """A tiny model, whose random weights are large enough for its policy to be far from
+    uniform: a mistake must be seen."""
+    kind = CONFIG_MAPPING[family]
+    config = kind(**merge(shrink(kind()), OVERRIDES.get(family, {})))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.nn.Parameter) and weight.dim() == 2:
+                weight.normal_(0, 1.5 * weight.shape[1] ** -0.5)
+    return model
+
+
+@torch.no_grad()
+def alone(model: torch.nn.Module, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """The log-probabilities of a response by a single pass, in the plainest way."""
+    ids = torch.tensor([prompt + response])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+
+
+def judge(family: str) -> dict[str, str]:
+    """What becomes of a tiny model of the family: its verdict and the reason."""
+    try:
+        model = build(family)
+    except ImportError as error:
+        return {"verdict": "not built", "reason": one_line(error)}
+    cfg = siren.Config(max_tokens=TOKENS, device="cpu")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            longest = max(map(len, PROMPTS)) + TOKENS
+            text_env.try_model(model, family, PROMPTS, longest, 0, cfg)
+    except ValueError as error:
+        return {"verdict": "refused", "reason": str(error).removeprefix(f"model={family}: ")}
+    task = SimpleNamespace(eos_ids=[1, 3], pad_id=0)
+    problems = [SimpleNamespace(prompt=prompt) for prompt in PROMPTS]
+    rollout = siren.sample(model, task, problems, cfg, "judge", 4, 1.0)
+    now = siren.score(model, rollout, cfg)
+    gap = 0.0
+    for i, response in enumerate(rollout.responses()):
+        expected = alone(model, PROMPTS[i // 4], response)
+        for logp in (rollout.logp[i], now["logp"][i].detach()):
+            gap = max(gap, (logp[: len(response)] - expected).abs().max().item())
+    (now["logp"].sum() + now["nucleus_entropy"].sum()).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    finite = all(grad.isfinite().all() for grad in grads) and any(g.any() for g in grads)
+    once = "once" if hasattr(model, "read_rollout") else "with each response"
+    good = gap <= 1e-4 and finite and not now["logp"].detach().isnan().any()
+    reason = "" if good else f"{gap:.2g} nats apart, gradients finite: {finite}"
+    entropy = now["entropy"][rollout.mask].mean().item()
+    found = {"verdict": "right" if good else "broken", "reason": reason, "prompts": once}
+    return found | {"gap": f"{gap:.1e}", "entropy": f"{entropy:.2f}"}
+
+
+def command(argv: list[str] | None) -> int:
+    """Judge the families, each in a process of its own."""
+    parser = Parser("families.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    parser.add_argument("--here", action="store_true", help="in this process, as JSON")
+    given = parser.parse_args(argv)
+    if given.here:
+        print("\n".join(json.dumps(judge(family)) for family in given.only))
+        return 0
+    found = {}
+    for family in given.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        found[family] = in_a_process(family)
+        print(f"{family:28}", *found[family].values(), flush=True)
+    return 0
+
+
+def in_a_process(family: str) -> dict[str, str]:
+    """judge(family) in a process of its own: whatever happens there is a verdict."""
+    call = [sys.executable, __file__, "--here", "--only", family]
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS)
+        if done.returncode == 0:
+            return json.loads(done.stdout.splitlines()[-1])
+        reason = done.stderr.strip().splitlines()[-1][:300]
+    except subprocess.TimeoutExpired:
+        reason = f"more than {SECONDS} seconds"
+    return {"verdict": "broken", "reason": reason}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit codes as run_tool says."""
+    return run_tool("families.py", command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -343,8 +343,8 @@ def read_model(model, dtype="float32"):
 
 def check_config(config, longest, model):
     """Refuse what siren.py can't train: a head that does more than multiply (Gemma 2, Cohere),
-    and rotary positions that change all at once when a text grows beyond a limit (longrope),
-    since the sampler's cache would keep the old ones."""
+    and positions that change all at once when a text grows beyond a limit (longrope), since
+    the sampler's cache would keep the old ones."""
     values = [(name, getattr(config, name, None)) for name in HEAD_FIELDS]
     more = ", ".join(f"{name}={value}" for name, value in values if value not in (None, 1))
     rule = "so its logits are more than what its head makes of the hidden states"
@@ -352,11 +352,11 @@ def check_config(config, longest, model):
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
         if rope.get("rope_type") in ("dynamic", "longrope"):
-            limit = rope.get("original_max_position_embeddings")
+            limit = rope.get("original_max_position_embeddings", 0)
             limit = limit or config.max_position_embeddings
-            rule = f"its positions change beyond {limit} tokens, prompt and response may have"
-            fix = "lower --max-prompt or --max-tokens"
-            require(longest <= limit, f"model={model}: {rule} {longest}; {fix}")
+            rule = f"positions change beyond {limit} tokens, a prompt with its response has up"
+            rule = f"model={model}: {rule} to {longest}; lower --max-prompt or --max-tokens"
+            require(longest <= limit, rule)
 
 
 def add_lora(network, rank, seed):
@@ -390,6 +390,7 @@ def recompute_layers(network):
 # nats by which log-probabilities may differ, in the mean over tokens: in float32; in float32
 # when prompts are read once; in bfloat16, which keeps 8 bits of a number
 MOST, MOST_ONCE, MOST_HALF = 1e-3, 1e-5, 0.15
+ROW = 1024
 
 
 def in_one_row(network, group):
@@ -404,31 +405,28 @@ def in_one_row(network, group):
     p = len(prompt)
     row, t = group.mask.nonzero(as_tuple=True)  # [n] each: whose token it is, and which
     ids = torch.cat([prompt, group.tokens[group.mask]])  # [p + n]
+    owner = torch.cat([torch.zeros_like(prompt), row + 1])  # 0: the prompt
+    seen = ((owner == 0) | (owner == owner[:, None])).tril()  # a row of it sees a column
+    mask = torch.where(seen, 0.0, torch.finfo(network.dtype).min).to(network.dtype)
+    mask = mask[None, None] if len(group.mask) > 1 else None  # one alone needs none
     index = torch.arange(len(ids), device=ids.device)
-    inputs = {"position_ids": torch.cat([index[:p], p + t])[None], "use_cache": False}
-    if len(group.mask) > 1:
-        owner = torch.cat([torch.zeros_like(prompt), row + 1])  # 0: the prompt
-        seen = ((owner == 0) | (owner == owner[:, None])).tril()  # row sees column
-        bias = torch.zeros(seen.shape, dtype=network.dtype, device=ids.device)
-        bias = bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
-        inputs["attention_mask"] = bias[None, None]
-    hidden = network(ids[None], **inputs).last_hidden_state[0]
+    inputs = {"attention_mask": mask, "position_ids": torch.cat([index[:p], p + t])[None]}
+    hidden = network(ids[None], **inputs, use_cache=False).last_hidden_state[0]
     return hidden[torch.where(t == 0, p, index[p:]) - 1]
 
 
 def read_prompts_once(network, rollout):
     """siren.forward's hidden states [B, T, D]; padding is not read and is 0. Responses share a
-    row until they have sqrt(p (p + 6 D)) tokens, p those of the prompt: with more, attention,
-    which takes the square of the length, costs more than the prompt, 6 D per token."""
+    row until they have ROW tokens, since attention takes the square of a row's length."""
     both = torch.cat([rollout.prompt, rollout.prompt_mask], 1)
     new = [True, *(both[1:] != both[:-1]).any(1).tolist()]  # another prompt than before
     starts = []
     room = 0
-    for i, (p, t) in enumerate(zip(*(m.sum(1).tolist() for m in (rollout[1], rollout[3])))):
-        if new[i] or room < t:
+    for i, length in enumerate(rollout.mask.sum(1).tolist()):
+        if new[i] or room < length:
             starts.append(i)
-            room = math.sqrt(p * (p + 6 * network.config.get_text_config().hidden_size))
-        room -= t
+            room = ROW
+        room -= length
     groups = [rollout.rows(slice(*ends)) for ends in pairwise([*starts, len(new)])]
     hidden = torch.cat([in_one_row(network.base_model, group) for group in groups])  # [N, D]
     out = hidden.new_zeros(*rollout.mask.shape, hidden.shape[-1])
@@ -445,19 +443,19 @@ def rename_cache(network, args, inputs):
 
 @torch.no_grad()
 def gaps_of(network, prompts, pad_id, cfg, once):
-    """Differences of log-probabilities that must be equal, in nats, the mean over the tokens:
-    what is scored and what was sampled; the first row, which has padding, and the same alone;
-    and if `once`: each prompt read once for its responses, and with each of them."""
+    """Differences, in nats, of log-probabilities that must be equal: what is sampled and what
+    is scored; the first row, which has padding, and the same alone; and if `once`, prompts
+    read once for all of their responses and not."""
     vocab = len(network.get_output_embeddings().weight)
     task = SimpleNamespace(pad_id=pad_id, eos_ids=[*range(0, vocab, 16)])  # some end early
     problems = [SimpleNamespace(prompt=prompt) for prompt in prompts]
     rollout = siren.sample(network, task, problems, cfg, "try", 2, cfg.temperature)
     logp = siren.score(network, rollout, cfg)["logp"]
-    gaps = {"sampling and scoring": (rollout.logp - logp)[rollout.mask]}
-    row = siren.Rollout(*(tensor[:1] for tensor in rollout))
-    own = row.prompt_mask[0]
-    row = row._replace(prompt=row.prompt[:, own], prompt_mask=row.prompt_mask[:, own])
+    row = siren.Rollout(*(x[:1] for x in rollout))
+    n = -len(prompts[0])
+    row = row._replace(prompt=row.prompt[:, n:], prompt_mask=row.prompt_mask[:, n:])
     alone = siren.score(network, row, cfg)["logp"]
+    gaps = {"sampling and scoring": (rollout.logp - logp)[rollout.mask]}
     gaps["a row with padding and without"] = (alone - logp[:1])[row.mask]
     if once:
         network.read_rollout = functools.partial(read_prompts_once, network)
@@ -471,27 +469,32 @@ def try_model(network, model, prompts, longest, pad_id, cfg):
     """Before any training: refuse a model that can't be trained right. Prompts are read once
     for all of their responses if its attention takes any mask."""
     check_config(network.config.get_text_config(), longest, model)
+    if network.base_model is network:  # Llama 4 names a part that it does not have
+        network.base_model_prefix = "model"
     if "cache_params" in inspect.signature(network.forward).parameters:
         network.register_forward_pre_hook(rename_cache, with_kwargs=True)
     prompts = sorted(prompts, key=len)
     few = min(6, cfg.max_tokens)
-    # a higher temperature, since of tokens that are certain every log-probability is 0
-    cfg = replace(cfg, max_tokens=few, sample_batch=6, micro_batch_size=2, temperature=2.0)
-    short, middle = prompts[0][len(prompts[0]) // 2 :], prompts[len(prompts) // 2]
     full = [*islice(cycle(chain(*reversed(prompts))), longest - few)]  # the run's longest
+    tries = (
+        [prompts[0][len(prompts[0]) // 2 :], prompts[len(prompts) // 2], prompts[-1]],
+        [full],
+    )
+    how = {"sample_batch": 6, "micro_batch_size": min(2, cfg.micro_batch_size)}
+    how |= {"max_tokens": few, "temperature": 2.0}  # at 1 many tokens are certain: no gaps
     name = f"model={model}: a {type(network).__name__}"
     try:
         layers = DynamicCache(config=network.config).layers
         once = all(type(layer) is DynamicLayer for layer in layers)  # no windows, no states
-        tries = ([short, middle, prompts[-1]], [full])
-        found = [gaps_of(network, some, pad_id, cfg, once) for some in tries]
+        found = [gaps_of(network, some, pad_id, replace(cfg, **how), once) for some in tries]
     except Exception as error:  # a model may raise whatever it likes
         raise ValueError(f"{name} can't be sampled and scored: {reason_of(error)}") from error
-    most, most_once = (MOST, MOST_ONCE) if network.dtype == torch.float32 else (MOST_HALF,) * 2
+    half = network.dtype != torch.float32
     for gaps in found:
-        once &= gaps.pop("once", math.inf) <= most_once
+        once &= gaps.pop("once", math.inf) <= (MOST_HALF if half else MOST_ONCE)
         for what, gap in gaps.items():
-            require(gap <= most, f"{name} can't be trained: {what} differ by {gap:.3g} nats")
+            fits = gap <= (MOST_HALF if half else MOST)
+            require(fits, f"{name} can't be trained: {what} differ by {gap:.3g} nats")
     if once:
         network.read_rollout = functools.partial(read_prompts_once, network)
     else:

@@ -12,8 +12,8 @@
  d  one training step against TRL's GRPOTrainer (if installed)
  e  one training step against the model's own forward and backward passes in it
  f  one training step of SmolLM2-135M, with the command of docs/scale.md: each prompt read once
-    for all of its responses against a pass over each response with its prompt (if
-    examples/get_smollm2.py has put the model into models/)
+    for all of its responses against a pass over each response with its prompt, in CPU seconds
+    (if examples/get_smollm2.py has put the model into models/)
 
 Contenders take turns within a round, each first in every other round, so that a busy machine
 slows all alike. A figure is the ratio within a round; its median is over the rounds. Memory is
@@ -87,16 +87,16 @@ def allocated_peak(run, ready=tuple):
     return max(live[before:])
 
 
-def race(ways, rounds, before=lambda: None):
+def race(ways, rounds, before=lambda: None, clock=time.perf_counter):
     """Name -> seconds of each round, for these functions. before() opens a round; the first
     round is not counted."""
     times = {name: [] for name in ways}
     for i in range(rounds + 1):
         before()
         for name in list(ways)[:: 1 if i % 2 else -1]:
-            start = time.perf_counter()
+            start = clock()
             ways[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
@@ -444,7 +444,7 @@ FEW = {"prompts": 2, "group_size": 2, "mini_batches": 1, "max_tokens": 2}  # for
 
 def bench_prompts(sizes):
     """(f) The same steps with read_rollout, which text_env gives to a model whose attention
-    takes any mask, and without it."""
+    takes any mask, and without it, in CPU seconds."""
     if not all(SMOLLM2[name].exists() for name in ("model", "data", "eval_data")):
         print("f: skipped; run examples/get_smollm2.py and examples/make_data.py before")
         return {"f": {}}
@@ -462,7 +462,7 @@ def bench_prompts(sizes):
         metrics[name] = siren.training_step(run, 1)
 
     ways = {"once": partial(step, "once", once), "each": partial(step, "each", None)}
-    times = race(ways, max(2, sizes["rounds"] // 2))
+    times = race(ways, max(2, sizes["rounds"] // 2), clock=time.process_time)
     for key in ("reward", "h_agg", "grad_norm"):  # the same step, so a fair comparison
         same = math.isclose(metrics["once"][key], metrics["each"][key], rel_tol=1e-3)
         assert same, (key, metrics)

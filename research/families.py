@@ -8,9 +8,10 @@ model that passes is then judged by something slower: the log-probabilities of w
 sampler drew, with prompts of several lengths, against a pass over each row alone, without
 padding, cache or shared prompts, whose logits come from the model itself.
 
-    right    equal to 1e-4 nats, and the gradients of the loss are finite
-    refused  text_env says why in one line
-    broken   neither of these: a fault of text_env
+    right      equal to 1e-4 nats, with gradients that are finite and not all 0
+    refused    text_env says why in one line
+    not built  transformers itself fails to make a tiny model
+    broken     none of these: a fault of text_env
 
 Each architecture has a process of its own, with a time limit.
 """
@@ -19,12 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
+import multiprocessing
 import re
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +33,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
@@ -42,6 +42,7 @@ from research.tools import Parser, one_line, run_tool
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 SECONDS = 300  # for an architecture
+MOST = 1e-4  # nats between what is sampled, what is scored and what is read alone
 VOCAB = 96
 PROMPTS = [[5, 6, 7], list(range(8, 19)), list(range(19, 26))]
 TOKENS = 12  # of a response: prompts and responses pass windows of 8 tokens
@@ -72,15 +73,37 @@ SMALL = {
     r"(mamba_)?chunk_size": 4,
 }
 LAYERS = ["linear_attention", "full_attention"] * 2
+HYBRID = ["linear_attention", "hybrid"] * 2
 MIXED = ["sliding_attention", "full_attention"] * 2
+TEXT = """# Which models can be trained
+
+Made by `python research/families.py`: a tiny random model of each of the {n} causal architectures of transformers {version}, through
+what [text_env.py](../text_env.py) does with a model before training. It samples a few tokens, compares their log-probabilities with
+the scoring pass, a padded row with the same row alone, and a prompt read once for all of its responses with one read again for each.
+What differs by more than rounding is refused in one line, before anything is trained.
+
+**{right} are right**: what siren.py's sampler drew, what it scores and a plain pass over each row alone, without padding and cache, differ by at most
+{gap:.0e} nats (float32, prompts of 3 to 11 tokens, 12 tokens of response, windows of 8), and the gradients are finite. {refused} are refused; the reasons are below.
+
+A tiny random model shows that the passes fit together. It does not show that a large one fits into memory or learns. A model whose
+positions change beyond a limit (longrope, dynamic) is right up to this limit, and refused if prompt and response can pass it.
+
+"""
 # what some need besides: layers of each kind among four, numbers that must fit each other
+INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+INDEXER |= {"indexer_budget": 4, "indexer_compress_ratio": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"layer_types": LAYERS, "num_key_value_heads": 4},
+    "bailing_hybrid": {"layer_types": LAYERS},
     "bamba": {"attn_layer_indices": [1, 3]},
     "big_bird": {"attention_type": "original_full", "is_decoder": True},
     "bigbird_pegasus": {"attention_type": "original_full"},
-    "cohere_compass_text": {"sliding_window": None},
-    "dots1": {"n_shared_experts": 1},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
     "gemma3": {"text_config": {"layer_types": MIXED}},
     "gemma3_text": {"layer_types": MIXED},
@@ -96,19 +119,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "inkling2_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {"layer_types": LAYERS, "num_key_value_heads": 4},
+    "kimi_linear": {"layer_types": LAYERS},
     "kolibri1": {"layer_types": MIXED},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},
-    "nemotron": {"head_dim": 16},
-    "phi3": {"max_position_embeddings": 128},
-    "reformer": {"is_decoder": True},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 2},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": HYBRID, "attention_hidden_size": 128},
+    "zamba2": {"layers_block_type": HYBRID, "attention_hidden_size": 128},
     "zaya": {"num_experts_per_tok": 1},
 }
-# models for images or text that answer in text: their text part alone is what counts
 
 
 def shrink(config: Any) -> dict[str, Any]:
@@ -124,6 +150,8 @@ def shrink(config: Any) -> dict[str, Any]:
                 sizes[name] = fits[-1] if "type_vocab" in name else fits[0]
             elif name.endswith("_token_id") and name[:3] in ("eos", "bos", "pad"):
                 sizes[name] = {"eos": 1, "bos": 2, "pad": 0}[name[:3]]
+    if "kv_lora_rank" in sizes:  # latent attention: as many keys as heads
+        sizes["num_key_value_heads"] = 4
     return sizes
 
 
@@ -159,17 +187,16 @@ def alone(model: torch.nn.Module, prompt: list[int], response: list[int]) -> tor
     return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def judge(family: str) -> dict[str, str]:
-    """What becomes of a tiny model of the family: its verdict and the reason."""
+def judge(family: str) -> dict[str, Any]:
+    """What becomes of a tiny model of the family."""
     try:
         model = build(family)
-    except ImportError as error:
+    except Exception as error:  # whatever a config or a model may raise
         return {"verdict": "not built", "reason": one_line(error)}
     cfg = siren.Config(max_tokens=TOKENS, device="cpu")
-    said = io.StringIO()
+    longest = max(map(len, PROMPTS)) + TOKENS
     try:
-        with contextlib.redirect_stderr(said):
-            longest = max(map(len, PROMPTS)) + TOKENS
+        with contextlib.redirect_stderr(io.StringIO()):
             text_env.try_model(model, family, PROMPTS, longest, 0, cfg)
     except ValueError as error:
         return {"verdict": "refused", "reason": str(error).removeprefix(f"model={family}: ")}
@@ -184,42 +211,67 @@ def judge(family: str) -> dict[str, str]:
             gap = max(gap, (logp[: len(response)] - expected).abs().max().item())
     (now["logp"].sum() + now["nucleus_entropy"].sum()).backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    finite = all(grad.isfinite().all() for grad in grads) and any(g.any() for g in grads)
-    once = "once" if hasattr(model, "read_rollout") else "with each response"
-    good = gap <= 1e-4 and finite and not now["logp"].detach().isnan().any()
-    reason = "" if good else f"{gap:.2g} nats apart, gradients finite: {finite}"
-    entropy = now["entropy"][rollout.mask].mean().item()
-    found = {"verdict": "right" if good else "broken", "reason": reason, "prompts": once}
-    return found | {"gap": f"{gap:.1e}", "entropy": f"{entropy:.2f}"}
+    trains = any(grad.any() for grad in grads) and all(grad.isfinite().all() for grad in grads)
+    found = {"once": hasattr(model, "read_rollout"), "gap": gap, "reason": ""}
+    found["entropy"] = now["entropy"][rollout.mask].mean().item()
+    if not (gap <= MOST and trains):
+        reason = f"{gap:.2g} nats apart; gradients there and finite: {trains}"
+        return found | {"verdict": "broken", "reason": reason}
+    return found | {"verdict": "right"}
 
 
-def command(argv: list[str] | None) -> int:
-    """Judge the families, each in a process of its own."""
+def in_a_process(family: str) -> dict[str, Any]:
+    """judge(family) in a process of its own, so that a crash or a hang is a verdict."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        try:
+            return pool.apply_async(judge, (family,)).get(SECONDS)
+        except multiprocessing.TimeoutError:
+            return {"verdict": "broken", "reason": f"no verdict within {SECONDS} seconds"}
+        except Exception as error:  # of judge
+            return {
+                "verdict": "broken",
+                "reason": f"{type(error).__name__}: {one_line(error)}",
+            }
+
+
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """docs/models.md."""
+    counts = Counter(row["verdict"] for row in found.values())
+    right = {name: row for name, row in found.items() if row["verdict"] == "right"}
+    gap = max(row["gap"] for row in right.values())
+    lists = {
+        "once for all of its responses": [name for name, row in right.items() if row["once"]],
+        "again for each response": [name for name, row in right.items() if not row["once"]],
+    }
+    lines = [TEXT.format(version=version("transformers"), n=len(found), gap=gap, **counts)]
+    for how, names in lists.items():
+        lines.append(f"**A prompt is read {how}** ({len(names)}): {', '.join(names)}.\n")
+    for verdict in ("refused", "not built", "broken"):
+        rows = [
+            (name, row["reason"]) for name, row in found.items() if row["verdict"] == verdict
+        ]
+        if rows:
+            lines += [f"## {verdict.capitalize()}\n", "| | why |", "|---|---|"]
+            lines += [f"| {name} | {reason.replace('|', ' ')} |" for name, reason in rows] + [
+                ""
+            ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def command(argv: list[str] | None) -> None:
+    """Judge the families, print each verdict, and write the page of all."""
     parser = Parser("families.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", nargs="+", choices=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    parser.add_argument("--here", action="store_true", help="in this process, as JSON")
     given = parser.parse_args(argv)
-    if given.here:
-        print("\n".join(json.dumps(judge(family)) for family in given.only))
-        return 0
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
     found = {}
     for family in given.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         found[family] = in_a_process(family)
-        print(f"{family:28}", *found[family].values(), flush=True)
-    return 0
-
-
-def in_a_process(family: str) -> dict[str, str]:
-    """judge(family) in a process of its own: whatever happens there is a verdict."""
-    call = [sys.executable, __file__, "--here", "--only", family]
-    try:
-        done = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS)
-        if done.returncode == 0:
-            return json.loads(done.stdout.splitlines()[-1])
-        reason = done.stderr.strip().splitlines()[-1][:300]
-    except subprocess.TimeoutExpired:
-        reason = f"more than {SECONDS} seconds"
-    return {"verdict": "broken", "reason": reason}
+        print(f"{family:26}", *found[family].values(), flush=True)
+    if not given.only:
+        PAGE.write_text(page(found))
+        print(f"wrote {PAGE}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,6 @@ from common import (
     LOSSES,
     chi_square,
     make,
-    model_with_absolute_positions,
     oracle_entropy,
     oracle_nucleus,
     oracle_peaks,

@@ -50,7 +50,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SOON = ("untied head", "recompute", "small chunks")  # the other cases take a minute more
+LATER = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in SOON]
+
+
+@pytest.mark.parametrize("case", [*SOON, *LATER])
 def test_phases_against_measured_peaks(case: str) -> None:
     """Sampling, scoring and update, within the error that the plan states."""
     model, flags, options = CASES[case]
@@ -72,6 +76,7 @@ def test_static_part_is_exact() -> None:
     assert parts["optimiser state"] == state - counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["recompute", "micro_batch_size", "sample_batch"])
 def test_flags_save_what_the_plan_says(flag: str) -> None:
     """The difference that a flag makes is right too, not only the sum."""

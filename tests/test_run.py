@@ -539,6 +539,7 @@ def goes_on(home, cut):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_killed_in_an_empty_folder_it_goes_on_to_the_same_numbers(alone):
     process = start(alone / "siren.py", alone / "cut", *TINY, "--steps=40", "--save-every=2")
     process.kill()

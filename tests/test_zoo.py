@@ -530,16 +530,20 @@ def dr_grpo(tmp_path_factory):
     return last
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("adaptive_bonus", {"eta": 0.05}),
-        ("trl_adaptive", {"delta": 0.01}),
         ("epo", {"lam": 0.06}),
-        ("clip_cov", {"rho": 0.2}),
-        ("kl_cov", {"c": 3.0, "rho": 0.1}),
-        ("arm", {"alpha": 1.0}),
-        ("dph_kl", {"eta": 1.0, **CHEAP["dph_kl"]}),
+        slow("adaptive_bonus", {"eta": 0.05}),
+        slow("trl_adaptive", {"delta": 0.01}),
+        slow("clip_cov", {"rho": 0.2}),
+        slow("kl_cov", {"c": 3.0, "rho": 0.1}),
+        slow("arm", {"alpha": 1.0}),
+        slow("dph_kl", {"eta": 1.0, **CHEAP["dph_kl"]}),
     ],
 )
 def test_these_keep_more_entropy_than_dr_grpo(name, options, dr_grpo, tmp_path):

@@ -51,20 +51,14 @@ def last_number(text):
 
 # ------------------------------------------------------------------------- 2. the exact rule
 MAX_ANSWER = 200  # characters; a longer answer is compared as it stands
-SIGNS = {  # sign: what is written for it, LaTeX's first way first
-    **{"≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant", "≠": r"\ne \neq", "∪": r"\cup"},
-    **{"⦃": r"\{ \lbrace", "⦄": r"\} \rbrace", "·": r"\cdot \times ×", "∞": r"\infty +\infty"},
-    **{
-        "∅": r"\varnothing \emptyset",
-        "°": r"^\circ ^{\circ} \degree",
-        "%": r"\%",
-        "π": r"\pi",
-    },
-    **{"√": r"\sqrt", r"\frac": r"\frac \dfrac \tfrac \cfrac", r"\\": r"\\", "-": "- − –"},
-    **{",": r", {,} ,\!", ":": r": {:} \colon"},
-}
+SIGNS = r"""  a sign and what is written for it, LaTeX's first way first
+≤ \le \leq \leqslant | ≥ \ge \geq \geqslant | ≠ \ne \neq | · \cdot \times × | ∪ \cup | π \pi |
+∅ \varnothing \emptyset | ∞ \infty +\infty | ° ^\circ ^{\circ} \degree | ⦃ \{ \lbrace | % \% |
+⦄ \} \rbrace | √ \sqrt | \frac \frac \dfrac \tfrac \cfrac | - - − – | , , {,} ,\! | \\ \\ |
+: : {:} \colon"""
+SIGNS = {sign: ways for sign, *ways in map(str.split, SIGNS.partition("\n")[2].split("|"))}
 LAYOUT = r"\left \right \displaystyle \big \Big \bigl \bigr \( \) \[ \] \, \; \: \! \$ $ ~"
-SIGN_OF = {way: sign for sign, ways in SIGNS.items() for way in ways.split()}
+SIGN_OF = {way: sign for sign, ways in SIGNS.items() for way in ways}
 SIGN_OF |= dict.fromkeys([*LAYOUT.split(), "\\ "], " ") | {"bmatrix": "pmatrix"}
 WAYS = [re.escape(way) + "(?![A-Za-z])" * way[-1].isalpha() for way in SIGN_OF]
 WAYS = re.compile("|".join(sorted(WAYS, key=len, reverse=True)))
@@ -79,6 +73,7 @@ SLASH = rf"(?a)(?<![\w\\)}}/^.√ ])(?=[\da-zπ√])(\d*{PRODUCT})/(\d+)(?![\w({
 FRACTION = rf"\\frac\{{(-?(?:\d+|(?=[a-zπ√])))({PRODUCT})\}}\{{(-?0*[1-9]\d*)\}}"
 FRACTION = rf"(?a)(?<![\d^_√]){FRACTION}(?![\^_!])"
 DECIMAL = r"(?a)(?<![\d.])\d*\.\d+(?![\d.])"
+RELATIONS = "<=>≤≠≥"
 POWER = r"(?:·10\^(?:(\d)|\{(-?\d{1,3})\}))?"
 NUMBER = re.compile(rf"(?a)([+-]?)(\d+|\{{-?\d+(?:/\d+)?\}}){POWER}(%?)")
 
@@ -87,8 +82,8 @@ def normalize(answer):
     r"""What equal answers have in common: an exact number (Fraction), or else a text.
 
     A number is a sign, digits (also 1,234), decimals or a fraction (1/2, \frac{1}{2}), a power
-    of ten as in 2\cdot 10^3, and %. A text has one way of writing for every sign, exact numbers
-    and its terms in order. Spaces count only between digits and where a command ends: \sin h.
+    of ten as in 2\cdot 10^3, and %. A text has one way of writing for every sign, its numbers
+    exact, its terms in order. Spaces count between digits and where a command ends: \sin h.
 
     >>> normalize(r"$-1{,}234.50$"), normalize(r"\dfrac{1}{2}"), normalize(r"50\%")
     (Fraction(-2469, 2), Fraction(1, 2), Fraction(1, 2))
@@ -156,15 +151,14 @@ def in_order(text):
     and a sum, and the sides of a relation, where x > 2 is 2 < x."""
     if text[:1] == "⦃" and text.find("⦄") == len(text) - 1:
         return f"⦃{','.join(sorted({in_order(part[1:]) for part in cut(text[1:-1], ',')}))}⦄"
-    for signs in (",", "∪", "<=>≤≠≥", "+-"):
-        parts = cut(text, signs)
-        if len(parts) == 1 or "\\begin" in text:
-            continue
-        if "=" in signs:
-            sides = [in_order(side) for side in re.split(f"([{signs}])", text)]
-            turned = "".join(sides[::-1]).translate(str.maketrans("<>≤≥", "><≥≤"))
-            return max("".join(sides), turned)
-        return "".join(sorted(part[0] + in_order(part[1:]) for part in parts))
+    found = (sign for sign in (",", "∪", RELATIONS, "+-") if len(cut(text, sign)) > 1)
+    signs = None if "\\begin" in text else next(found, None)
+    if signs == RELATIONS:
+        sides = [in_order(side) for side in re.split(f"([{signs}])", text)]
+        turned = "".join(sides[::-1]).translate(str.maketrans("<>≤≥", "><≥≤"))
+        return max("".join(sides), turned)
+    if signs:
+        return "".join(sorted(part[0] + in_order(part[1:]) for part in cut(text, signs)))
     return text
 
 
@@ -206,8 +200,7 @@ def in_latex(text):
     text = WAYS.sub(lambda found: SIGN_OF[found[0]], text.replace("\\$", " dollars "))
     text = without_commas(text.strip())
     for sign, ways in SIGNS.items():
-        way = ways.split()[0]
-        text = text.replace(sign, way + " " * way[-1].isalpha())
+        text = text.replace(sign, ways[0] + " " * ways[0][-1].isalpha())
     return re.sub(r"\A\s*[a-z]\s*\\in(?![a-z])|\\text\s*\{\s*\}", " ", text)
 
 

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import siren
+from exercises import reference
 from research import scores, study, study_report, tools
 from research.plugs import Config
 
@@ -56,6 +57,15 @@ def test_maj_at_k_against_a_count(votes, data):
         won += best == "7"  # max takes the first one of equal ones
     assert scores.maj_at_k(votes, "7", k) == won / blocks
     assert scores.maj_at_k([None, None], "7", 2) == 0.0
+
+
+@pytest.mark.parametrize("of", [scores, reference], ids=["scores", "reference"])
+def test_fewer_samples_than_k(of):
+    for n, k in ((4, 8), (0, 1), (4, 0), (4, -1)):
+        with pytest.raises(ValueError, match=rf"pass@{k} of {n} samples.*: k must be"):
+            of.pass_at_k(n, 0, k)
+        with pytest.raises(ValueError, match=rf"maj@{k} of {n} votes: k must be"):
+            of.maj_at_k(["7"] * n, "7", k)
 
 
 @given(st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=7))

@@ -6,7 +6,6 @@ is judged right and rejected costs a reward; docs/verifier.md counts them by kin
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ FILES = {  # name: the pairs that were judged at one time
     path.name: [json.loads(line) for line in path.read_bytes().splitlines()]
     for path in verdicts.FILES
 }
-PAIRS = sum(FILES.values(), [])
+PAIRS = [pair for pairs in FILES.values() for pair in pairs]
 # the most right pairs of a file that are rejected, of 312 and of 216
 REJECTED = {"verdicts.jsonl": 80, "verdicts2.jsonl": 100}
 # pairs that were accepted once, and must not be again

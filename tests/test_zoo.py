@@ -394,6 +394,10 @@ def test_a_constant_lam_of_one_is_dr_grpo_and_so_is_yours_with_zero(tmp_path, mo
     assert yours[1]["changed_share"] > 0.05 and yours[1]["grad_norm"] > plain[1]["grad_norm"]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # numbers with which each method acts within three steps
 ACTS = {
     "adaptive_bonus": {"eta": 1.0}, "trl_adaptive": {"delta": 0.1}, "aer": {"eta": 1.0, "tau":
@@ -402,7 +406,9 @@ ACTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLUGGED)
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in VARIANTS else name for name in PLUGGED]
+)
 def test_micro_batch_size_does_not_matter(name, tmp_path):
     runs = []
     for size in (64, 5):
@@ -528,10 +534,6 @@ def dr_grpo(tmp_path_factory):
     reward, last, first = four_runs(tmp_path_factory.mktemp("promise"), "dr_grpo")
     assert reward > 0.9 and last < 0.6 * first
     return last
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

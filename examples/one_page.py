@@ -1,29 +1,32 @@
 """SIREN (arXiv 2509.25133) on one page: reinforcement learning that keeps responses diverse.
 
 The task: write five digits from 0 to 7, each at least as large as the one before it. 0 2 2 5 7
-is right, its reward is 1; 0 2 1 5 7 is wrong, its reward is 0. A policy that learns from these
-rewards becomes more and more certain. It samples fewer and fewer different responses: this is
-the collapse of its entropy. So SIREN adds a term to the loss. The term holds H_agg, an entropy
-of some tokens, near H*, the value that H_agg had before training:
+is right, its reward is 1; 0 2 1 5 7 is wrong, its reward is 0. There are 792 right responses.
+A policy that learns from these rewards samples fewer and fewer of them: its entropy collapses.
+So SIREN adds a term to the loss. It pulls H_agg, the mean entropy of some positions, towards
+H*, the value that H_agg had before training (self-anchored):
 
     loss = policy_loss + beta * (H_agg - H*)^2
 
-Two masks decide what is in H_agg. The top-p mask leaves out unlikely tokens: a language model
-has more than 100,000 of them, and more entropy would make all of them likelier. The
-peak-entropy mask leaves out positions at which there is little to choose, and more entropy
-would make mistakes: here, after a 7, only 7 is right.
+Two masks decide what H_agg is made of. The top-p mask leaves out unlikely tokens. A language
+model has more than 100,000 of them, and without the mask they would all become likelier: the
+entropy would explode. The peak-entropy mask leaves out the positions with little to choose.
+There, more entropy would only mean more mistakes: after a 7, only 7 is right.
 
 This file trains twice, without the term and with it. It prints what the last batch was like:
 
     beta 0.0   reward 1.000   H_agg 0.156   H* 1.946   different responses:  66 of 512
     beta 0.3   reward 1.000   H_agg 1.577   H* 1.946   different responses: 151 of 512
+
+H* is the largest possible H_agg here, because training begins with equally likely digits. With
+a language model it is not, and the term also pulls H_agg down when it is too high.
 """
 
 import torch
 
 B, T, V = 512, 5, 8  # responses in a batch, digits in a response, digits to choose from
 P = 0.8  # the top-p mask keeps 80 % of the probability, as in the paper
-PEAKS = T // 5  # the peak-entropy mask keeps 20 % of the positions, as in the paper: here, 1
+PEAKS = 1  # the peak-entropy mask keeps 20 % of the positions, as in the paper: 1 of 5
 
 
 def nucleus_entropy(pi):
@@ -33,12 +36,12 @@ def nucleus_entropy(pi):
     mass_before = pi.cumsum(-1) - pi  # 0.0 0.6 0.9: the sum of those before this one
     q = pi * (mass_before < P)  # 0.6 0.3 0
     q = q / q.sum(-1, keepdim=True)  # 2/3 1/3 0: probabilities again
-    return -(q * (q + 1e-30).log()).sum(-1)  # 1e-30: 0 * log 0 would not be 0
+    return -(q * (q + 1e-30).log()).sum(-1)  # 1e-30, since 0 * log 0 would be NaN
 
 
 def aggregate_entropy(entropy):
-    """H_agg: the mean of H' [B, T] over the positions of each response that the peak-entropy
-    mask keeps, those with the highest H'; then over all responses."""
+    """H_agg: the mean of H' [B, T] over the peaks of all responses. The peaks of a response
+    are the positions with the highest H'; the peak-entropy mask keeps only these."""
     peaks = entropy.topk(PEAKS, dim=1).values  # [B, PEAKS]
     return peaks.mean()
 
@@ -59,8 +62,8 @@ def train(beta):
         tokens = torch.stack(digits[1:], 1)  # [B, T]
         # 2. the reward, and the advantage: how much better than the mean is a response?
         rewards = (tokens.diff(dim=1) >= 0).all(1).float()  # [B]
-        adv = rewards - rewards.mean()  # [B]: GRPO's, without std, in a single group
-        # 3. the loss. There is one update per batch, so PPO's ratio is 1 and is left out
+        adv = rewards - rewards.mean()  # [B]: one group; as in Dr.GRPO, not divided by std
+        # 3. the loss. PPO's ratio has the same gradient as logp, if a batch has one update
         pi = table[previous].softmax(-1)  # [B, T, V]
         logp = pi.gather(-1, tokens[..., None])[..., 0].log()  # [B, T], of the sampled tokens
         policy_loss = -(adv[:, None] * logp).mean()  # makes tokens with adv > 0 likelier

@@ -31,11 +31,19 @@ MORE = (
 )
 MORE += ("exercises/README.md", "examples/README.md")
 LINK = re.compile(r'\b(href|src)="([^"]*)"')
+# what may be wider than the screen scrolls by itself, also by keyboard
+WIDE = {
+    "<table>": '<div class="wide" role="group" aria-label="table" tabindex="0"><table>',
+    "</table>": "</table></div>",
+    "<pre>": '<pre tabindex="0">',
+    '<div class="math block">': '<div class="math block" tabindex="0">',
+    "<th></th>": "<td></td>",  # an empty heading
+}
 CSS = """:root { color-scheme: light dark; }
 body { margin: 0 auto; max-width: 52rem; padding: 1rem 1rem 4rem; overflow-wrap: break-word;
   font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 img { max-width: 100%; height: auto; background: #fff; }
-pre, table { display: block; overflow-x: auto; }
+pre, .wide, .math.block { overflow-x: auto; }
 pre { padding: .6rem; border: 1px solid #8888; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
 th, td { border: 1px solid #8888; padding: .2rem .5rem; text-align: left; }
@@ -113,7 +121,10 @@ def render(text):
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
     name = html.escape(title[1] if title else "siren")
     home = '<nav><a href="{home}">siren</a></nav>\n'
-    return PAGE.format(title=name, css=CSS, home=home, body=markdown.render(text))
+    body = markdown.render(text)
+    for old, new in WIDE.items():
+        body = body.replace(old, new)
+    return PAGE.format(title=name, css=CSS, home=home, body=body)
 
 
 def render_notebook(path):

@@ -208,7 +208,8 @@ def linked_formulas(note):
         first, last = next(computed)
         numbers = " ".join(map(str, range(first, last + 1)))
         begin = f'<a class="formula" href="#L{first}" data-lines="{numbers}">'
-        place = f'<span class="at">{place_of(first, last)}</span>'
+        same = " same" if (first, last) == (note.first, note.last) else ""  # said above
+        place = f'<span class="at{same}">{place_of(first, last)}</span>'
         return f"{begin}\n{place}\n\n{found[1]}\n\n</a>\n"
 
     return COMPUTED.sub(link, note.text)

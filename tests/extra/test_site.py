@@ -5,10 +5,13 @@ import html
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = (ROOT / ".github" / "workflows" / "pages.yml").read_text("utf-8")
@@ -152,3 +155,16 @@ def test_the_workflow_makes_the_site_and_publishes_it():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert "`https://<owner>.github.io/<repository>/docs/annotated.html`" in readme
     assert "download and open it" in readme
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_pages_fit_the_screen_and_have_no_violations(site, width):
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        for name in ("index", "docs/zoo", "docs/beta", "results/README"):
+            page.goto((site / f"{name}.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") == width, name
+            result = Axe().run(page)
+            assert result.violations_count == 0, f"{name}: {result.generate_report()}"

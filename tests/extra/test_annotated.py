@@ -836,6 +836,17 @@ def test_charts_show_what_is_computed(browser, width):
             assert len(set(chart["dashes"])) == len(chart["dashes"]) == len(chart["names"])
             for words, _, _, right in chart["names"]:
                 assert f"{words} ends at" in chart["label"] and right <= chart["right"] + 1
+            said = [float(x) for x in re.findall(r"ends at (\d\.\d+)", chart["label"])]
+            assert said[: len(ids)] == pytest.approx(numbers(page, *ids), abs=6e-4)
             boxes = sorted(chart["names"], key=lambda x: x[1])
             assert all(b[1] >= a[2] - 3 for a, b in itertools.pairwise(boxes))
             assert 220 <= chart["width"] <= width
+
+
+def test_names_are_pulled_apart(page):
+    for places in ([5, 5, 5, 5], [160, 168, 168, 167], [20, 90, 91, 160], [5, 168, 80, 6]):
+        found = page.evaluate("x => pullApart(x, 14, 168)", places)
+        assert min(found) >= 5 and max(found) <= 168, "inside the chart"
+        rows = sorted(zip(places, found))
+        assert all(b[1] - a[1] >= 14 for a, b in itertools.pairwise(rows)), "in their order"
+    assert page.evaluate("pullApart([20, 90, 160], 14, 168)") == [20, 90, 160]

@@ -1,11 +1,10 @@
 r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M on a CPU.
 
     python research/real_study.py --plan      # the commands that would run, and their hours
-    python research/real_study.py             # runs what is missing, two at a time; then
-    reports python research/real_study.py --report    # results/real/, its figure,
-    docs/real_model.md python research/real_study.py --last      # the last policies on other
-    questions as well python research/real_study.py --smoke     # two steps, two questions, a
-    temporary folder
+    python research/real_study.py             # run what is missing, two at a time, then report
+    python research/real_study.py --report    # results/real/, its figures, docs/real_model.md
+    python research/real_study.py --last      # the last policies on other questions as well
+    python research/real_study.py --smoke     # two steps, two questions, a temporary folder
 
 A job is one command of research/plugs.py, in a run folder of its own. A job that was stopped
 goes on from its checkpoint, and one that is done or has its rows in results/real/ is not run

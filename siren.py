@@ -663,7 +663,8 @@ def train(run):
 
 def no_signal(records):
     """Have ten steps taught nothing?"""
-    return len(records) > 10 and not any(record["mixed_groups"] for record in records[-10:])
+    mixed = [record.get("mixed_groups", 1) for record in records[-10:]]
+    return len(records) > 10 and not any(mixed)
 
 
 def report(records):

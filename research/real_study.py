@@ -43,7 +43,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
 import text_env
-from research import real_task, shared_prompts
+from research import real_task
 from research.tools import Parser, load_task, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,8 +140,7 @@ def write_heldout(path: Path, task: Any, problems: list, rollout: siren.Rollout)
 
 
 def plug() -> None:
-    """What `--plug research.real_study` does: shared prompts, and the extra metrics."""
-    shared_prompts.plug()
+    """What `--plug research.real_study` does: the extra metrics."""
     sample = siren.sample
     score = siren.score
     training_step = siren.training_step

@@ -380,7 +380,7 @@ def test_the_ways_to_be_right_over_seeds():
         found = [row for row in csv.DictReader(file) if row["grade"] == "hard"]
     found = [row for row in found if float(row["temperature"]) == 0.6]
     shares = {}
-    for method in ("base", "dr_grpo", "siren"):
+    for method in ("base", "dr_grpo", "siren", "naive_bonus", "anchor_only"):
         own = [row for row in found if row["method"] == method]
         assert re.search(rf" {len(own)} seeds", shown)
         sums = {
@@ -388,5 +388,8 @@ def test_the_ways_to_be_right_over_seeds():
             for way in ("clean", "filled", "cancelled")
         }
         shares[method] = {way: x / sum(sums.values()) for way, x in sums.items()}
-    assert shares["base"]["cancelled"] > 2 * shares["dr_grpo"]["cancelled"]
-    assert shares["siren"]["filled"] > shares["dr_grpo"]["filled"] > shares["base"]["filled"]
+    assert shares["base"]["cancelled"] > shares["dr_grpo"]["cancelled"]
+    for method in ("siren", "naive_bonus", "anchor_only"):
+        assert (
+            shares[method]["filled"] > shares["dr_grpo"]["filled"] > shares["base"]["filled"]
+        )

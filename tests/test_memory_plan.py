@@ -22,7 +22,6 @@ import siren
 from examples import memory_plan
 from research.bench import allocated_peak
 
-torch.set_num_threads(1)
 # name -> changes of the model, changes of the flags, of the task's options
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "big vocabulary": ({"vocab_size": 60_000}, {"max_tokens": 16}, {}),

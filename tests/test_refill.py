@@ -25,15 +25,6 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [5, 4, 3, 8, 7], [9]]
 TASK = SimpleNamespace(eos_ids=[1, 2], pad_id=1)  # the padding is an EOS, too
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models are faster so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def problems_of(prompts):
     return [SimpleNamespace(prompt=prompt) for prompt in prompts]
 

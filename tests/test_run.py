@@ -28,15 +28,6 @@ ROOT = Path(siren.__file__).resolve().parent
 SMALL = {"prompts": 8, "group_size": 4, "eval_prompts": 4, "eval_samples": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models are faster so, and numbers repeat."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def untimed(record):
     return {key: value for key, value in record.items() if key != "seconds"}
 

@@ -6,13 +6,8 @@ r"""Questions for a pretrained language model, as a task of siren.py.
     python text_env.py                   # prints all options of this task
 
 A line of a data file is {"question": "What is 9 plus 8?", "answer": "17"}. The model reads the
-question in its own chat template and is rewarded for a right answer (docs/verifier.md):
-
-    prompt    <|im_start|>user
-              What is 9 plus 8?
-              Please reason step by step, and put your final answer within \boxed{}.<|im_end|>
-              <|im_start|>assistant
-    response  9 + 8 = 17, so the answer is \boxed{17}.<|im_end|>
+question in its own chat template, with PROMPT around it, and is rewarded for a response such
+as "9 + 8 = 17, so the answer is \boxed{17}." (docs/verifier.md says what is right).
 
 Data is FILE.jsonl (UTF-8), FILE.parquet, or hub:NAME:CONFIG:SPLIT, a data set (or a folder) of
 the library datasets: hub:openai/gsm8k:main:train. FILE#start:stop takes the rows that Python's
@@ -134,15 +129,17 @@ def read_row(raw, where, *keys):
     if isinstance(raw, bytes):
         require(len(raw) <= MAX_LINE, f"{where}: longer than {MAX_LINE:,} bytes; split it")
         require(raw.strip(), f"{expected}; the line is empty")
+        how = {"object_pairs_hook": no_twins, "parse_float": Decimal, "parse_constant": int}
         try:
-            raw = read_json(raw)
+            raw = json.loads(raw.decode(), **how)  # int("NaN") is an error
+            json.dumps(raw, ensure_ascii=False, default=str).encode()  # no lone surrogate
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{expected}; not JSON in UTF-8 ({error})") from error
     require(isinstance(raw, dict), f"{expected}; found a {type(raw).__name__}")
     values = []
     for key in keys:
-        path = [key] if key in raw else key.split(".")
         try:
+            path = [key] if key in raw else key.split(".")
             value = functools.reduce(operator.getitem, path, raw)
             what = f"{key} is {json.dumps(value, default=str)[:40]}"
         except (LookupError, TypeError):
@@ -163,17 +160,9 @@ def read_row(raw, where, *keys):
     return Row(question, siren.extract_answer(answer) or answer, where)
 
 
-def read_json(line):
-    """What is in a line, strictly: no key twice, no NaN, no letter outside of UTF-8."""
-
-    def no_twins(pairs):
-        require(len(dict(pairs)) == len(pairs), "a key is given twice")
-        return dict(pairs)
-
-    how = {"object_pairs_hook": no_twins, "parse_float": Decimal, "parse_constant": int}
-    row = json.loads(line.decode(), **how)  # int("NaN") is an error
-    json.dumps(row, ensure_ascii=False, default=str).encode()  # and so is half a surrogate
-    return row
+def no_twins(pairs):  # of keys; Python's json would take the last of two
+    require(len(dict(pairs)) == len(pairs), "a key is given twice")
+    return dict(pairs)
 
 
 def is_text(value):

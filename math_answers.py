@@ -72,7 +72,7 @@ PRODUCT = r"(?:(?:[a-zπ]|√(?:\d|\{\d+\}))(?:\^\d)?)*"  # what is behind the 2
 SLASH = rf"(?a)(?<![\w\\)}}/^.√ ])(?=[\da-zπ√])(\d*{PRODUCT})/(\d+)(?![\w({{ \\/.^!π√])"
 FRACTION = rf"\\frac\{{(-?(?:\d+|(?=[a-zπ√])))({PRODUCT})\}}\{{(-?0*[1-9]\d*)\}}"
 FRACTION = rf"(?a)(?<![\d^_√]){FRACTION}(?![\^_!])"
-DECIMAL = r"(?a)(?<![\d.}])\d*\.\d+(?![\d.])"
+DECIMAL = r"(?a)(?<![\d.])(?:\d+|(?<!\}))\.\d+(?![\d.])"
 RELATIONS = "<=>≤≠≥"
 POWER = r"(?:·10\^(?:(\d)|\{(-?\d{1,3})\}))?"
 NUMBER = re.compile(rf"(?a)([+-]?)(\d+|\{{-?\d+(?:/\d+)?\}}){POWER}(%?)")

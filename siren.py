@@ -9,24 +9,25 @@ copies of each other: its entropy collapses. Why each part of SIREN is there:
 2. In most places of a response there is nothing to decide. More entropy there only means
    more mistakes. So SIREN restricts the states: only the peaks count, the positions of a
    response with the highest entropy (peak-entropy mask).
-3. A bonus pushes the entropy up for ever. So SIREN pulls it, from below and from above, to an
-   anchor: the value that it had before training (self-anchored).
+3. A bonus pushes the entropy up for ever. So SIREN pulls the entropy of nucleus and peaks to
+   an anchor, its own value before training, from below and from above (self-anchored).
 
-    L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised; L_DrGRPO is a policy loss
+    L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised. L_DrGRPO is the policy loss of
+              Dr.GRPO (arXiv 2503.20783), beta a weight
     V_p     = the nucleus: the fewest tokens whose probabilities pi add up to p or more
     H'_t    = -sum over v in V_p of q_v log q_v, where q = pi / pi(V_p) is renormalised
-    theta_i = the tau-quantile of H' over the tokens of response i; tau = 0.8: a fifth is above
+    theta_i = the tau-quantile of H' over the tokens of response i; 0.8: a fifth are peaks
     H_i     = the mean of H' over the peaks of response i, where H' >= theta_i (and H' > 0)
     H_agg   = the mean of H_i over the responses
     H*      = the anchor: H_agg of all responses of the first step, before any update
 
-Both masks are taken anew from the current policy at every update, and have no gradient. They
-act on the entropy alone: responses are sampled from the whole policy. The toy task
-(toy_env.py) has prompts and right responses like these; ^ marks the tokens that are choices:
+Both masks are chosen anew by the current policy at every update; the choice has no gradient.
+They act on the entropy alone: responses are sampled from the whole policy. The toy task
+(toy_env.py) is to add the numbers of a prompt, in any order. An example:
 
-    8 3 1 5 2 =                    add these numbers, in an order of your own
-    8 2 10 5 15 1 16 3 19 <eos>    8, + 2 = 10, + 5 = 15, + 1 = 16, + 3 = 19
-    ^ ^    ^    ^                  the reward is 1, since the last number is the total
+    prompt      8 3 1 5 2 =
+    response    8 2 10 5 15 1 16 3 19 <eos>    reads: 8, plus 2 is 10, plus 5 is 15, ...
+    choices     ^ ^    ^    ^                  reward 1, since the last number is the total
 
     python siren.py                      # SIREN on the toy: one to two minutes on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
@@ -62,11 +63,11 @@ from tqdm import tqdm
 #     stats = token_stats(logits, tokens)
 #     loss, _ = policy_loss(stats["logp"], old_logp, adv, mask, max_tokens)  # or your own
 #     loss, info = siren_loss(loss, stats["nucleus_entropy"], mask, anchor, beta)
-# The anchor is info["h_agg"] of the first batch, before any update (with any anchor).
+# The anchor is info["h_agg"] of the whole first batch. Micro-batches need in_parts, see below.
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?
     rewards [B], floats, the responses to a prompt in consecutive rows (masked ones count, too)
-    -> A [B]. GRPO ("grpo") also divides by the standard deviation of the group.
+    -> A [B]. With "grpo", it is also divided by the standard deviation of the group.
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # the mean is 1/4
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
@@ -143,7 +144,7 @@ def aggregate_entropy(entropy, peak, mask):
     >>> aggregate_entropy(h, peak=h >= 2, mask=h > 0)  # (3 + 2) / 2
     tensor(2.5000)
     """
-    peak = peak & mask  # in case that `peak` is your own
+    peak = peak & mask
     h_i = torch.where(peak, entropy, 0.0).sum(1) / peak.sum(1).clamp(min=1)  # [B]
     return h_i.sum() / mask.any(1).sum().clamp(min=1)
 
@@ -157,7 +158,7 @@ def policy_loss(
           min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
     where ratio_t = exp(logp_t - old_logp_t): how much likelier the token has become since it
     was sampled. logp (with gradient), old_logp, mask (bool) [B, T]; adv (A) [B] or [B, T].
-    max_tokens, the longest length allowed, is a constant; "grpo" divides by each own length.
+    max_tokens is the longest length allowed; with "grpo", each response's length instead.
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()
     >>> policy_loss(logp, old_logp, torch.ones(1), logp < 0, 1)[0]  # 1.25 is clipped to 1.2
     tensor(-1.2000)
@@ -188,7 +189,7 @@ def siren_loss(policy, entropy, mask, anchor, beta, peak_quantile=0.8, regulariz
     mask           [B, T] bool, True at the tokens of the response
     anchor         H*: aggregate_entropy of the first batch, before any update
     beta           the weight of the regulariser
-    peak_quantile  tau; the paper's is 0.8, as its p
+    peak_quantile  tau; 0.8 in the paper
     regularizer    "anchor"; "bonus", -beta * H_agg, the naive way; or "none"
     >>> h, mask = torch.tensor([[1.5, 0.0, 0.0, 0.0]]), torch.ones(1, 4).bool()
     >>> siren_loss(torch.tensor(0.0), h, mask, anchor=1.0, beta=2.0)[0]  # 2 * (1.5 - 1)^2
@@ -235,7 +236,7 @@ def quantile_of_rows(h, mask, quantile):
     """The quantile of each row of h [B, T] over its tokens (mask) -> [B, 1]. If it is between
     two values, the higher one: it has the same tokens above it, and needs no rounding."""
     own = h.cpu().double().masked_fill(~mask.cpu(), torch.nan)  # some GPUs have no float64
-    level = max(0, quantile - 1e-9)  # a rounded rank must not pass by its own value
+    level = max(0, quantile - 1e-9)  # a rank that is rounded up would miss its own value
     how = {"dim": 1, "keepdim": True, "interpolation": "higher"}
     parts = own.split(256)  # nanquantile takes no more than 16 million numbers
     return torch.cat([part.nanquantile(level, **how) for part in parts]).to(h)
@@ -292,16 +293,16 @@ class Config:
     sample_batch: int = 1024  # responses that are sampled at once
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
-    # SIREN. In text one token of five is a choice, so the paper's tau is 0.8. In the toy four
-    # of ten are (^ on top), so it is 0.6. p: 0.85 holds all of five equally likely terms, of
-    # which four would reach 0.8. And it is below 0.9, the probability with which the base
-    # model gets a sum right, so that the nucleus of a sum is one token
+    # tau: in text one token of five is a choice, so the paper's is 0.8. In the toy it is four
+    # of ten (see on top), so 0.6. p: the first choice is between five equally likely numbers;
+    # with 0.85 all five are in the nucleus, with 0.8 four. After "8 2" the model writes 10
+    # with a probability of 0.9, which is more than p; so H' is 0 there
     regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
-    beta: float = 0.2  # its weight (paper: 0.005; there the policy loss is divided by 3072)
+    beta: float = 0.2  # its weight (paper: 0.005; docs/beta.md says what it depends on)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
     anchor: float = 0.0  # H* itself, in nats; 0: H_agg of the first batch
-    algorithm: str = "dr_grpo"  # or grpo, which also divides by std and lengths
+    algorithm: str = "dr_grpo"  # or grpo (see group_advantages and policy_loss)
     clip_low: float = 0.2  # pi / old pi is clipped at 1 - this
     clip_high: float = 0.2  # pi / old pi is clipped at 1 + this
     lr: float = 3e-4  # learning rate of AdamW (paper: 1e-6, for 7B parameters)
@@ -337,8 +338,8 @@ class Config:
 class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
     """B prompts [B, P], padded on the left, and their responses (tokens) [B, T], padded on
     the right. The masks are False in the padding; they come from positions, not from ids,
-    since pad may equal EOS. logp [B, T] was computed when the tokens were drawn. text_env.py
-    compares it with a new pass, to find models that do not compute the same in both."""
+    since pad may equal EOS. logp [B, T] is that of the tokens when they were drawn; only
+    text_env.py uses it, to find models whose sampler and new pass disagree."""
 
     def rows(self, index):
         return Rollout(*(tensor[index] for tensor in self))
@@ -571,6 +572,7 @@ def evaluate(model, task, problems, cfg):
 
 
 # ------------------------------------------ 7. the run: nothing below this line is about SIREN
+# what may change when a run goes on
 MUTABLE = {"steps", "out", "save_every", "eval_every", "device", "chunk", "micro_batch_size"}
 NO_SIGNAL = """no signal for ten steps: the rewards of every group are all alike. Perhaps the
 problems are too easy; --max-tokens is too small, or the model has another EOS (ended_share is
@@ -578,7 +580,7 @@ low); the prompt asks for no \\boxed{}, or the data's answers have another form.
 
 
 class Run:
-    """The state of a run, and its folder, which belongs to one process at a time. Its task has
+    """The state of a run, and its folder, which belongs to one process at a time. A task has
     train_problems(n, key), heldout(n), build_model(), decode(ids), metrics(responses), pad_id,
     eos_ids; find_answer, equal and normalize, which may be None (see toy_env.py)."""
 

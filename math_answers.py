@@ -101,7 +101,7 @@ def normalize_short(answer):
         value = Fraction(number[1] + "1") * Fraction(number[2].strip("{}"))
         value *= Fraction(10) ** int(number[3] or number[4] or 0)
         return value / 100 if number[5] else value
-    text = re.sub(r"(\\[a-z]+)\((\w+|\\[a-z]+)\)(?![\w\\(^!'])", r"\1 \2", text)  # \sin(x)
+    text = re.sub(r"(\\[a-z]+)\((\w+|\\[a-z]+)\)(?![\w\\({^!'])", r"\1 \2", text)  # \sin(x)
     return in_order(without_spaces(re.sub(r"\{(\w?|\\[a-zA-Z]+)\}", r" \1 ", text)))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from memory_common import WIDE, Trainer, check, make_run
 
 from examples import memory_plan

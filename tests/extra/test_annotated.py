@@ -92,7 +92,7 @@ def test_build_lists_all_that_is_gone(monkeypatch, capsys):
     assert "The token that crosses p is inside: 'pi = log_pi.detach()' is in" in lines[0]
     number = 1 + changed[: changed.index("share = log_pi.detach()")].count("\n")
     assert f"the most similar is line {number}: " in lines[0]
-    assert "no function likeliest" in lines[1] and "'h_i = torch.where'" in lines[2]
+    assert "'h_i = torch.where'" in lines[1] and "no function likeliest" in lines[2]
 
 
 def test_build_stops_when_a_formula_is_outside_its_note():

@@ -37,7 +37,7 @@ from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from importlib.util import find_spec
-from itertools import chain, cycle, groupby, islice, pairwise
+from itertools import chain, cycle, groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -390,7 +390,7 @@ def recompute_layers(network):
 # nats by which log-probabilities may differ, in the mean over tokens: in float32; in float32
 # when prompts are read once; in bfloat16, which keeps 8 bits of a number
 MOST, MOST_ONCE, MOST_HALF = 1e-3, 1e-5, 0.15
-ROW = 1024
+ROW = 1024  # tokens of responses in a row
 
 
 def in_one_row(network, group):
@@ -416,18 +416,13 @@ def in_one_row(network, group):
 
 
 def read_prompts_once(network, rollout):
-    """siren.forward's hidden states [B, T, D]; padding is not read and is 0. Responses share a
-    row until they have ROW tokens, since attention takes the square of a row's length."""
+    """siren.forward's hidden states [B, T, D]; padding is not read and is 0. Long responses
+    get several rows, since attention takes the square of a row's length."""
     both = torch.cat([rollout.prompt, rollout.prompt_mask], 1)
-    new = [True, *(both[1:] != both[:-1]).any(1).tolist()]  # another prompt than before
-    starts = []
-    room = 0
-    for i, length in enumerate(rollout.mask.sum(1).tolist()):
-        if new[i] or room < length:
-            starts.append(i)
-            room = ROW
-        room -= length
-    groups = [rollout.rows(slice(*ends)) for ends in pairwise([*starts, len(new)])]
+    sizes = torch.unique_consecutive(both, dim=0, return_counts=True)[1].tolist()
+    most = max(1, ROW // rollout.tokens.shape[1])  # responses of a prompt in one row
+    indices = [part for i in torch.arange(len(both)).split(sizes) for part in i.split(most)]
+    groups = [rollout.rows(index) for index in indices]
     hidden = torch.cat([in_one_row(network.base_model, group) for group in groups])  # [N, D]
     out = hidden.new_zeros(*rollout.mask.shape, hidden.shape[-1])
     return out.masked_scatter(rollout.mask[..., None], hidden)
@@ -483,18 +478,18 @@ def try_model(network, model, prompts, longest, pad_id, cfg):
     how = {"sample_batch": 6, "micro_batch_size": min(2, cfg.micro_batch_size)}
     how |= {"max_tokens": few, "temperature": 2.0}  # at 1 many tokens are certain: no gaps
     name = f"model={model}: a {type(network).__name__}"
+    half = network.dtype != torch.float32
     try:
         layers = DynamicCache(config=network.config).layers
         once = all(type(layer) is DynamicLayer for layer in layers)  # no windows, no states
         found = [gaps_of(network, some, pad_id, replace(cfg, **how), once) for some in tries]
     except Exception as error:  # a model may raise whatever it likes
         raise ValueError(f"{name} can't be sampled and scored: {reason_of(error)}") from error
-    half = network.dtype != torch.float32
     for gaps in found:
         once &= gaps.pop("once", math.inf) <= (MOST_HALF if half else MOST_ONCE)
         for what, gap in gaps.items():
-            fits = gap <= (MOST_HALF if half else MOST)
-            require(fits, f"{name} can't be trained: {what} differ by {gap:.3g} nats")
+            rule = f"{name} can't be trained: {what} differ by {gap:.3g} nats"
+            require(gap <= (MOST_HALF if half else MOST), rule)
     if once:
         network.read_rollout = functools.partial(read_prompts_once, network)
     else:

@@ -4,6 +4,7 @@ prompt once where it can. On tiny random models, made by research/families.py.""
 import contextlib
 import functools
 import io
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import siren
 import text_env
 from research import families
-from research.families import PROMPTS, TOKENS, build, judge
+from research.families import PAGE, PROMPTS, TOKENS, build, judge
 
 CFG = siren.Config(max_tokens=TOKENS, device="cpu")
 LONGEST = max(map(len, PROMPTS)) + TOKENS
@@ -98,13 +99,11 @@ def test_a_hybrid_of_recurrent_layers_and_attention():
 
 
 def test_the_page_has_a_verdict_for_each_architecture():
-    text = families.PAGE.read_text()
-    named = {
-        name.strip(" |.") for name in text.replace(":", ",").replace("\n|", ",").split(",")
-    }
-    for family in families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        assert any(family in name.split() for name in named), family
-    assert "broken" not in text.lower()
+    rows = re.findall(r"^\| ([\w-]+) \| (right|refused|not built) \|", PAGE.read_text(), re.M)
+    assert [family for family, _ in rows] == [*families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    verdicts = dict(rows)
+    assert {verdicts[family] for family in RIGHT} == {"right"}
+    assert {verdicts[family] for family in REFUSED} == {"refused"}
 
 
 # ---------------------------------------------------------------------------------- the trial

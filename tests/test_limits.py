@@ -172,6 +172,11 @@ ONE_COLUMN = {"mask": torch.ones(2, 1).bool()}
 REFUSED = [  # function, what does not fit, words of the error
     *[(siren.group_advantages, {"algorithm": x}, f"{x!r}") for x in ("Dr.GRPO", "", None)],
     *[(siren.group_advantages, {"group_size": x}, f"{x}") for x in (0, 1, 4, -2)],
+    *[
+        (siren.group_advantages, {"rewards": torch.tensor([1, 0, x, 0])}, "must be floats")
+        for x in (1, True, math.nan, math.inf, -math.inf)
+    ],
+    (siren.group_advantages, {"rewards": torch.tensor([True, False])}, "torch.bool"),
     *[(siren.nucleus, {"top_p": x}, f"top_p {x}") for x in (0.0, -0.1, 1.01, math.nan)],
     *[(siren.token_stats, {"top_p": x}, f"top_p {x}") for x in (0.0, 80)],
     *[(siren.peak_mask, wrong, "mask") for wrong in (NO_BOOL, ONE_COLUMN)],

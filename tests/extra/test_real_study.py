@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from figure_checks import check_figure
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import siren
@@ -430,3 +431,18 @@ def test_the_pages_claims_in_words():
     assert 0.5 < min(h) < 0.55 and 2.05 < max(h) < 2.15
     assert 30 < passes("wo_top_p", 0.8)[0] < 35
     assert 0.61 < mean_of("anchor_only", "reward") < 0.63
+
+
+def test_the_figures_can_be_read_in_grey():
+    """From the stored rows: at most five lines, dashes of their own, names at the lines."""
+    curves = real_study.read_csv(real_study.RESULTS / "curves.csv")
+    figure = real_study.curves_figure(curves)
+    assert check_figure(figure) == 4 + 4 + 4 + 4 + 4 + 5
+    solved = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
+    dr_grpo = [r["reward"] for r in curves if r["method"] == "dr_grpo" and r["step"] > 55]
+    assert solved["Dr.GRPO"][-1] == pytest.approx(np.mean(dr_grpo))  # three seeds, five steps
+    positions = real_study.read_csv(real_study.RESULTS / "positions.csv")
+    sizes, peaks = real_study.positions_figure(positions).axes
+    assert sum(bar.get_height() for bar in sizes.patches) == len(positions)
+    words = {text.get_text() for text in peaks.texts}
+    assert words == {"other positions (filled)", "peaks, tau = 0.8 (outline)"}

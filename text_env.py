@@ -465,17 +465,18 @@ def gaps_of(network, prompts, pad_id, cfg, copies):
 
 
 def try_model(network, model, prompts, longest, pad_id, cfg):
-    """Before any training: refuse a model that can't be trained right. Prompts are read once
-    for all of their responses if its attention takes any mask."""
+    """Before any training: refuse a model that can't be trained right, and let it read each
+    prompt once for all of its responses if that gives the same numbers."""
     check_config(network.config.get_text_config(), longest, model)
     if network.base_model is network:  # Llama 4 names a part that it does not have
         network.base_model_prefix = "model"
     if "cache_params" in inspect.signature(network.forward).parameters:
         network.register_forward_pre_hook(rename_cache, with_kwargs=True)
-    short, *_, long = prompts = sorted(prompts, key=len)
+    prompts = sorted(prompts, key=len)
+    half = prompts[0][len(prompts[0]) // 2 :]  # so that one is padded in any case
     few = min(6, cfg.max_tokens)
     full = [*islice(cycle(chain(*reversed(prompts))), longest - few)]  # the run's longest
-    tries = [[short[len(short) // 2 :], prompts[len(prompts) // 2], long], [full]]
+    tries = [[half, prompts[len(prompts) // 2], prompts[-1]], [full]]
     row = min(ROW, min(cfg.group_size, cfg.micro_batch_size) * cfg.max_tokens)  # the run's
     how = {"sample_batch": 6, "micro_batch_size": min(2, cfg.micro_batch_size)}
     how |= {"max_tokens": few, "temperature": 2.0}  # at 1 many tokens are certain: no gaps
@@ -494,7 +495,8 @@ def try_model(network, model, prompts, longest, pad_id, cfg):
     if all(once):
         network.read_rollout = functools.partial(read_prompts_once, network)
     else:
-        say(f"{name} takes no mask of ours: it reads a prompt again for each response")
+        why = "its layers have windows, states or biases of their own"
+        say(f"{name} reads a prompt again for each response: {why}")
 
 
 # ----------------------------------------------------------------------------------- 6. task

@@ -58,12 +58,12 @@ from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------- 1. the method
-# === begin: copy from here (needs nothing but `import torch`) ===
 # In a trainer, with the logits [B, T, V] that predict the tokens [B, T] of B responses:
 #     stats = token_stats(logits, tokens)
 #     loss, _ = policy_loss(stats["logp"], old_logp, adv, mask, max_tokens)  # or your own
 #     loss, info = siren_loss(loss, stats["nucleus_entropy"], mask, anchor, beta)
 # The anchor is info["h_agg"] of the whole first batch. Micro-batches need in_parts, see below.
+# === begin: copy from here (needs nothing but `import torch`) ===
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?
     rewards [B], floats, the responses to a prompt in consecutive rows (masked ones count, too)

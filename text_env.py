@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import replace
 from decimal import Decimal
 from importlib.util import find_spec
-from itertools import chain, cycle, groupby, islice, pairwise
+from itertools import chain, cycle, groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -318,10 +318,10 @@ def recompute_layers(network):
 
 
 # ------------------------------------------------------- 5. the model, tried before training
-# nats by which log-probabilities may differ, in the mean over tokens: in float32; in float32
-# when prompts are read once; in bfloat16, which keeps 8 bits of a number
-MOST, MOST_ONCE, MOST_HALF = 1e-3, 1e-5, 0.15
-ROW = 1024
+# nats by which log-probabilities may differ, in the mean over tokens, and if prompts are read
+# once; bfloat16 keeps 8 bits of a number
+MOST = {torch.float32: (1e-3, 1e-5), torch.bfloat16: (0.15, 0.15)}
+ROW = 1024  # tokens of responses in a row
 
 
 def in_one_row(network, group):
@@ -347,18 +347,13 @@ def in_one_row(network, group):
 
 
 def read_prompts_once(network, rollout):
-    """siren.forward's hidden states [B, T, D]; padding is not read and is 0. Responses share a
-    row until they have ROW tokens, since attention takes the square of a row's length."""
+    """siren.forward's hidden states [B, T, D]; padding is not read and is 0. Long responses
+    get several rows, since attention takes the square of a row's length."""
     both = torch.cat([rollout.prompt, rollout.prompt_mask], 1)
-    new = [True, *(both[1:] != both[:-1]).any(1).tolist()]  # another prompt than before
-    starts = []
-    room = 0
-    for i, length in enumerate(rollout.mask.sum(1).tolist()):
-        if new[i] or room < length:
-            starts.append(i)
-            room = ROW
-        room -= length
-    groups = [rollout.rows(slice(*ends)) for ends in pairwise([*starts, len(new)])]
+    sizes = torch.unique_consecutive(both, dim=0, return_counts=True)[1].tolist()
+    most = max(1, ROW // rollout.tokens.shape[1])  # responses of a prompt in one row
+    indices = [part for i in torch.arange(len(both)).split(sizes) for part in i.split(most)]
+    groups = [rollout.rows(index) for index in indices]
     hidden = torch.cat([in_one_row(network.base_model, group) for group in groups])  # [N, D]
     out = hidden.new_zeros(*rollout.mask.shape, hidden.shape[-1])
     return out.masked_scatter(rollout.mask[..., None], hidden)
@@ -373,63 +368,66 @@ def rename_cache(network, args, inputs):
 
 
 @torch.no_grad()
-def gaps_of(network, prompts, pad_id, cfg, once):
+def gaps_of(network, prompts, pad_id, cfg, copies):
     """Differences, in nats, of log-probabilities that must be equal: what is sampled and what
-    is scored; the first row, which has padding, and the same alone; and if `once`, prompts
-    read once for all of their responses and not."""
+    is scored; the first row, which has padding, and the same alone; and, unless `copies` is 0,
+    so many of the last prompt's two responses in one row and each with its prompt."""
     vocab = len(network.get_output_embeddings().weight)
-    task = SimpleNamespace(pad_id=pad_id, eos_ids=[*range(0, vocab, 16)])  # some end early
+    ends = [*range(0, vocab, 16)] if len(prompts) > 1 else [-1]  # some responses end early
     problems = [SimpleNamespace(prompt=prompt) for prompt in prompts]
+    task = SimpleNamespace(pad_id=pad_id, eos_ids=ends)
     rollout = siren.sample(network, task, problems, cfg, "try", 2, cfg.temperature)
     logp = siren.score(network, rollout, cfg)["logp"]
-    row = siren.Rollout(*(x[:1] for x in rollout))
+    gaps = {"sampling and scoring": (rollout.logp - logp)[rollout.mask]}
     n = -len(prompts[0])
+    row = siren.Rollout(*(x[:1] for x in rollout))
     row = row._replace(prompt=row.prompt[:, n:], prompt_mask=row.prompt_mask[:, n:])
     alone = siren.score(network, row, cfg)["logp"]
-    gaps = {"sampling and scoring": (rollout.logp - logp)[rollout.mask]}
     gaps["a row with padding and without"] = (alone - logp[:1])[row.mask]
-    if once:
+    if copies:
+        last = torch.arange(-2, 0).repeat(copies)
+        cfg = replace(cfg, micro_batch_size=len(last))
         network.read_rollout = functools.partial(read_prompts_once, network)
         with suppress(Exception):  # a model may raise whatever it likes
-            gaps["once"] = (siren.score(network, rollout, cfg)["logp"] - logp)[rollout.mask]
+            once = siren.score(network, rollout.rows(last), cfg)["logp"]
+            gaps["once"] = (once - logp[last])[rollout.mask[last]]
         del network.read_rollout
     return {what: gap.abs().mean().item() for what, gap in gaps.items()}
 
 
 def try_model(network, model, prompts, longest, pad_id, cfg):
-    """Before any training: refuse a model that can't be trained right. Prompts are read once
-    for all of their responses if its attention takes any mask."""
+    """Before any training: refuse a model that can't be trained right, and let it read each
+    prompt once for all of its responses if that gives the same numbers."""
     check_config(network.config.get_text_config(), longest, model)
     if network.base_model is network:  # Llama 4 names a part that it does not have
         network.base_model_prefix = "model"
     if "cache_params" in inspect.signature(network.forward).parameters:
         network.register_forward_pre_hook(rename_cache, with_kwargs=True)
     prompts = sorted(prompts, key=len)
+    half = prompts[0][len(prompts[0]) // 2 :]  # so that one is padded in any case
     few = min(6, cfg.max_tokens)
     full = [*islice(cycle(chain(*reversed(prompts))), longest - few)]  # the run's longest
-    tries = (
-        [prompts[0][len(prompts[0]) // 2 :], prompts[len(prompts) // 2], prompts[-1]],
-        [full],
-    )
+    tries = [[half, prompts[len(prompts) // 2], prompts[-1]], [full]]
+    row = min(ROW, min(cfg.group_size, cfg.micro_batch_size) * cfg.max_tokens)  # the run's
     how = {"sample_batch": 6, "micro_batch_size": min(2, cfg.micro_batch_size)}
     how |= {"max_tokens": few, "temperature": 2.0}  # at 1 many tokens are certain: no gaps
     name = f"model={model}: a {type(network).__name__}"
+    most, most_once = MOST[network.dtype]
     try:
         layers = DynamicCache(config=network.config).layers
-        once = all(type(layer) is DynamicLayer for layer in layers)  # no windows, no states
-        found = [gaps_of(network, some, pad_id, replace(cfg, **how), once) for some in tries]
+        plain = all(type(layer) is DynamicLayer for layer in layers)  # no windows, no states
+        how = (pad_id, replace(cfg, **how), plain * (1 + row // (2 * few)))
+        found = [gaps_of(network, some, *how) for some in tries]
     except Exception as error:  # a model may raise whatever it likes
         raise ValueError(f"{name} can't be sampled and scored: {reason_of(error)}") from error
-    half = network.dtype != torch.float32
-    for gaps in found:
-        once &= gaps.pop("once", math.inf) <= (MOST_HALF if half else MOST_ONCE)
-        for what, gap in gaps.items():
-            fits = gap <= (MOST_HALF if half else MOST)
-            require(fits, f"{name} can't be trained: {what} differ by {gap:.3g} nats")
-    if once:
+    once = [gaps.pop("once", math.inf) <= most_once for gaps in found]
+    for what, gap in (pair for gaps in found for pair in gaps.items()):
+        require(gap <= most, f"{name} can't be trained: {what} differ by {gap:.3g} nats")
+    if all(once):
         network.read_rollout = functools.partial(read_prompts_once, network)
     else:
-        say(f"{name} takes no mask of ours: it reads a prompt again for each response")
+        why = "its layers have windows, states or biases of their own"
+        say(f"{name} reads a prompt again for each response: {why}")
 
 
 # ----------------------------------------------------------------------------------- 6. task

@@ -536,7 +536,9 @@ def training_step(run, step):
     metrics = {name: sum(x[name] for x in updates) / len(updates) for name in updates[0]}
     tokens = rollout.mask.sum().item()
     metrics["reward"] = rewards.mean().item()
-    mixed = (adv.view(-1, cfg.group_size) != 0).any(1)  # groups with right and wrong responses
+    mixed = (
+        rewards.view(-1, cfg.group_size).std(1) > 0
+    )  # groups with right and wrong responses
     metrics["mixed_groups"] = mixed.float().mean().item()  # only these teach anything
     metrics["entropy"] = old["entropy"].sum().item() / tokens
     metrics["nucleus_size"] = old["nucleus_size"].sum().item() / tokens
@@ -597,7 +599,10 @@ class Run:
             require(getattr(cfg, name) == old, f"--resume: --{name} was {old}; leave it out")
         module, *options = re.split(r"[:,](?=\w+=)", cfg.task)  # before each name=value
         options = dict(option.split("=", 1) for option in options)
-        self.task = importlib.import_module(module).load(cfg, **options)
+        try:
+            self.task = importlib.import_module(module).load(cfg, **options)
+        except (AttributeError, ImportError, TypeError) as error:
+            raise ValueError(f"--task {cfg.task}: {error}") from error
         self.heldout = self.task.heldout(cfg.eval_prompts)  # name -> problems
         self.model = self.task.build_model().to(cfg.device).eval()  # eval: without dropout
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -702,7 +707,7 @@ def main(argv=None):
     flags = vars(given)
     resume = flags.pop("resume")
     expected = (AssertionError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
-    expected += (AttributeError, PickleError, TypeError)  # of a task or a file that do not fit
+    expected += (PickleError,)  # of a checkpoint that is no checkpoint
     run = None
     try:
         if rest:  # flags of the task, such as --vocab 96 or --vocab=96
@@ -713,6 +718,7 @@ def main(argv=None):
             flags["task"] = f"{task}{',' if ':' in task else ':'}{','.join(pairs)}"
         if resume:
             saved = load_checkpoint(folder_of(Config(**flags)))["config"]
+            require(vars(Config()).keys() == saved.keys(), "--resume: not a run of siren.py")
             flags = {**saved, "out": "", **flags}
         run = Run(Config(**flags), resume)
         report(train(run))
@@ -721,8 +727,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130, "siren.py: interrupted; --resume goes on\n")
     except expected as error:
-        if run and isinstance(error, (AttributeError, TypeError)):
-            raise  # a mistake in a program, whose place matters
         code = 2 if run is None or isinstance(error, ValueError) else 1
         parser.exit(code, f"siren.py: {' '.join(str(error).split())}\n")
 

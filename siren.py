@@ -23,7 +23,8 @@ copies of each other: its entropy collapses. Why each part of SIREN is there:
 
 Both masks are chosen anew by the current policy at every update; the choice has no gradient.
 They act on the entropy alone: responses are sampled from the whole policy. The toy task
-(toy_env.py) is to add the numbers of a prompt, in any order. An example:
+(toy_env.py) is to add the numbers of a prompt, in any order, by a model that has been taught
+to, with mistakes. One token is one number. An example:
 
     prompt      8 3 1 5 2 =
     response    8 2 10 5 15 1 16 3 19 <eos>    reads: 8, plus 2 is 10, plus 5 is 15, ...
@@ -34,8 +35,8 @@ They act on the entropy alone: responses are sampled from the whole policy. The 
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0   # a plain bonus explodes
 
 Shapes: B responses of at most T tokens, to prompts of at most P tokens; N response tokens in
-all; a vocabulary of V tokens, of which the K likeliest count; D hidden units. Entropies are in
-nats. As in the paper, there is no KL term (no reference model).
+all; a vocabulary of V tokens, of which the K likeliest are sorted; D hidden units. Entropies
+are in nats. As in the paper, there is no KL term (no reference model).
 """
 
 import argparse
@@ -62,7 +63,8 @@ from tqdm import tqdm
 #     stats = token_stats(logits, tokens)
 #     loss, _ = policy_loss(stats["logp"], old_logp, adv, mask, max_tokens)  # or your own
 #     loss, info = siren_loss(loss, stats["nucleus_entropy"], mask, anchor, beta)
-# The anchor is info["h_agg"] of the whole first batch. Micro-batches need in_parts, see below.
+# For the anchor, call it once with all responses of the first step and anchor=0.0: the anchor
+# is info["h_agg"], which does not depend on it. Micro-batches need in_parts, after the block.
 # === begin: copy from here (needs nothing but `import torch`) ===
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?

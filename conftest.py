@@ -18,10 +18,10 @@ import pytest
 
 collect_ignore = ["exercises/student.py"]  # its worked examples hold only once it is solved
 ROOT = Path(__file__).parent
-GRADERS = ("test_siren.py", "exercises/test_graders.py", "exercises/test_exercise_12.py")
-GRADING = {
-    str(ROOT / name) for name in (*GRADERS, "tests/common.py")
-}  # what is not a student's
+# those on small numbers come first; all of one exercise: its failures name the missing idea
+GRADERS = ("test_graders.py", "test_exercise_12.py", "test_sampler.py", "test_compare.py")
+NO_STUDENT = [f"exercises/{name}" for name in (*GRADERS, "compare.py", "watch.py")]
+GRADING = {str(ROOT / name) for name in (*NO_STUDENT, "tests/common.py")}
 STUDENT = pytest.StashKey[ModuleType]()
 
 
@@ -49,8 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         reason = f"{type(error).__name__}: {error.msg if where else error}{where}"
         raise pytest.UsageError(f"--impl {path}: can't be imported: {reason}") from error
     config.stash[STUDENT] = module
-    if any(Path(name).name == "test_siren.py" for name in config.args):  # half of the graders
-        config.args.append(str(ROOT / "exercises" / "test_graders.py"))
+    config.args[:] = graders_for(config.option.markexpr)  # whatever was asked for: it is faster
     if config.option.tbstyle == "auto":
         config.option.tbstyle = "short"  # the student's own errors, in few lines
     if config.option.reportchars == "fE":  # pytest's default
@@ -61,10 +60,26 @@ def pytest_configure(config: pytest.Config) -> None:
 def impl(request: pytest.FixtureRequest) -> ModuleType:
     """exercises/reference.py, which is siren.py as a solution; or the module of --impl."""
     if STUDENT in request.config.stash:
-        return request.config.stash[STUDENT]
+        from exercises.watch import Watched
+
+        return Watched(request.config.stash[STUDENT])
     from exercises import reference
 
     return reference
+
+
+def graders_for(expression: str) -> list[str]:
+    """The files of GRADERS that -m needs: only the sampler's for exercise 11."""
+    asked = set(re.findall(r"\bex(\d+)\b", expression))
+    plain = asked and not re.search(r"\bnot\b", expression)
+    needed = {
+        "test_graders.py": {str(i) for i in range(1, 11)},
+        "test_exercise_12.py": {"12"},
+        "test_sampler.py": {"11"},
+        "test_compare.py": {str(i) for i in (*range(1, 11), 12)},
+    }
+    names = [name for name in GRADERS if not plain or asked & needed[name]]
+    return [str(ROOT / "exercises" / name) for name in names or GRADERS]
 
 
 def exercise_of(item: pytest.Item) -> int:
@@ -81,7 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item in items if not exercise_of(item)])
     items[:] = sorted(
         (item for item in items if exercise_of(item)),
-        key=lambda item: (exercise_of(item), not item.name.startswith("test_ex")),
+        key=exercise_of,
     )
 
 

@@ -49,7 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
         reason = f"{type(error).__name__}: {error.msg if where else error}{where}"
         raise pytest.UsageError(f"--impl {path}: can't be imported: {reason}") from error
     config.stash[STUDENT] = module
-    config.args[:] = graders_for(config.option.markexpr)  # whatever was asked for: it is faster
+    config.args[:] = graders_for(
+        config.option.markexpr
+    )  # whatever was asked for: it is faster
     if config.option.tbstyle == "auto":
         config.option.tbstyle = "short"  # the student's own errors, in few lines
     if config.option.reportchars == "fE":  # pytest's default
@@ -94,16 +96,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if STUDENT not in config.stash:
         return
     config.hook.pytest_deselected(items=[item for item in items if not exercise_of(item)])
-    items[:] = sorted(
-        (item for item in items if exercise_of(item)),
-        key=exercise_of,
-    )
+    items[:] = sorted((item for item in items if exercise_of(item)), key=exercise_of)
 
 
 def raised_in(error: BaseException) -> str:
     """The file whose code raised it."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_code.co_filename
+
+
+def known_mistake(item: pytest.Item, error: AssertionError) -> str:
+    """More words, where the student's numbers are those of a known wrong solution."""
+    from exercises import test_compare, watch
+
+    if isinstance(error, test_compare.Differs):  # it has them
+        return ""
+    impl = watch.Watched(item.config.stash[STUDENT])
+    return test_compare.known_mistake(f"ex{exercise_of(item)}", impl)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -119,7 +128,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     except AssertionError as error:
         if student is None or raised_in(error) not in GRADING:
             raise
-        text = str(error).partition("\nassert ")[0]
+        text = str(error).partition("\nassert ")[0] + known_mistake(pyfuncitem, error)
     except AttributeError as error:
         if student is None or error.obj is not student:
             raise

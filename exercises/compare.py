@@ -6,6 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+class Differs(AssertionError):
+    """The student's numbers are not those of the definition; `known`: whose they are, or ""."""
+
+    known = ""
+
+
 class Case(NamedTuple):
     """One call: in words, the inputs, and how exact the result must be."""
 
@@ -28,9 +34,14 @@ def judge(function, run, right, cases, idea, mistakes):
         found.append(got)
         first = first or difference(got, right(case.given), case)
     if first:
-        looks_like = diagnosis(run, cases, found, mistakes)
-        known = f" Your numbers are those of a known mistake: {looks_like}." * bool(looks_like)
-        raise AssertionError(f"{idea}.{known} {first}")
+        known = diagnosis(run, cases, found, mistakes)
+        error = Differs(f"{idea}.{sentence(known)} {first}")
+        error.known = known
+        raise error
+
+
+def sentence(known):
+    return f" Your numbers are those of a known mistake: {known}." if known else ""
 
 
 def as_numbers(x):

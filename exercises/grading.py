@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from exercises import qae, reference, test_compare, test_exercise_12, test_graders, test_sampler
+from exercises import (
+    qae,
+    reference,
+    test_compare,
+    test_exercise_12,
+    test_graders,
+    test_sampler,
+)
 from exercises.watch import Watched
 
 EXERCISES = {
@@ -85,5 +92,10 @@ def failures(
         try:
             for given in cases(test, exercise):
                 test(impl=Watched(module), **given)
+        except test_compare.Differs as error:
+            yield test.__name__, error
+        except AssertionError as error:
+            known = test_compare.known_mistake(exercise, Watched(module))
+            yield test.__name__, AssertionError(str(error).partition("\nassert ")[0] + known)
         except Exception as error:  # a solution may raise whatever it likes
             yield test.__name__, error

@@ -1,8 +1,9 @@
-"""Solutions written before anybody looked at the graders or at wrong.py: wrong and right ones.
+"""Known mistakes, and right solutions in other styles than siren.py's.
 
-wrong_solutions() has, for each exercise, what students and language models write by mistake;
-right_solutions() what they write in another style than siren.py. test_blind.py demands that
-the graders refuse the first and accept the second.
+wrong_solutions() has, for each exercise, what students and language models write by mistake:
+description -> functions. They were written before anybody looked at the graders or at wrong.py.
+The graders refuse all of them, and say so where a student's numbers are those of one. They
+accept right_solutions().
 
 Most of the wrong ones are a right solution in which one step is replaced: a template takes its
 steps as arguments.
@@ -58,43 +59,51 @@ def wrong_advantages():
         "negative rewards are 0": by_group(lambda x: centred(x.relu())),
         "advantages clamped": by_group(lambda x: centred(x).clamp(-1, 1)),
         "rounded": by_group(lambda x: (centred(x) * 100).round() / 100),
-        "tanh": by_group(lambda x: centred(x).tanh()),
-        "median": by_group(lambda x: x - x.median(1, keepdim=True).values),
-        "largest": by_group(lambda x: x - x.max(1, keepdim=True).values),
-        "middle of the range": by_group(
+        "squashed by tanh": by_group(lambda x: centred(x).tanh()),
+        "the median as the baseline": by_group(lambda x: x - x.median(1, keepdim=True).values),
+        "the largest reward as the baseline": by_group(
+            lambda x: x - x.max(1, keepdim=True).values
+        ),
+        "the middle between the smallest and the largest reward as the baseline": by_group(
             lambda x: x - (x.max(1, keepdim=True).values + x.min(1, keepdim=True).values) / 2
         ),
-        "std if above 1": by_group(
+        "divided by the standard deviation where it is above 1": by_group(
             lambda x: centred(x) / x.std(1, keepdim=True).clamp(min=1)
         ),
-        "largest magnitude": by_group(
+        "divided by the largest magnitude of the group": by_group(
             lambda x: centred(x) / x.abs().amax(1, keepdim=True).clamp(min=1)
         ),
-        "std": by_group(lambda x: centred(x) / (x.std(1, keepdim=True) + 1e-8)),
-        "leave one out": by_group(lambda x: centred(x) * x.shape[1] / (x.shape[1] - 1)),
-        "absolute": by_group(lambda x: centred(x).abs()),
-        "batch mean": lambda r, g: r - r.mean(),
-        "interleaved": lambda r, g: (
+        "divided by the standard deviation": by_group(
+            lambda x: centred(x) / (x.std(1, keepdim=True) + 1e-8)
+        ),
+        "the mean of the other responses as the baseline": by_group(
+            lambda x: centred(x) * x.shape[1] / (x.shape[1] - 1)
+        ),
+        "the absolute value": by_group(lambda x: centred(x).abs()),
+        "the mean of the whole batch as the baseline": lambda r, g: r - r.mean(),
+        "groups of every n-th row": lambda r, g: (
             r.reshape(g, -1) - r.reshape(g, -1).mean(0, keepdim=True)
         ).reshape(-1),
-        "columns of the groups": lambda r, g: (
+        "the mean over groups in place of the mean over a group": lambda r, g: (
             r.reshape(-1, g) - r.reshape(-1, g).mean(0, keepdim=True)
         ).reshape(-1),
         "groups of four": lambda r, g: centred(r.reshape(-1, 4)).reshape(-1),
         "half of the rewards": lambda r, g: centred(r.reshape(-1, g)).reshape(-1)[
             : len(r) // 2
         ],
-        "only the first group": lambda r, g: r - r[:g].mean(),
-        "in the shape of groups": lambda r, g: centred(r.reshape(-1, g)),
-        "single precision": lambda r, g: centred(r.float().reshape(-1, g)).reshape(-1).double(),
-        "whole numbers": by_group(lambda x: centred(x.long().double())),
+        "the mean of the first group for all": lambda r, g: r - r[:g].mean(),
+        "returned as [groups, size]": lambda r, g: centred(r.reshape(-1, g)),
+        "single precision": lambda r, g: (
+            centred(r.float().reshape(-1, g)).reshape(-1).double()
+        ),
+        "rewards made whole numbers": by_group(lambda x: centred(x.long().double())),
         "writes to the rewards": write_in_place,
-        "remembers": with_memory(),
-        "sorted": by_group(lambda x: centred(x).sort(1).values),
-        "silent where all are right": by_group(
+        "a baseline that remembers earlier calls": with_memory(),
+        "returned in sorted order": by_group(lambda x: centred(x).sort(1).values),
+        "0 where the mean is 1 or more": by_group(
             lambda x: centred(x) * (x.mean(1, keepdim=True) < 1)
         ),
-        "trimmed mean": by_group(
+        "a mean without the extremes as the baseline": by_group(
             lambda x: (
                 x
                 - (x.sum(1, keepdim=True) - x.amax(1, keepdim=True) - x.amin(1, keepdim=True))
@@ -120,9 +129,7 @@ def right_advantages():
         "loop": loop,
         "in place on a copy": own_copy,
         "chunks": lambda r, g: torch.cat([x - x.sum() / g for x in r.split(g)]),
-        "repeat_interleave": lambda r, g: (
-            r - r.view(-1, g).mean(dim=1).repeat_interleave(g)
-        ),
+        "repeat_interleave": lambda r, g: r - r.view(-1, g).mean(dim=1).repeat_interleave(g),
         "numpy": lambda r, g: torch.from_numpy(
             r.numpy().reshape(-1, g) - r.numpy().reshape(-1, g).mean(1, keepdims=True)
         ).view(-1),
@@ -152,9 +159,7 @@ def policy(
 ):
     """policy_loss of these steps."""
 
-    def loss(
-        logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None
-    ):
+    def loss(logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None):
         a = adv_of(adv, mask)
         ratio = ratio_of(read(logp, mask), read(old_logp, mask))
         gain = keep(gain_of(ratio, a, clip_low, clip_high), mask)
@@ -295,7 +300,9 @@ def wrong_policies():
             fraction=lambda r, a, held, m: ((held * a < r * a) & m).double().mean()
         ),
         "fraction: not strictly": policy(
-            fraction=lambda r, a, held, m: ((held * a <= r * a) & m).sum() / m.sum().clamp(min=1)
+            fraction=lambda r, a, held, m: (
+                ((held * a <= r * a) & m).sum() / m.sum().clamp(min=1)
+            )
         ),
         "fraction: a count": policy(
             fraction=lambda r, a, held, m: ((held * a < r * a) & m).sum()
@@ -359,7 +366,9 @@ def right_policies():
 
     def detached(logp, old_logp, adv, mask, **options):
         logp = logp.where(mask, torch.zeros_like(logp))
-        return policy()(logp, old_logp.detach().where(mask, logp.detach()), adv, mask, **options)
+        return policy()(
+            logp, old_logp.detach().where(mask, logp.detach()), adv, mask, **options
+        )
 
     return {"template": policy(), "loop": loop, "two cases": two_cases, "flat": flat} | {
         "detached": detached
@@ -438,11 +447,11 @@ def wrong_nuclei():
         return torch.zeros_like(pi, dtype=torch.bool).scatter(-1, order, before(pi) < top_p)
 
     return {
-        "exclusive": nucleus_by(lambda pi, p: pi.cumsum(-1) <= p),
-        "exclusive but never empty": nucleus_by(
+        "the token that crosses p is left out": nucleus_by(lambda pi, p: pi.cumsum(-1) <= p),
+        "the token that crosses p is left out, unless it is the first": nucleus_by(
             lambda pi, p: (pi.cumsum(-1) <= p) | first(pi, 1)
         ),
-        "one more": nucleus_by(lambda pi, p: before(pi) - pi < p),
+        "one token too many": nucleus_by(lambda pi, p: before(pi) - pi < p),
         "at least two": nucleus_by(lambda pi, p: (before(pi) < p) | first(pi, 2)),
         "at most 50": at_most(50),
         "at most 64": at_most(64),
@@ -456,19 +465,21 @@ def wrong_nuclei():
         "tolerance upwards": nucleus_by(lambda pi, p: before(pi) < p + 1e-4),
         "min-p": nucleus_by(lambda pi, p: pi >= (1 - p) * pi[..., :1]),
         "a small probability is out": nucleus_by(lambda pi, p: (before(pi) < p) & (pi > 1e-4)),
-        "p of the tail": nucleus_by(lambda pi, p: before(pi) < 1 - p),
-        "outside": nucleus_by(lambda pi, p: before(pi) >= p),
-        "p = 1 by sums": nucleus_by(lambda pi, p: before(pi) < p, exact=False),
+        "1 - p in place of p": nucleus_by(lambda pi, p: before(pi) < 1 - p),
+        "the tokens outside": nucleus_by(lambda pi, p: before(pi) >= p),
+        "sums are compared at p = 1, too": nucleus_by(
+            lambda pi, p: before(pi) < p, exact=False
+        ),
         "half precision": nucleus_by(lambda pi, p: before(pi.bfloat16()) < p),
-        "temperature": lambda z, p: right_nucleus_mask(z / 0.6, p),
-        "no softmax": of_the_logits,
-        "threshold": by_threshold,
-        "not sorted": unsorted,
-        "in sorted order": in_sorted_order,
+        "logits divided by a temperature": lambda z, p: right_nucleus_mask(z / 0.6, p),
+        "logits taken as probabilities": of_the_logits,
+        "all tokens as likely as the last one that is needed": by_threshold,
+        "tokens not sorted": unsorted,
+        "the mask left in sorted order": in_sorted_order,
         "gather in place of scatter": gathered_back,
         "least likely first": lambda z, p: right_nucleus_mask(-z, p),
-        "whole batch": whole_batch,
-        "first row for all": first_row,
+        "one nucleus for all positions together": whole_batch,
+        "the nucleus of the first position for all": first_row,
         "only two dimensions": two_dimensions,
         "softmax over rows": lambda z, p: nucleus_by(lambda pi, p: before(pi) < p)(
             z.softmax(0).log(), p
@@ -478,7 +489,7 @@ def wrong_nuclei():
         ),
         "whole numbers": lambda z, p: right_nucleus_mask(z, p).long(),
         "writes to the logits": write_temperature,
-        "overflow": lambda z, p: right_nucleus_mask(
+        "exp of the logits, which overflows": lambda z, p: right_nucleus_mask(
             (z.exp() / z.exp().sum(-1, keepdim=True)).log(), p
         ),
     }
@@ -504,11 +515,7 @@ def right_nuclei():
         order = torch.argsort(pi, dim=-1, descending=True)
         ranked = torch.gather(pi, -1, order)
         inside = torch.cat(
-            [
-                torch.zeros_like(ranked[..., :1]),
-                ranked.cumsum(-1)[..., :-1],
-            ],
-            -1,
+            [torch.zeros_like(ranked[..., :1]), ranked.cumsum(-1)[..., :-1]], -1
         )
         return (inside < top_p).gather(-1, order.argsort(-1))
 
@@ -573,11 +580,13 @@ def wrong_entropies():
         """The tokens outside are one more option."""
         pi = logits.softmax(-1)
         rest = (pi * ~inside).sum(-1, keepdim=True)
-        return torch.where(inside, pi, rest / (~inside).sum(-1, keepdim=True).clamp(min=1)).log()
+        return torch.where(
+            inside, pi, rest / (~inside).sum(-1, keepdim=True).clamp(min=1)
+        ).log()
 
     caps = {f"at most {k}": entropy_by(at_most(k)) for k in (20, 64, 1000)}
     return caps | {
-        "exclusive": entropy_by(
+        "the token that crosses p is left out": entropy_by(
             nucleus_by(lambda pi, p: (pi.cumsum(-1) <= p) | first(pi, 1))
         ),
         "whole vocabulary": entropy_by(lambda z, p: torch.ones_like(z, dtype=torch.bool)),
@@ -588,7 +597,7 @@ def wrong_entropies():
             log_q=late, total=lambda log, m: -torch.where(m, log.exp() * log, 0.0).sum(-1)
         ),
         "mass detached": entropy_by(log_q=fixed_mass),
-        "pi log q": lambda z, p: (
+        "pi log q in place of q log q": lambda z, p: (
             -(
                 z.softmax(-1)
                 * renormalised(z, right_nucleus_mask(z, p)).masked_fill(
@@ -597,14 +606,14 @@ def wrong_entropies():
             ).sum(-1)
         ),
         "logits of 0 outside": entropy_by(log_q=lambda z, m: (z * m).log_softmax(-1)),
-        "log2": lambda z, p: safe(z, p) / math.log(2),
+        "log2 in place of the natural logarithm": lambda z, p: safe(z, p) / math.log(2),
         "over the logarithm of the size": lambda z, p: (
             safe(z, p) / right_nucleus_mask(z, p).sum(-1).clamp(min=2).log()
         ),
         "perplexity": lambda z, p: safe(z, p).exp(),
-        "sign": lambda z, p: -safe(z, p),
+        "the sign": lambda z, p: -safe(z, p),
         "sum over the positions": lambda z, p: safe(z, p).sum(),
-        "kept dimension": lambda z, p: safe(z, p)[..., None],
+        "a dimension too many": lambda z, p: safe(z, p)[..., None],
         "mean over the vocabulary": entropy_by(
             total=lambda log, m: -(log.exp() * log.masked_fill(~m, 0.0)).mean(-1)
         ),
@@ -624,24 +633,24 @@ def wrong_entropies():
         "10 taken off outside, in place of -inf": entropy_by(
             log_q=lambda z, m: (z + (~m) * -10.0).log_softmax(-1)
         ),
-        "detached": lambda z, p: safe(z, p).detach(),
+        "H' detached": lambda z, p: safe(z, p).detach(),
         "q detached": entropy_by(
             total=lambda log, m: -(log.exp().detach() * log.masked_fill(~m, 0.0)).sum(-1)
         ),
-        "rest as a token": entropy_by(log_q=with_rest),
+        "the tokens outside count as well": entropy_by(log_q=with_rest),
         "at least 1e-6": lambda z, p: safe(z, p).clamp(min=1e-6),
         "small ones are 0": lambda z, p: torch.where(safe(z, p) < 1e-2, 0.0, safe(z, p)),
         "at most ln 50": lambda z, p: safe(z, p).clamp(max=math.log(50)),
         "at most 5": lambda z, p: safe(z, p).clamp(max=5.0),
         "single precision": lambda z, p: safe(z.float(), p).double(),
         "half precision": lambda z, p: safe(z.bfloat16(), p).double(),
-        "overflow": lambda z, p: safe((z.exp() / z.exp().sum(-1, keepdim=True)).log(), p),
+        "exp of the logits, which overflows": lambda z, p: safe(
+            (z.exp() / z.exp().sum(-1, keepdim=True)).log(), p
+        ),
         "logits clamped": lambda z, p: safe(z.clamp(-20, 20), p),
         "writes to the logits": logits_in_place,
-        "temperature": lambda z, p: safe(z / 0.7, p),
-        "collision entropy": entropy_by(
-            total=lambda log, m: -(2 * log).exp().sum(-1).log()
-        ),
+        "logits divided by a temperature": lambda z, p: safe(z / 0.7, p),
+        "collision entropy": entropy_by(total=lambda log, m: -(2 * log).exp().sum(-1).log()),
     }
 
 
@@ -675,12 +684,14 @@ def right_entropies():
         "probabilities": by_probabilities,
         "logsumexp": logsumexp,
         "einsum": library,
-        "xlogy": lambda z, p: -torch.special.xlogy(
-            renormalised(z, right_nucleus_mask(z, p)).exp(),
-            renormalised(z, right_nucleus_mask(z, p))
-            .masked_fill(~right_nucleus_mask(z, p), 0.0)
-            .exp(),
-        ).sum(-1),
+        "xlogy": lambda z, p: (
+            -torch.special.xlogy(
+                renormalised(z, right_nucleus_mask(z, p)).exp(),
+                renormalised(z, right_nucleus_mask(z, p))
+                .masked_fill(~right_nucleus_mask(z, p), 0.0)
+                .exp(),
+            ).sum(-1)
+        ),
     }
 
 
@@ -741,17 +752,25 @@ def wrong_peaks():
         return peak
 
     kinds = {
-        kind: peaks_by(lambda x, q, kind=kind: torch.quantile(x, q, interpolation=kind))
+        f"the quantile is the {kind} of its two neighbours": peaks_by(
+            lambda x, q, kind=kind: torch.quantile(x, q, interpolation=kind)
+        )
         for kind in ("lower", "nearest")
     }
     return kinds | {
-        "batch": batch_quantile,
+        "the quantile of the whole batch": batch_quantile,
         "strictly above": peaks_by(test=lambda h, theta: (h > theta) & (h > 0)),
-        "0 is a peak": peaks_by(test=lambda h, theta: h >= theta),
-        "threshold 1e-6": peaks_by(test=lambda h, theta: (h >= theta) & (h > 1e-6)),
-        "threshold .01": peaks_by(test=lambda h, theta: (h >= theta) & (h > 0.01)),
-        "tolerance": peaks_by(test=lambda h, theta: (h >= theta - 1e-3) & (h > 0)),
-        "below": peaks_by(test=lambda h, theta: (h <= theta) & (h > 0)),
+        "H' = 0 may be a peak": peaks_by(test=lambda h, theta: h >= theta),
+        "H' > 1e-6 in place of H' > 0": peaks_by(
+            test=lambda h, theta: (h >= theta) & (h > 1e-6)
+        ),
+        "H' > .01 in place of H' > 0": peaks_by(
+            test=lambda h, theta: (h >= theta) & (h > 0.01)
+        ),
+        "a tolerance of .001 below the quantile": peaks_by(
+            test=lambda h, theta: (h >= theta - 1e-3) & (h > 0)
+        ),
+        "what lies below the quantile": peaks_by(test=lambda h, theta: (h <= theta) & (h > 0)),
         "padding in the quantile": peaks_by(own=lambda h, m: h),
         "padding as 0 in the quantile": peaks_by(own=lambda h, m: h * m),
         "only what is above 0": peaks_by(own=lambda h, m: h[m & (h > 0)]),
@@ -760,7 +779,7 @@ def wrong_peaks():
         "mean in place of a quantile": peaks_by(lambda x, q: x.mean()),
         "share of the largest": peaks_by(lambda x, q: q * x.max()),
         "share of the range": peaks_by(lambda x, q: x.min() + q * (x.max() - x.min())),
-        "1 - quantile": peaks_by(lambda x, q: x.quantile(1 - q)),
+        "1 - quantile in place of quantile": peaks_by(lambda x, q: x.quantile(1 - q)),
         "always .8": peaks_by(lambda x, q: x.quantile(0.8)),
         "at most .9": peaks_by(lambda x, q: x.quantile(min(q, 0.9))),
         "normal quantile": peaks_by(lambda x, q: x.mean() + (q - 0.5) * x.std(correction=0)),
@@ -772,7 +791,7 @@ def wrong_peaks():
         "quantile 0 needs H' > 0": peaks_by(off=None),
         "quantile 0 takes padding": peaks_by(off=lambda h, m: torch.ones_like(m)),
         "quantile 0 takes nothing": peaks_by(off=lambda h, m: torch.zeros_like(m)),
-        "not ANDed": lambda h, m, q: (
+        "no AND with the mask": lambda h, m, q: (
             (h >= siren_theta(h, m, q)) & (h > 0) if q > 0 else m
         ),
         "float in place of bool": lambda h, m, q: peaks_by()(h, m, q).double(),
@@ -867,26 +886,30 @@ def wrong_aggregations():
         return (h_i * mask.sum(1)).sum() / mask.sum().clamp(min=1)
 
     return {
-        "one mean": one_mean,
+        "one mean over all peaks": one_mean,
         "median of the peaks": middle,
         "weighted by length": weighted,
         "largest of a row": aggregate(
             read=lambda h, p: torch.where(p, h, 0.0).amax(1, keepdim=True),
             count=lambda p, m: 1,
         ),
-        "by length": aggregate(count=lambda p, m: m.sum(1).clamp(min=1)),
-        "by T": aggregate(count=lambda p, m: m.shape[1]),
+        "divided by the length, not by the peaks": aggregate(
+            count=lambda p, m: m.sum(1).clamp(min=1)
+        ),
+        "divided by T, not by the peaks": aggregate(count=lambda p, m: m.shape[1]),
         "sum of a row": aggregate(count=lambda p, m: 1),
         "0 / 0 in a row": aggregate(count=lambda p, m: p.sum(1)),
         "an epsilon in a row": aggregate(count=lambda p, m: p.sum(1) + 1e-6),
-        "all rows": aggregate(rows=lambda p, m: len(m)),
-        "rows with a peak": aggregate(rows=lambda p, m: p.any(1).sum().clamp(min=1)),
+        "rows without a token count": aggregate(rows=lambda p, m: len(m)),
+        "rows without a peak don't count": aggregate(
+            rows=lambda p, m: p.any(1).sum().clamp(min=1)
+        ),
         "0 / 0 over rows": aggregate(rows=lambda p, m: m.any(1).sum()),
         "an epsilon over rows": aggregate(rows=lambda p, m: m.any(1).sum() + 1e-6),
-        "not over rows": aggregate(rows=lambda p, m: 1),
-        "peaks in padding": aggregate(inside=lambda p, m: p),
+        "a sum over the rows": aggregate(rows=lambda p, m: 1),
+        "peaks in padding count": aggregate(inside=lambda p, m: p),
         "the mask, not the peaks": aggregate(inside=lambda p, m: m),
-        "multiplied by 0": aggregate(read=lambda h, p: h * p),
+        "padding multiplied by 0": aggregate(read=lambda h, p: h * p),
         "only NaN replaced": aggregate(
             read=lambda h, p: h.nan_to_num(0.0, 0.0, 0.0), inside=lambda p, m: p
         ),
@@ -898,15 +921,15 @@ def wrong_aggregations():
             read=lambda h, p: torch.where(p, h, 0.0).clamp(max=5.0)
         ),
         "median over rows": aggregate(last=lambda h: h.median(), rows=lambda p, m: 1),
-        "by row": aggregate(last=lambda h: h),
+        "H_i in place of H_agg": aggregate(last=lambda h: h),
         "a number": lambda h, p, m: aggregate()(h, p, m).item(),
         "single precision": lambda h, p, m: aggregate()(h.float(), p, m).double(),
         "writes to peak": zero_in_place,
         "whole vocabulary of peaks": aggregate(
             count=lambda p, m: p.sum().clamp(min=1), rows=lambda p, m: 1
         ),
-        "last row left out": lambda h, p, m: aggregate()(h[:-1], p[:-1], m[:-1]),
-        "root": aggregate(last=lambda h: (h + 1e-30).sqrt().sum()),
+        "the last row left out": lambda h, p, m: aggregate()(h[:-1], p[:-1], m[:-1]),
+        "a root of H_i": aggregate(last=lambda h: (h + 1e-30).sqrt().sum()),
     }
 
 
@@ -1051,10 +1074,8 @@ def wrong_losses():
         "whole vocabulary": anchored(h_of=full),
         "every token": anchored(peak_of=lambda h, m, q: m),
         "peaks of the batch": anchored(peak_of=batch_quantile),
-        "peaks without H' > 0": anchored(
-            peak_of=peaks_by(test=lambda h, theta: h >= theta)
-        ),
-        "one mean": anchored(gather=wrong_aggregations()["one mean"]),
+        "peaks without H' > 0": anchored(peak_of=peaks_by(test=lambda h, theta: h >= theta)),
+        "one mean": anchored(gather=wrong_aggregations()["one mean over all peaks"]),
         "a square per row": anchored(gather=by_row, penalty=row_penalty),
         "logits shifted": anchored(logp_of=lambda z, ids: gathered(z.roll(1, 1), ids)),
         "logp shifted": anchored(logp_of=lambda z, ids: gathered(z, ids.roll(-1, 1))),
@@ -1072,14 +1093,16 @@ def wrong_losses():
             logp_of=lambda z, ids: gathered(z, ids).clamp(min=-100)
         ),
         "log of softmax": anchored(
-            logp_of=lambda z, ids: (z.exp() / z.exp().sum(-1, keepdim=True))
-            .log()
-            .gather(-1, ids[..., None])[..., 0]
+            logp_of=lambda z, ids: (
+                (z.exp() / z.exp().sum(-1, keepdim=True))
+                .log()
+                .gather(-1, ids[..., None])[..., 0]
+            )
         ),
         "softmax plus epsilon": anchored(
-            logp_of=lambda z, ids: (z.softmax(-1) + 1e-10)
-            .log()
-            .gather(-1, ids[..., None])[..., 0]
+            logp_of=lambda z, ids: (
+                (z.softmax(-1) + 1e-10).log().gather(-1, ids[..., None])[..., 0]
+            )
         ),
         "ids within 32": anchored(logp_of=lambda z, ids: gathered(z, ids % 32)),
         "top_p fixed": fixed(top_p=0.8),
@@ -1088,8 +1111,7 @@ def wrong_losses():
         "beta fixed": fixed(beta=0.005),
         "quantile and p swapped": swapped,
         "finite padding arrives": anchored(
-            clean=without_nan,
-            policy_of=policy(read=lambda x, m: x, keep=lambda x, m: x),
+            clean=without_nan, policy_of=policy(read=lambda x, m: x, keep=lambda x, m: x)
         ),
         "NaN in padding arrives": anchored(
             clean=lambda old, m: old, policy_of=policy(read=lambda x, m: x)
@@ -1141,9 +1163,13 @@ def right_losses():
     ):  # fmt: skip
         logp = torch.log_softmax(logits, dim=-1)
         logp = torch.gather(logp, 2, tokens.unsqueeze(2)).squeeze(2)
-        loss, stats = right_policies()["flat"](logp, old_logp, adv, mask, max_tokens=max_tokens)
+        loss, stats = right_policies()["flat"](
+            logp, old_logp, adv, mask, max_tokens=max_tokens
+        )
         h = right_entropies()["logsumexp"](logits, top_p)
-        h_agg = right_aggregations()["loop"](h, right_peaks()["numpy"](h, mask, peak_quantile), mask)
+        h_agg = right_aggregations()["loop"](
+            h, right_peaks()["numpy"](h, mask, peak_quantile), mask
+        )
         gap = h_agg - float(anchor)
         stats.update(
             policy_loss=loss.detach(),
@@ -1240,10 +1266,10 @@ def wrong_passes():
         "all wrong": lambda n, c, k: math.comb(n - c, k) / math.comb(n, k),
         "exactly one": lambda n, c, k: c * math.comb(n - c, k - 1) / math.comb(n, k),
         "all right": lambda n, c, k: math.comb(c, k) / math.comb(n, k),
-        "more than half": lambda n, c, k: sum(
-            math.comb(c, i) * math.comb(n - c, k - i) for i in range(k // 2 + 1, k + 1)
-        )
-        / math.comb(n, k),
+        "more than half": lambda n, c, k: (
+            sum(math.comb(c, i) * math.comb(n - c, k - i) for i in range(k // 2 + 1, k + 1))
+            / math.comb(n, k)
+        ),
         "binomials as floats": big,
         "factorials as floats": lambda n, c, k: (
             1.0
@@ -1272,14 +1298,10 @@ def wrong_passes():
             1 - torch.tensor(math.comb(n - c, k) / math.comb(n, k)).bfloat16().item()
         ),
         "n at most 100": lambda n, c, k: (
-            1 - math.comb(n - c, k) / math.comb(n, k)
-            if n <= 100
-            else 1 - (1 - c / n) ** k
+            1 - math.comb(n - c, k) / math.comb(n, k) if n <= 100 else 1 - (1 - c / n) ** k
         ),
         "no test for few wrong ones": lambda n, c, k: (
-            1 - np.prod([1 - k / i for i in range(n - c + 1, n + 1)])
-            if n - c >= k
-            else 0.0
+            1 - np.prod([1 - k / i for i in range(n - c + 1, n + 1)]) if n - c >= k else 0.0
         ),
         "mean over subsets, cut off": lambda n, c, k: float(
             np.mean(
@@ -1306,16 +1328,13 @@ def right_passes():
         "logarithms": lambda n, c, k: (
             1.0
             if n - c < k
-            else 1
-            - math.exp(gamma(n - c) - gamma(n - c - k) - gamma(n) + gamma(n - k))
+            else 1 - math.exp(gamma(n - c) - gamma(n - c - k) - gamma(n) + gamma(n - k))
         ),
         "comb": lambda n, c, k: 1 - math.comb(n - c, k) / math.comb(n, k),
         "fraction": lambda n, c, k: float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))),
         "product": products,
         "humaneval": lambda n, c, k: (
-            1.0
-            if n - c < k
-            else float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+            1.0 if n - c < k else float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
         ),
         "math.prod": lambda n, c, k: (
             1 - math.prod(max(0, n - c - i) / (n - i) for i in range(k))
@@ -1429,7 +1448,9 @@ def wrong_majorities():
             equal=lambda best, answer: best.strip() == answer.strip()
         ),
         "an empty text is no vote": majority(valid=lambda x: bool(x)),
-        "None votes": majority(valid=lambda x: True, vote=lambda x: x, winner=none_is_strongest),
+        "None votes": majority(
+            valid=lambda x: True, vote=lambda x: x, winner=none_is_strongest
+        ),
         "absolute majority": majority(winner=absolute_majority),
         "ties: the last": majority(winner=last_of_tied),
         "ties: the largest": majority(
@@ -1441,17 +1462,23 @@ def wrong_majorities():
         "ties: nobody": majority(
             winner=lambda v: (
                 most_common(v)
-                if len([n for n in collections.Counter(v).values() if n == v.count(most_common(v))])
+                if len(
+                    [
+                        n
+                        for n in collections.Counter(v).values()
+                        if n == v.count(most_common(v))
+                    ]
+                )
                 == 1
                 else None
             )
         ),
         "the first vote": majority(winner=lambda v: v[0]),
         "the last vote": majority(winner=lambda v: v[-1]),
-        "any": lambda votes, answer, k: sum(
-            answer in block for block in whole_blocks(votes, k)
-        )
-        / len(whole_blocks(votes, k)),
+        "any": lambda votes, answer, k: (
+            sum(answer in block for block in whole_blocks(votes, k))
+            / len(whole_blocks(votes, k))
+        ),
         "share of the votes": lambda votes, answer, k: votes.count(answer) / len(votes),
         "one block": lambda votes, answer, k: majority()(votes, answer, len(votes)),
         "the first block": lambda votes, answer, k: majority()(votes[:k], answer, k),
@@ -1490,7 +1517,9 @@ def wrong_majorities():
             majority()(votes, answer, k) * (len(votes) // k) * k / len(votes)
         ),
         "a whole number": lambda votes, answer, k: round(majority()(votes, answer, k)),
-        "a set": majority(winner=lambda v: sorted(set(v), key=lambda x: (-v.count(x), len(x), x))[0]),
+        "a set": majority(
+            winner=lambda v: sorted(set(v), key=lambda x: (-v.count(x), len(x), x))[0]
+        ),
     }
 
 
@@ -1612,7 +1641,9 @@ def pop_in_place(prompts, pad):
 def from_top(k):
     def choose(pi, generator, t):
         top = pi.topk(min(k, pi.shape[1]), -1)
-        return top.indices.gather(1, torch.multinomial(top.values, 1, generator=generator))[:, 0]
+        return top.indices.gather(1, torch.multinomial(top.values, 1, generator=generator))[
+            :, 0
+        ]
 
     return choose
 
@@ -1767,7 +1798,9 @@ def no_cache_sampler(
     with torch.no_grad():
         for _ in range(max_tokens):
             place = (seen.cumsum(1) - 1).clamp(min=0)
-            logits = model(input_ids=ids, attention_mask=seen, position_ids=place).logits[:, -1]
+            logits = model(input_ids=ids, attention_mask=seen, position_ids=place).logits[
+                :, -1
+            ]
             log_pi = (logits / temperature).log_softmax(-1)
             token = torch.multinomial(log_pi.exp(), 1, generator=generator)[:, 0]
             out["tokens"].append(torch.where(done, pad_id, token))
@@ -1829,7 +1862,9 @@ def plug_of(function, convert=float, **more):
     """plug for this function."""
 
     def plug(quantile="0.4"):
-        siren.group_advantages = functools.partial(function, quantile=convert(quantile), **more)
+        siren.group_advantages = functools.partial(
+            function, quantile=convert(quantile), **more
+        )
 
     return plug
 
@@ -1919,15 +1954,15 @@ def wrong_drop_ins():
         "divided by the std": quantile_by(
             result=lambda x, b: (x - b) / (x.std(1, keepdim=True) + 1e-6)
         ),
-        "centred": quantile_by(
-            result=lambda x, b: (x - b) - (x - b).mean(1, keepdim=True)
-        ),
+        "centred": quantile_by(result=lambda x, b: (x - b) - (x - b).mean(1, keepdim=True)),
         "only above": quantile_by(result=lambda x, b: (x - b).clamp(min=0)),
         "the baseline": quantile_by(result=lambda x, b: b.expand(x.shape)),
         "sorted": quantile_by(result=lambda x, b: x.sort(1).values - b),
         "tolerance in F": quantile_by(baseline=by_value),
         "writes to the rewards": sort_in_place,
-        "groups": lambda r, g, a="", quantile=0.4: quantile_by()(r, g, a, quantile).view(-1, g),
+        "groups": lambda r, g, a="", quantile=0.4: quantile_by()(r, g, a, quantile).view(
+            -1, g
+        ),
         "interleaved": lambda r, g, a="", quantile=0.4: quantile_by()(
             r.view(g, -1).T.reshape(-1), g, a, quantile
         ),

@@ -85,7 +85,9 @@ def test_ex12_plug(impl):
         same(as_siren_calls_it(group(3)), group(3) - 1, idea)
         impl.plug()
         same(as_siren_calls_it(r), r, "plug() again: K = 0.4, whatever an earlier one set")
-        changed = {name for name, value in vars(siren).items() if before.get(name) is not value}
+        changed = {
+            name for name, value in vars(siren).items() if before.get(name) is not value
+        }
         idea = "plug() sets siren.group_advantages, and nothing else of siren"
         assert changed == {"group_advantages"}, f"{idea}, not {sorted(changed)}"
     finally:

@@ -93,7 +93,9 @@ class TinyModel(torch.nn.Module):
         x = self.tokens[input_ids] + self.places[position_ids]
         columns = torch.arange(past + length)
         earlier = columns[None, :] <= torch.arange(past, past + length)[:, None]
-        seen = earlier & attention_mask.bool()[:, None, None, :]  # [rows, 1, length, past + length]
+        seen = (
+            earlier & attention_mask.bool()[:, None, None, :]
+        )  # [rows, 1, length, past + length]
         for layer, (mixer, output) in enumerate(zip(self.mixers, self.outputs)):
             x = x + self.attention(normed(x) @ mixer, seen, cache, layer) @ output
             x = x + torch.tanh(normed(x))

@@ -52,18 +52,25 @@ def watched(function, name):
         free = name == "sample" and given.get("generator") is None
         for what, same_now in compared(state, global_state()).items():
             allowed = same_now or (free and "random" in what)
-            assert allowed, f"{name} changes {what}: the caller does not expect it"
+            hint = (
+                "draw with the generator"
+                if name == "sample"
+                else "the caller doesn't expect it"
+            )
+            assert allowed, f"{name} changes {what}: {hint}"
         return result
 
     return call
 
 
 def by_name(function, args, given):
-    """Name -> value of the arguments; positions where the function has no such names."""
+    """Name -> value of the arguments; a number where the function has no name for one."""
     try:
-        return inspect.signature(function).bind(*args, **given).arguments
-    except (TypeError, ValueError):  # the call itself will say it
-        return {f"argument {i + 1}": value for i, value in enumerate(args)} | given
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        names = []
+    numbered = [f"argument {i + 1}" for i in range(len(args))]
+    return dict(zip(names[: len(args)] + numbered[len(names) :], args)) | given
 
 
 def remembered(value):
@@ -73,8 +80,6 @@ def remembered(value):
     if isinstance(value, torch.nn.Module):
         weights = [remembered(weight) for weight in value.parameters()]
         return ([module.training for module in value.modules()], weights)
-    if isinstance(value, dict):  # arguments collected by **options
-        return {key: remembered(one) for key, one in value.items()}
     return copy.deepcopy(value) if isinstance(value, list) else None
 
 
@@ -95,9 +100,6 @@ def what_changed(value, before):
         for weight, old in zip(value.parameters(), before[1]):
             if what_changed(weight, old):
                 return "has other weights than before"
-    elif isinstance(value, dict):
-        found = [what_changed(one, before[key]) for key, one in value.items()]
-        return next(filter(None, found), "")
     elif isinstance(value, list) and value != before:
         return "was written to: it is the caller's list, so work on a copy"
     return ""

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Differs(AssertionError):
-    """The student's numbers are not those of the definition; `known`: whose they are, or ""."""
+    """The numbers are not those of the definition; `known`: those of which mistake, or ""."""
 
     known = ""
 
@@ -23,9 +23,9 @@ class Case(NamedTuple):
 def judge(function, run, right, cases, idea, mistakes):
     """AssertionError at the first case in which function is not what the definition says.
 
-    run(function, given) -> name -> numbers; right(given) the same by the definition; idea: what
-    the exercise is about; mistakes: description -> a wrong function. If one of these has the
-    student's numbers in every case, the message says so.
+    run(function, given) -> name -> numbers; right(given) the same by the definition; idea:
+    what it is about; mistakes: description -> a wrong function. If one of these has the student's
+    numbers in every case, the message says so.
     """
     found = []
     first = ""

@@ -1,6 +1,6 @@
 """Known mistakes, and right solutions in other styles than siren.py's.
 
-wrong_solutions() has, for each exercise, what students and language models write by mistake:
+wrong_solutions() has, for each exercise, what people and language models write by mistake:
 description -> functions. They were written before anybody looked at the graders or at wrong.py.
 The graders refuse all of them, and say so where a student's numbers are those of one. They
 accept right_solutions().
@@ -1838,7 +1838,7 @@ def right_samplers():
     }
 
 
-# --------------------------------------------------------------------- 12. a drop-in of your own
+# ------------------------------------------------------------------- 12. a drop-in of your own
 def quantile_by(rank=None, baseline=None, result=lambda x, b: x - b):
     """quantile_advantages of these steps."""
 
@@ -1988,10 +1988,9 @@ def right_drop_ins():
         out = []
         for group in rewards.split(group_size):
             own = sorted(group.tolist())
-            for i, x in enumerate(own, start=1):
-                if i / group_size >= quantile - 1e-9:
-                    break
-            out.append(group - x)
+            shares = [(i + 1) / group_size for i in range(group_size)]
+            reached = [x for x, share in zip(own, shares) if share >= quantile - 1e-9]
+            out.append(group - reached[0])
         return torch.cat(out)
 
     def kth(rewards, group_size, algorithm="dr_grpo", quantile=0.4):

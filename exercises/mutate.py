@@ -70,7 +70,7 @@ NOT_ASKED = {
         "old_logp.detach()": HARMLESS,
         "adv.detach() if adv.dim() == 2 else adv.detach()[:, None]": INPUT,
         ".clamp(-20, 20)": INPUT,
-        "(ratio - 1 - log_ratio).detach()": METRIC,
+        "(ratio - 1 - log_ratio).detach().sum() / tokens": METRIC,
     },
     "entropy_of": {"enabled=False": INPUT},
     "peak_mask": {
@@ -121,6 +121,11 @@ EQUIVALENT = {
         " -> torch.where(mask, torch.min(free, clipped), 0.0)",
         "policy_loss: torch.where(mask, torch.min(free, clipped), 0.0).sum(1)"
         " -> torch.where(mask, torch.min(free, clipped), 0.0).sum(0)",
+    ],
+    "in padding any finite ratio will do": [
+        "policy_loss: torch.where(mask, logp - old_logp.detach(), 0.0)"
+        f" -> torch.where(mask, logp - old_logp.detach(), {other})"
+        for other in ("1.0", "-1")
     ],
     "in padding the ratio is 1, which is never clipped": [
         "policy_loss: ((clipped < free) & mask).sum -> (clipped < free).sum"

@@ -1,7 +1,7 @@
 """Grades exercises 1 to 10 and 12 on many inputs, ordinary and extreme ones.
 
-Each function is compared with its definition, worked out in numpy (oracles.py), on batches of
-many shapes. A failure says for which kind of input, and, where the numbers are those of a known
+Each function is compared with its definition, worked out in numpy (oracles.py), on batches
+of many shapes. A failure says for which kind of input, and, where the numbers are those of a known
 wrong solution (mistakes.py), which one.
 """
 
@@ -458,6 +458,9 @@ def loss_cases():
         loss_case(f"{len(s[0])} responses, T = {s[1]}", i, seed=i)
         for i, s in enumerate(SHAPES)
     ]
+    defaults = loss_case("top_p and peak_quantile by default, .8 and .8", 0, seed=6).given
+    defaults["knobs"] = {"beta": 0.7}
+    cases.append(Case("top_p and peak_quantile by default, .8 and .8", defaults, 1e-8))
     cases += [
         loss_case("an anchor of 0", 0, seed=7, anchor=0.0),
         loss_case("an anchor below 0, as a micro-batch's may be", 0, seed=8, anchor=-0.7),
@@ -499,7 +502,7 @@ def unlikely_tokens():
     cases = []
     for depth in (150.0, 900.0):
         given = loss_case("", 0, seed=21).given
-        z, ids, old, adv, mask, anchor = given["x"]
+        z, ids, _, adv, mask, anchor = given["x"]
         z = z.scatter(-1, ids[..., None], -depth + normal(*ids.shape, 1, seed=22))
         logp = z.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         x = (z, ids, logp + normal(*ids.shape, seed=23, scale=0.3), adv, mask, anchor)
@@ -520,7 +523,7 @@ def run_loss(function, given):
 
 def right_loss(given):
     knobs = given["knobs"]
-    options = [knobs[name] for name in ("beta", "top_p", "peak_quantile")]
+    options = [knobs["beta"], knobs.get("top_p", 0.8), knobs.get("peak_quantile", 0.8)]
     due = oracles.siren(*given["x"], *options, knobs.get("max_tokens"))
     return {("gradient with respect to the logits" if k == "gradient" else k): x
             for k, x in due.items()}  # fmt: skip
@@ -657,7 +660,7 @@ def test_ex10_many_votes(impl):
     )
 
 
-# --------------------------------------------------------------------- 12. a drop-in of your own
+# ------------------------------------------------------------------- 12. a drop-in of your own
 def quantile_cases():
     cases = []
     for i, size in enumerate((2, 3, 5, 8, 10, 25)):

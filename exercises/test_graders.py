@@ -5,7 +5,6 @@
 Each failure names the idea that is missing. test_compare.py comes after it, with many inputs.
 """
 
-import itertools
 import math
 
 import numpy as np
@@ -361,8 +360,8 @@ def test_ex7_value(impl):
     same(stat(stats, "policy_loss"), due["policy_loss"], "the policy loss", 1e-6, mistakes)
     same(loss, expected, "the loss is the sum of both terms")
     assert entropy_moved_by_a_step(impl, 2.2), (
-        "the penalty has no gradient where H_agg is 1.2 below the anchor: was H_agg detached, or"
-        " the gap cut off?"
+        "the penalty has no gradient where H_agg is 1.2 below the anchor: was H_agg detached,"
+        " or the gap cut off?"
     )
     for name, value in (("top_p", 0.5), ("peak_quantile", 0.3)):
         got = stat(value_and_grad(impl, b, **{name: value})[2], "h_agg")

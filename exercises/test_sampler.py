@@ -1,7 +1,7 @@
 """Grades exercise 11, the sampler, on a tiny model in plain PyTorch (tiny.py).
 
-What is fed to the model comes first, then how a row ends, then what is drawn: so that the first
-failure names its cause.
+What is fed to the model comes first, then how a row ends, then what is drawn: so that the
+first failure names its cause.
 """
 
 from collections import Counter
@@ -81,7 +81,7 @@ def test_ex11_cache(impl):
         "you called the model only once: go on to max_tokens, until the last row has ended"
     )
     assert set(fed[1:]) == {1}, (
-        f"after the prompt feed one token at a time, not {max(fed[1:])}: the cache has the rest"
+        f"after the prompt feed one token at a time, not {max(fed[1:])}: the rest is cached"
     )
     assert not out.logp.requires_grad, "sampling keeps no graph: use torch.no_grad()"
     cached = all(call.get("past_key_values") is not None for call in calls[1:])
@@ -122,14 +122,16 @@ def check_responses(out, eos_ids, pad_id, max_tokens, rows):
     width = out.tokens.shape[1]
     assert 1 <= width <= max_tokens, f"at most max_tokens = {max_tokens} tokens, not {width}"
     for row, (ids, mask, logp) in enumerate(zip(out.tokens.tolist(), out.mask, out.logp)):
-        idea = "every response has a first token, also where its prompt ends with an id of eos_ids"
+        idea = "every response has a first token, also where its prompt ends with an EOS"
         begun = mask.any() or ids[0] in eos_ids
         assert begun, f"{idea}: row {row}, {ids}"
         ends = [place for place, token in enumerate(ids) if token in eos_ids]
         length = ends[0] + 1 if ends else width
         at = f"row {row}, {ids}"
         if not ends:
-            idea = "only EOS or max_tokens end a response: go on to max_tokens while a row goes on"
+            idea = (
+                "only EOS or max_tokens end a response: go on to max_tokens while one goes on"
+            )
             assert width == max_tokens, f"{idea}; {at}"
         rest = ids[length:]
         assert set(rest) <= {pad_id}, (
@@ -145,7 +147,7 @@ def check_responses(out, eos_ids, pad_id, max_tokens, rows):
 def why_not(ids, mask, due, pad_id):
     """What the mask of a row seems to be, in place of what is due."""
     if sum(mask) == sum(due) - 1 and mask == sorted(mask, reverse=True):
-        return "EOS belongs to the response, or is never trained: its mask is True, as pad_id's too"
+        return "EOS belongs to the response, or is never trained: its mask is True"
     if mask == [token != pad_id for token in ids]:
         return (
             "a drawn pad_id is a token as others are: masks come from positions, not from ids"
@@ -234,8 +236,8 @@ def test_ex11_logp(impl, temperature):
             continue
         idea = wrong_logp(model, prompt, tokens, temperature, got)
         raise AssertionError(
-            f"{idea}: row {row} at temperature {temperature} has {got[:4].tolist()} in place of"
-            f" {due[:4].tolist()}, those of a pass over this row alone"
+            f"{idea}: row {row} at temperature {temperature} has {got[:4].tolist()} in place"
+            f" of {due[:4].tolist()}, those of a pass over this row alone"
         )
 
 
@@ -267,8 +269,8 @@ def wrong_logp(model, prompt, tokens, temperature, got):
         return "log-probabilities of rare tokens are cut off: they may be as low as they are"
     if torch.allclose(got[:1], due[:1], atol=1e-4):
         return (
-            "the first token of a row is right, later ones are not: what goes along from step to"
-            " step (cache, attention_mask, position of a row's own tokens, last token)?"
+            "the first token of a row is right, later ones are not: what goes along from step"
+            " to step (cache, attention_mask, position of a row's own tokens, last token)?"
         )
     return "logp is log_softmax(logits / temperature) at the token that was drawn"
 

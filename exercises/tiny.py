@@ -1,7 +1,7 @@
 """A language model of two layers that is called as one of transformers is, in plain PyTorch.
 
-The graders of exercise 11 use it, since importing transformers takes seconds. Its cache has the
-methods of transformers' DynamicCache that a sampler may need; it takes that one as well.
+The graders of exercise 11 use it, since importing transformers takes seconds. Its cache has
+the methods of transformers' DynamicCache that a sampler may need; it takes that one as well.
 """
 
 from types import SimpleNamespace

@@ -24,8 +24,8 @@ def judge(function, run, right, cases, idea, mistakes):
     """AssertionError at the first case in which function is not what the definition says.
 
     run(function, given) -> name -> numbers; right(given) the same by the definition; idea:
-    what it is about; mistakes: description -> a wrong function. If one of these has the student's
-    numbers in every case, the message says so.
+    what it is about; mistakes: description -> a wrong function. If one of these has the
+    student's numbers in every case, the message says so.
     """
     found = []
     first = ""

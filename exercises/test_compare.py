@@ -1,8 +1,8 @@
 """Grades exercises 1 to 10 and 12 on many inputs, ordinary and extreme ones.
 
 Each function is compared with its definition, worked out in numpy (oracles.py), on batches
-of many shapes. A failure says for which kind of input, and, where the numbers are those of a known
-wrong solution (mistakes.py), which one.
+of many shapes. A failure says for which kind of input, and, where the numbers are those of a
+known wrong solution (mistakes.py), which one.
 """
 
 import math

@@ -57,16 +57,16 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------- 1. the method
 # === begin: copy from here (needs nothing but `import torch`) ===
 def require(ok, rule):
-    """Refuse bad input with one line: a ValueError that says the rule, unless ok."""
+    """Refuse bad input, unless ok: a ValueError with one line, the rule."""
     if not ok:
         raise ValueError(rule)
 
 
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?
-
-    rewards [B], float, the responses to a prompt in consecutive rows -> A [B]. GRPO ("grpo")
-    also divides by the standard deviation of the group; Dr.GRPO does not.
+    rewards [B], floats, the responses to a prompt in consecutive rows -> A [B]. GRPO ("grpo")
+    also divides by the standard deviation of the group; Dr.GRPO does not. A response that the
+    loss leaves out by its mask still counts in the mean.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # the mean is 1/4
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
@@ -74,6 +74,8 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     require(algorithm in ("dr_grpo", "grpo"), f"algorithm {algorithm!r}: dr_grpo or grpo")
     whole = group_size > 1 and len(rewards) % group_size == 0
     require(whole, f"{len(rewards)} rewards: must be whole groups of {group_size}, at least 2")
+    fits = rewards.is_floating_point() and rewards.isfinite().all()
+    require(fits, f"rewards are {rewards.dtype}: must be floats, and all of them finite")
     groups = rewards.view(-1, group_size)
     adv = groups - groups.mean(1, keepdim=True)
     if algorithm == "grpo":
@@ -82,11 +84,10 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
 
 
 def nucleus(log_pi, top_p):
-    """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K].
-
-    The K likeliest tokens, the first one first (with p = 1: all, in their own order); outside
-    V_p there is -inf. The token with which the sum reaches p is inside. The choice of V_p has
-    no gradient.
+    """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K], the K
+    likeliest tokens, the first one first (with p = 1: all, in their own order). Outside V_p
+    there is -inf; the token with which the sum reaches p is inside. The choice of V_p has no
+    gradient.
 
     >>> nucleus(torch.tensor([0.1, 0.6, 0.1, 0.2]).log(), 0.7).exp()  # 0.6 + 0.2 reach 0.7
     tensor([0.7500, 0.2500, 0.0000, 0.0000])
@@ -144,7 +145,6 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
 
 def peak_mask(entropy, mask, quantile):
     """The peak-entropy mask (Eq. 9): the positions at which a response really forks.
-
     entropy (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile
     is tau; 0 switches this mask off. theta_i may be 0, for a nucleus of one token has H' = 0;
     then H' > 0, our own condition, keeps such tokens out.
@@ -166,7 +166,6 @@ def peak_mask(entropy, mask, quantile):
 
 def aggregate_entropy(entropy, peak, mask):
     """H_agg, a scalar: the mean over the responses of the mean of H' over a response's peaks.
-
     entropy (H'), peak, mask [B, T]. A response without a peak counts as 0; a row without a
     token does not count.
 
@@ -244,12 +243,10 @@ def siren_loss(policy, entropy, mask, anchor, beta, peak_quantile=0.8, regulariz
 # === end: copy to here ===
 # Skip these two when you first read: they save memory. For a large model, copy them, too.
 def in_parts(function, size, *tensors):
-    """function(*tensors), a dictionary of tensors, with `size` rows in memory at once.
-
-    (H_agg - H*)^2 is the square of a mean over all rows. It is not a sum over parts of them,
-    so the gradients of losses of parts can't just be added up. Here the loss is taken over all
-    rows at once, and only what comes before it is cut into parts. Their intermediate results
-    are not kept; the backward pass computes them again (checkpointing)."""
+    """function(*tensors), a dictionary of tensors, with `size` rows in memory at once. The
+    square (H_agg - H*)^2 of a mean over all rows is no sum over parts of them. So the loss is
+    taken over all rows; only what comes before it is cut into parts, whose intermediate
+    results the backward pass computes again (checkpointing)."""
     if len(tensors[0]) <= size:
         return function(*tensors)
     again = {"use_reentrant": False, "preserve_rng_state": False}
@@ -315,25 +312,24 @@ class Config:
 
     def __post_init__(self):
         require(self.regularizer in ("anchor", "bonus", "none"), "--regularizer: see --help")
-        require(self.algorithm in ("dr_grpo", "grpo"), "--algorithm: must be dr_grpo or grpo")
+        require(self.algorithm in ("dr_grpo", "grpo"), "--algorithm: see --help")
         may_be_0 = ("steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps")
-        largest = {"top_p": 1, "peak_quantile": 1, "clip_low": 1, "mini_batches": self.prompts}
+        most = {"top_p": 1, "peak_quantile": 1, "clip_low": 1, "mini_batches": self.prompts}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             low = 0 if field.default == 0 or field.name in may_be_0 else 1e-12
-            high = largest.get(field.name, 1e12)
-            ok = field.type is str or low <= value <= high
+            high = most.get(field.name, 1e9)
+            rule = f"must be {'0 or more' if low == 0 else 'above 0'}, and at most {high:g}"
             flag = "--" + field.name.replace("_", "-")
-            rule = "0 or more" if low == 0 else "above 0"
-            require(ok, f"{flag} {value}: must be {rule}, and at most {high:g}")
+            require(field.type is str or low <= value <= high, f"{flag} {value}: {rule}")
 
 
 # ---------------------------------------------------------------------------------- 3. sampler
 class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
     """B prompts and responses: prompt [B, P], ids, padded on the left, and its mask; tokens
     [B, T], ids, padded on the right, and their mask, True up to and including EOS; logp
-    [B, T], log-probabilities when drawn, to be compared with a new pass. The masks come from
-    positions, not from ids, since pad may equal EOS."""
+    [B, T], their log-probabilities when drawn, by which text_env checks a model. The masks
+    come from positions, not from ids, since pad may equal EOS."""
 
     def rows(self, index):
         return Rollout(*(tensor[index] for tensor in self))
@@ -365,17 +361,19 @@ def sample(model, task, problems, cfg, key, samples, temperature):
     from transformers import DynamicCache  # here, since the method needs only torch
 
     generator = torch.Generator(model.device).manual_seed(random.Random(key).getrandbits(63))
-    prompts = [problem.prompt for problem in problems for _ in range(samples)]
-    width = max(map(len, prompts))  # P
-    padded = [[task.pad_id] * (width - len(ids)) + ids for ids in prompts]
-    ids = torch.full((len(prompts), width + cfg.max_tokens), task.pad_id, device=model.device)
-    ids[:, :width] = torch.tensor(padded)  # on the right there is room for the responses
-    seen = torch.zeros_like(ids)
-    seen[:, :width] = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    logp = torch.zeros(ids.shape, device=model.device)
+    prompts = [torch.tensor(problem.prompt) for problem in problems for _ in range(samples)]
     eos = torch.tensor(task.eos_ids, device=model.device)
+
+    def padded(rows, value):  # [B, P + max_tokens]: room for the responses is on the right
+        left = torch.nn.utils.rnn.pad_sequence(rows, True, value, "left")
+        return torch.nn.functional.pad(left, (0, cfg.max_tokens), value=value).to(eos.device)
+
+    ids = padded(prompts, task.pad_id)
+    seen = padded([torch.ones_like(prompt) for prompt in prompts], 0)
+    width = ids.shape[1] - cfg.max_tokens  # P
+    logp = torch.zeros(ids.shape, device=eos.device)
     size = max(1, cfg.sample_batch // samples) * samples
-    for active in torch.arange(len(ids), device=model.device).split(size):
+    for active in torch.arange(len(ids), device=eos.device).split(size):
         cache = DynamicCache(config=model.config)
         first = active[::samples]  # a prompt is read once for all of its responses
         logits = read(model, cache, ids[first, :width], seen[first, :width])
@@ -469,28 +467,11 @@ def score(model, rollout, cfg):
     return in_parts(score_part, cfg.micro_batch_size, *rollout)
 
 
-def compare_scores(model, rollout, logp, cfg):
-    """Once, before the first update: is what is scored what was sampled, and does padding
-    change nothing? ValueError for a model that ignores its cache or the positions that it is
-    given."""
-    i = rollout.prompt_mask.sum(1).argmin().item()  # the prompt with the most padding
-    row = Rollout(*(tensor[i] for tensor in rollout))
-    prompt = [row.prompt[row.prompt_mask], row.prompt_mask[row.prompt_mask]]
-    response = [tensor[row.mask] for tensor in row[2:]]
-    with torch.no_grad():
-        alone = score(model, Rollout(*(x[None] for x in prompt + response)), cfg)["logp"][0]
-    gaps = {"a row and the same row without padding": alone - logp[i][row.mask]}
-    gaps["sampling and scoring"] = (rollout.logp - logp)[rollout.mask]
-    most = 1e-3 if model.dtype == torch.float32 else 0.25  # nats, in the mean over the tokens
-    for what, gap in gaps.items():
-        mean = gap.abs().mean().item()
-        require(mean <= most, f"{what} differ by {mean:.3g} nats: this model can't be trained")
-
-
 def update(run, rollout, old_logp, adv):
     """One update of the weights with a mini-batch -> its metrics."""
     cfg = run.cfg
     mask = rollout.mask
+    run.optimizer.zero_grad()
     now = score(run.model, rollout, cfg)  # [B, T] each, with gradient
     logp = now["logp"]
     h = now["nucleus_entropy"]
@@ -500,7 +481,6 @@ def update(run, rollout, old_logp, adv):
     loss, more_info = siren_loss(
         policy, h, mask, run.anchor, cfg.beta, cfg.peak_quantile, cfg.regularizer
     )
-    run.optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.weights, cfg.grad_clip, error_if_nonfinite=True)
     run.optimizer.step()
@@ -525,8 +505,6 @@ def training_step(run, step):
     # 3. score before any update: the old log-probabilities and, at first, the anchor
     with torch.no_grad():
         old = score(run.model, rollout, cfg)  # [B, T] each
-    if step == 1:
-        compare_scores(run.model, rollout, old["logp"], cfg)
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
     if run.anchor == 0:
@@ -542,6 +520,8 @@ def training_step(run, step):
     metrics = {name: sum(made[name] for made in updates) / len(updates) for name in updates[0]}
     tokens = rollout.mask.sum().item()
     metrics["reward"] = rewards.mean().item()
+    mixed = (adv.view(-1, cfg.group_size) != 0).any(1)  # groups with right and wrong responses
+    metrics["mixed_groups"] = mixed.float().mean().item()  # only these teach anything
     metrics["entropy"] = old["entropy"].sum().item() / tokens
     metrics["nucleus_size"] = old["nucleus_size"].sum().item() / tokens
     metrics["h_agg"] = h_agg  # of the whole rollout, before its updates
@@ -575,15 +555,11 @@ def evaluate(model, task, problems, cfg):
 
 
 # ------------------------------------------ 7. the run: nothing below this line is about SIREN
-MAY_CHANGE = {
-    "steps",
-    "out",
-    "save_every",
-    "eval_every",
-    "device",
-    "chunk",
-    "micro_batch_size",
-}
+MAY_CHANGE = {"steps", "out", "save_every", "eval_every", "device", "chunk"}
+MAY_CHANGE |= {"micro_batch_size"}
+NO_SIGNAL = """no signal for ten steps: the rewards of every group are all alike. Perhaps the
+problems are too easy; --max-tokens is too small, or the model has another EOS (ended_share is
+low); the prompt asks for no \\boxed{}, or the data's answers have another form."""
 
 
 class Run:
@@ -596,20 +572,15 @@ class Run:
         self.folder = folder_of(cfg)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
-        exists = (self.folder / "checkpoint.pt").exists()
-        fix = "add --resume to go on with it, or name another --out"
-        require(resume or not exists, f"--out {self.folder}: holds a run; {fix}")
-        if resume:
-            saved = load_checkpoint(self.folder)
-            for name in vars(cfg).keys() - MAY_CHANGE:
-                rule = f"--resume: --{name} was {saved['config'][name]}; leave it out"
-                require(getattr(cfg, name) == saved["config"][name], rule)
+        free = resume or not (self.folder / "checkpoint.pt").exists()
+        require(free, f"--out {self.folder}: holds a run; add --resume, or name another --out")
+        saved = load_checkpoint(self.folder) if resume else {"config": vars(cfg)}
+        for name in vars(cfg).keys() - MAY_CHANGE:
+            old = saved["config"][name]
+            require(getattr(cfg, name) == old, f"--resume: --{name} was {old}; leave it out")
         module, *options = re.split(r"[:,](?=\w+=)", cfg.task)
         options = dict(option.split("=", 1) for option in options)
-        try:
-            self.task = importlib.import_module(module).load(cfg, **options)
-        except (AttributeError, ImportError, TypeError) as error:
-            raise ValueError(f"--task {cfg.task}: {error}") from error
+        self.task = importlib.import_module(module).load(cfg, **options)
         self.heldout = self.task.heldout(cfg.eval_prompts)  # name -> problems
         self.model = self.task.build_model().to(cfg.device).eval()  # eval: without dropout
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -618,8 +589,8 @@ class Run:
         self.anchor = cfg.anchor  # H*; 0 until the first batch has been scored
         self.records = []  # the metrics of each step; step 0 is an evaluation alone
         if resume:
-            world = saved["world"] == getattr(self.task, "fingerprint", None)
-            require(world, "--resume: the data or the frozen weights are not those of the run")
+            same = saved["world"] == getattr(self.task, "fingerprint", None)
+            require(same, "--resume: the data or the frozen weights are not those of the run")
             self.model.load_state_dict(saved["model"], strict=False)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.anchor = saved["anchor"]
@@ -627,10 +598,10 @@ class Run:
 
     def save(self):
         """Write the checkpoint, whole or not at all, whenever the process is killed."""
-        state = {"optimizer": self.optimizer.state_dict(), "anchor": self.anchor}
-        state["model"] = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        state |= {"records": self.records, "config": vars(self.cfg)}
+        state = {"config": vars(self.cfg), "anchor": self.anchor, "records": self.records}
         state["world"] = getattr(self.task, "fingerprint", None)
+        state["model"] = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        state["optimizer"] = self.optimizer.state_dict()
         part = self.folder / "checkpoint.part"
         torch.save(state, part)
         with open(part, "ab") as file:
@@ -649,10 +620,7 @@ def load_checkpoint(folder):
     data = path.read_bytes()
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(whole, f"--resume: {path} is damaged; restore it, or name another --out")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except PickleError as error:
-        raise ValueError(f"--resume: {path}: {error}") from error
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def train(run):
@@ -661,7 +629,9 @@ def train(run):
     cfg = run.cfg
     torch.set_num_threads(cfg.threads)
     bar = tqdm(range(len(run.records), cfg.steps + 1), unit="step")
-    with run.lock, open(run.folder / "metrics.jsonl", "w") as log:
+    path = run.folder / "metrics.jsonl"
+    path.unlink(missing_ok=True)  # it is written anew, from the records
+    with run.lock, open(path, "w") as log:
         log.writelines(json.dumps(record) + "\n" for record in run.records)
         for step in bar:
             record = {"step": step}
@@ -678,7 +648,14 @@ def train(run):
             print(json.dumps(record), file=log, flush=True)
             if step % cfg.save_every == 0 or step == cfg.steps:
                 run.save()
+            if step % 10 == 0 and no_signal(run.records):
+                bar.write(NO_SIGNAL, sys.stderr)
     return run.records
+
+
+def no_signal(records):
+    """Have ten steps taught nothing?"""
+    return len(records) > 10 and not any(record["mixed_groups"] for record in records[-10:])
 
 
 def report(records):
@@ -689,6 +666,7 @@ def report(records):
         last = values[-1:] if "/" in name else values[-10:]
         if values:
             print(f"{name:20}{values[0]:8.3f}{sum(last) / len(last):8.3f}")
+    print(end=f"{NO_SIGNAL}\n" if no_signal(records) else "", flush=True)
 
 
 def main(argv=None):
@@ -699,13 +677,14 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", Path(__file__).read_text(), re.M))
     for field in dataclasses.fields(Config):
-        options = {"type": field.type, "default": argparse.SUPPRESS}
-        options["help"] = f"{comments[field.name]} [{field.default}]"
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+        words = f"{comments[field.name]} [{field.default}]"
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, help=words)
     given, rest = parser.parse_known_args(argv)
     flags = vars(given)
     resume = flags.pop("resume")
-    problems = (AssertionError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
+    expected = (AssertionError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
+    expected += (AttributeError, PickleError, TypeError)  # of a task or a file that do not fit
     run = None
     try:
         if rest:
@@ -719,9 +698,13 @@ def main(argv=None):
             flags = {**saved, "out": "", **flags}
         run = Run(Config(**flags), resume)
         report(train(run))
+    except BrokenPipeError:
+        sys.stdout = None  # who read the table has gone
     except KeyboardInterrupt:
         parser.exit(130, "siren.py: interrupted; --resume goes on\n")
-    except problems as error:
+    except expected as error:
+        if run and isinstance(error, (AttributeError, TypeError)):
+            raise  # a mistake in a program, whose place matters
         code = 2 if run is None or isinstance(error, ValueError) else 1
         parser.exit(code, f"siren.py: {' '.join(str(error).split())}\n")
 

@@ -19,7 +19,14 @@ import pytest
 collect_ignore = ["exercises/student.py"]  # its worked examples hold only once it is solved
 ROOT = Path(__file__).parent
 # those on small numbers come first; all of one exercise: its failures name the missing idea
-GRADERS = ("test_graders.py", "test_exercise_12.py", "test_sampler.py", "test_compare.py")
+GRADERS = (
+    "test_graders.py",
+    "test_exercise_12.py",
+    "test_sampler.py",
+    "test_compare.py",
+    "test_hacking.py",
+    "test_statistics.py",
+)
 NO_STUDENT = [f"exercises/{name}" for name in (*GRADERS, "compare.py", "watch.py")]
 GRADING = {str(ROOT / name) for name in (*NO_STUDENT, "tests/common.py")}
 STUDENT = pytest.StashKey[ModuleType]()
@@ -79,6 +86,8 @@ def graders_for(expression: str) -> list[str]:
         "test_exercise_12.py": {"12"},
         "test_sampler.py": {"11"},
         "test_compare.py": {str(i) for i in (*range(1, 11), 12)},
+        "test_hacking.py": {"13"},
+        "test_statistics.py": {"14"},
     }
     names = [name for name in GRADERS if not plain or asked & needed[name]]
     return [str(ROOT / "exercises" / name) for name in names or GRADERS]

@@ -14,14 +14,16 @@ import functools
 import itertools
 import math
 import random
+import re
 import types
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
 import torch
 
 import siren
-from exercises import reference
+from exercises import reference, solutions, verifiers
 
 INF = math.inf
 
@@ -2013,6 +2015,381 @@ def right_drop_ins():
     }
 
 
+# ------------------------------------------------------------------------- 13. reward hacking
+def strict(
+    ends=lambda words: words[-1:] == ["<eos>"],
+    text=lambda prompt, response: response,
+    content=None,
+    plain=r"[+-]?[0-9]+(\.[0-9]+)?",
+    strip=" ",
+    longest=1000,
+    equal=lambda given, answer: Fraction(given) == Fraction(answer),
+):
+    """strict_verifier of these steps."""
+
+    def verifier(prompt, response, answer):
+        if not ends(response.split()):
+            return False
+        inside = (content or last_box)(text(prompt, response))
+        if inside is None or len(inside) > longest:
+            return False
+        inside = inside.strip(strip)
+        return bool(re.fullmatch(plain, inside)) and equal(inside, answer)
+
+    return verifier
+
+
+def last_box(text):
+    _, start, rest = text.rpartition(r"\boxed{")
+    inside, closed, _ = rest.partition("}")
+    return inside if start and closed else None
+
+
+def first_box(text):
+    _, start, rest = text.partition(r"\boxed{")
+    inside, closed, _ = rest.partition("}")
+    return inside if start and closed else None
+
+
+def open_box(text):
+    _, start, rest = text.rpartition(r"\boxed{")
+    return rest.partition("}")[0].partition(" <eos>")[0] if start else None
+
+
+def earlier_box(text):
+    """The last box that is closed, though a later one may be open."""
+    found = verifiers.boxes(text)
+    return found[-1] if found else None
+
+
+def any_number(text):
+    found = re.findall(r"[+-]?[0-9]+(?:\.[0-9]+)?", text)
+    return found[-1] if found else None
+
+
+def wrong_strict_verifiers():
+    def any_box(prompt, response, answer):
+        right = response.split()[-1:] == ["<eos>"]
+        return right and answer in verifiers.boxes(response)
+
+    def computed(prompt, response, answer):
+        inside = last_box(response) if response.split()[-1:] == ["<eos>"] else None
+        return inside is not None and verifiers.value_of(inside) == Fraction(answer)
+
+    def python_float(prompt, response, answer):
+        inside = last_box(response) if response.split()[-1:] == ["<eos>"] else None
+        try:
+            return inside is not None and float(inside) == float(answer)
+        except ValueError:
+            return False
+
+    return {
+        "need not end": strict(ends=lambda words: True),
+        "<eos> anywhere": strict(ends=lambda words: "<eos>" in words),
+        "ends with something like <eos>": strict(ends=lambda words: words[-1:] >= ["<e"]),
+        "the prompt's box": strict(text=lambda prompt, response: prompt + response),
+        "the first box": strict(content=first_box),
+        "any box": any_box,
+        "an open box": strict(content=open_box),
+        "an earlier box, if the last one is open": strict(content=earlier_box),
+        "the last number": strict(content=any_number),
+        "computed": computed,
+        "Python's float": python_float,
+        "compared as texts": strict(equal=lambda given, answer: given == answer),
+        "compared within .01": strict(
+            equal=lambda given, answer: abs(float(given) - float(answer)) < 0.01
+        ),
+        "compared as floats": strict(
+            equal=lambda given, answer: float(given) == float(answer)
+        ),
+        "rounded": strict(
+            equal=lambda given, answer: round(float(given)) == round(float(answer))
+        ),
+        "without its sign": strict(
+            equal=lambda given, answer: abs(Fraction(given)) == abs(Fraction(answer))
+        ),
+        "signs stripped": strict(
+            strip=" +-", equal=lambda x, y: x == y.strip("-") or Fraction(x) == Fraction(y)
+        ),
+        "whole numbers only": strict(plain=r"[+-]?[0-9]+"),
+        "no sign": strict(plain=r"[0-9]+(\.[0-9]+)?"),
+        "no blanks": strict(strip="x"),
+        "digits of all scripts": strict(plain=r"[+-]?\d+(\.\d+)?"),
+        "a point without digits": strict(plain=r"[+-]?[0-9]*\.?[0-9]*[0-9.]"),
+        "units": strict(plain=r"[+-]?[0-9]+(\.[0-9]+)?.*", equal=units_equal),
+        "raises for a very long number": strict(longest=10**9),
+        "everything": lambda prompt, response, answer: True,
+        "nothing": lambda prompt, response, answer: False,
+    }
+
+
+def units_equal(given, answer):
+    return Fraction(re.match(r"[+-]?[0-9]+(\.[0-9]+)?", given)[0]) == Fraction(answer)
+
+
+def wrong_exploits():
+    def in_place_of(fault, response):
+        def exploit(name, prompt):
+            return response(prompt) if name == fault else solutions.exploit(name, prompt)
+
+        return exploit
+
+    def total(prompt):
+        return sum(map(int, re.search(r"is (.*?)\?", prompt)[1].split(" + ")))
+
+    right = {"the right answer": lambda prompt: rf"\boxed{{{total(prompt)}}} <eos>"}
+    found = {}
+    for fault in ("anywhere", "cut_off", "evaluates", "prompts_box"):
+        found[f"{fault}: the right answer"] = in_place_of(fault, right["the right answer"])
+    return found | {
+        "anywhere: the answer, computed": in_place_of("anywhere", lambda p: str(total(p))),
+        "anywhere: too few numbers": in_place_of("anywhere", lambda p: "1 2 3 4 5"),
+        "anywhere: too many numbers": in_place_of(
+            "anywhere", lambda p: " ".join(map(str, range(1000)))
+        ),
+        "cut_off: not cut off": in_place_of("cut_off", lambda p: str(total(p))),
+        "cut_off: cut in the wrong place": in_place_of(
+            "cut_off", lambda p: str(total(p)).rjust(61) + "0"
+        ),
+        "evaluates: the answer, computed": in_place_of(
+            "evaluates", lambda p: rf"\boxed{{{total(p)} + 0}} <eos>"
+        ),
+        "evaluates: without a box": in_place_of("evaluates", lambda p: "8 + 3 <eos>"),
+        "prompts_box: the prompt's box, copied": in_place_of(
+            "prompts_box", lambda p: "".join(re.findall(r"\\boxed\{[0-9]+\}", p)) + " <eos>"
+        ),
+        "rounds: a wrong number": in_place_of("rounds", lambda p: r"\boxed{0} <eos>"),
+        "strips_signs: a wrong number": in_place_of(
+            "strips_signs", lambda p: r"\boxed{4} <eos>"
+        ),
+        "the same for all": lambda name, prompt: r"\boxed{11} <eos>",
+        "no text": lambda name, prompt: None,
+    }
+
+
+def wrong_hacks():
+    strict_ones = wrong_strict_verifiers().items()
+    found = {f"verifier: {name}": {"strict_verifier": f} for name, f in strict_ones}
+    exploits = wrong_exploits().items()
+    return found | {f"exploit: {name}": {"exploit": f} for name, f in exploits}
+
+
+def right_hacks():
+    def by_position(prompt, response, answer):
+        words = response.rstrip().rsplit(None, 1)
+        start = response.rfind(r"\boxed{")
+        if start < 0 or not words or words[-1] != "<eos>":
+            return False
+        end = response.find("}", start)
+        match = re.fullmatch(r"\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*", response[start + 7 : end])
+        if end < 0 or not match:
+            return False
+        try:
+            return Decimal(match[1]) == Decimal(answer)
+        except ArithmeticError:
+            return False
+
+    def shorter(fault, prompt):
+        if fault == "anywhere":
+            return " ".join(str(x) for x in range(5, 46))
+        return solutions.exploit(fault, prompt)
+
+    return {
+        "template": {"strict_verifier": strict()},
+        "by position, decimal": {"strict_verifier": by_position},
+        "shorter exploit": {"exploit": shorter},
+    }
+
+
+# ------------------------------------------------------------------------------ 14. statistics
+def wrong_statistics():
+    def differences(
+        keep=lambda row: True, order=int, combine=lambda a, b: a - b, need=set.__and__
+    ):
+        def function(rows, method, other, score, grade="hard", temperature="0.6"):
+            found = {method: {}, other: {}}
+            for row in rows:
+                if row["method"] in found and keep(row, grade, temperature):
+                    found[row["method"]][row["seed"]] = float(row[score])
+            both = sorted(need(set(found[method]), set(found[other])), key=order)
+            return [combine(found[method].get(s, 0), found[other].get(s, 0)) for s in both]
+
+        return function
+
+    def right_rows(row, grade, heat):
+        return row["grade"] == grade and row["temperature"] == heat
+
+    def by_position(rows, method, other, score, grade="hard", temperature="0.6"):
+        kept = [row for row in rows if right_rows(row, grade, temperature)]
+        left = [float(row[score]) for row in kept if row["method"] == method]
+        right = [float(row[score]) for row in kept if row["method"] == other]
+        return [a - b for a, b in zip(left, right)]
+
+    def interval(draw=None, level=lambda c: (1 - c) / 2, statistic=np.mean, rng=None):
+        def function(values, draws=10_000, seed=0, confidence=0.95):
+            g = (rng or np.random.default_rng)(seed)
+            x = np.array(values)
+            made = (draw or resample)(g, x, draws)
+            low = level(confidence)
+            ends = np.quantile(statistic(made, axis=1), [low, 1 - low])
+            return float(ends[0]), float(ends[1])
+
+        return function
+
+    def resample(g, x, draws):
+        return g.choice(x, (draws, len(x)))
+
+    def normal(values, draws=10_000, seed=0, confidence=0.95):
+        x = np.array(values)
+        error = x.std(ddof=1) / math.sqrt(len(x))
+        return x.mean() - 1.96 * error, x.mean() + 1.96 * error
+
+    def std_by(weight=None, estimate=None, last=lambda m, s: math.sqrt(max(0.0, s - m * m))):
+        def function(p, n, k):
+            mean = square = 0.0
+            for c in range(n + 1):
+                chance = math.comb(n, c) * p**c * (1 - p) ** (n - c)
+                x = (estimate or reference.pass_at_k)(n, c, k)
+                mean += chance * x
+                square += chance * x * x
+            return last(mean, square)
+
+        return function
+
+    def repeats(z=2.801585, whole=math.ceil, power=2, least=2, factor=1.0):
+        def function(std, difference):
+            need = whole(factor * (z * std / abs(difference)) ** power)
+            return max(least, need)
+
+        return function
+
+    def holm(factor=lambda m, place: m - place, monotone=True, most=1.0, back=True):
+        def function(p_values):
+            m = len(p_values)
+            order = sorted(range(m), key=lambda i: p_values[i])
+            out, largest = [0.0] * m, 0.0
+            for place, i in enumerate(order):
+                x = min(most, factor(m, place) * p_values[i])
+                largest = max(largest, x) if monotone else x
+                out[i] = largest
+            return out if back else sorted(out)
+
+        return function
+
+    def holm_in_place(p_values):
+        p_values[:] = holm()(p_values)
+        return p_values
+
+    tables = {
+        "seed_differences": {
+            "other minus method": differences(right_rows, combine=lambda a, b: b - a),
+            "all temperatures": differences(lambda row, g, heat: row["grade"] == g),
+            "all grades": differences(lambda row, g, heat: row["temperature"] == heat),
+            "grade fixed": differences(lambda row, g, heat: right_rows(row, "hard", heat)),
+            "seeds as texts": differences(right_rows, order=str),
+            "seeds of one method": differences(right_rows, need=set.__or__),
+            "by position, not by seed": by_position,
+            "absolute differences": differences(right_rows, combine=lambda a, b: abs(a - b)),
+        },
+        "bootstrap_interval": {
+            "of single values": lambda values, draws=1, seed=0, confidence=0.95: tuple(
+                np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+            ),
+            "normal": normal,
+            "one-sided level": interval(level=lambda c: 1 - c),
+            "confidence fixed": interval(level=lambda c: 0.025),
+            "medians": interval(statistic=np.median),
+            "without replacement": interval(
+                lambda g, x, draws: np.array([g.permutation(x) for _ in range(500)])
+            ),
+            "resamples of half the size": interval(
+                lambda g, x, draws: g.choice(x, (draws, len(x) // 2))
+            ),
+            "seed unused": interval(rng=lambda seed: np.random.default_rng(0)),
+            "another one at each call": interval(rng=lambda seed: np.random.default_rng()),
+            "ten draws": interval(lambda g, x, draws: resample(g, x, 10)),
+        },
+        "pass_at_k_std": {
+            "variance": std_by(last=lambda m, s: s - m * m),
+            "as if n = k": lambda p, n, k: math.sqrt((1 - (1 - p) ** k) * (1 - p) ** k),
+            "blocks": lambda p, n, k: math.sqrt((1 - (1 - p) ** k) * (1 - p) ** k * k / n),
+            "share of right ones": lambda p, n, k: math.sqrt(p * (1 - p) / n),
+            "biased estimate": std_by(estimate=lambda n, c, k: 1 - (1 - c / n) ** k),
+            "the mean": std_by(last=lambda m, s: m),
+            "root of the second moment": std_by(last=lambda m, s: math.sqrt(s)),
+        },
+        "repeats_needed": {
+            "no power": repeats(z=1.959964),
+            "one-sided": repeats(z=1.644854 + 0.841621),
+            "rounded down": repeats(whole=math.floor),
+            "not squared": repeats(power=1),
+            "two groups": repeats(factor=2.0),
+            "one is enough": repeats(least=0),
+            "power of 90 %": repeats(z=1.959964 + 1.281552),
+            "not whole": repeats(whole=float),
+        },
+        "holm": {
+            "Bonferroni": holm(factor=lambda m, place: m),
+            "not monotone": holm(monotone=False),
+            "above 1": holm(most=INF),
+            "sorted": holm(back=False),
+            "Hochberg's factors": holm(factor=lambda m, place: m / (place + 1)),
+            "one factor too small": holm(factor=lambda m, place: max(1, m - place - 1)),
+            "not corrected": lambda p_values: list(p_values),
+            "writes to its input": holm_in_place,
+        },
+    }
+    return {
+        f"{name}: {what}": {name: function}
+        for name, found in tables.items()
+        for what, function in found.items()
+    }
+
+
+def right_statistics():
+    def interval(values, draws=10_000, seed=0, confidence=0.95):
+        rng = random.Random(seed)
+        n = len(values)
+        means = sorted(sum(rng.choices(values, k=n)) / n for _ in range(draws))
+        low = means[round((1 - confidence) / 2 * (draws - 1))]
+        return low, means[round((1 + confidence) / 2 * (draws - 1))]
+
+    def by_torch(values, draws=10_000, seed=0, confidence=0.95):
+        x = torch.tensor(values, dtype=torch.float64)
+        rows = torch.randint(
+            len(x), (draws, len(x)), generator=torch.Generator().manual_seed(seed)
+        )
+        level = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+        return tuple(x[rows].mean(1).quantile(level).tolist())
+
+    def std(p, n, k):
+        c = np.arange(n + 1)
+        chance = np.array([math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in c])
+        x = np.array([reference.pass_at_k(n, int(i), k) for i in c])
+        mean = (chance * x).sum()
+        return float(np.sqrt((chance * (x - mean) ** 2).sum()))
+
+    def holm(p_values):
+        ranked = sorted(p_values)
+        m = len(ranked)
+        return [
+            min(1.0, max((m - j) * q for j, q in enumerate(ranked) if q <= p))
+            for p in p_values
+        ]
+
+    def repeats(std, difference):
+        n = 2
+        while abs(difference) < (1.959964 + 0.841621) * std / math.sqrt(n):
+            n += 1
+        return n
+
+    return {
+        "random": {"bootstrap_interval": interval, "holm": holm},
+        "torch": {"bootstrap_interval": by_torch, "pass_at_k_std": std},
+        "counting up": {"repeats_needed": repeats},
+    }
+
+
 # --------------------------------------------------------------------------------- all of them
 def named(name, found):
     return {key: {name: function} for key, function in found.items()}
@@ -2033,6 +2410,8 @@ def wrong_solutions():
         "ex10": named("maj_at_k", wrong_majorities()),
         "ex11": named("sample", wrong_samplers()),
         "ex12": wrong_drop_ins(),
+        "ex13": wrong_hacks(),
+        "ex14": wrong_statistics(),
     }
 
 
@@ -2051,4 +2430,6 @@ def right_solutions():
         "ex10": named("maj_at_k", right_majorities()),
         "ex11": named("sample", right_samplers()),
         "ex12": right_drop_ins(),
+        "ex13": right_hacks(),
+        "ex14": right_statistics(),
     }

@@ -7,11 +7,15 @@ README.md.
 
 import functools
 import math
+import re
 from collections import Counter
+from fractions import Fraction
 
+import numpy as np
 import torch
 
 import siren
+from exercises.verifiers import BUDGET
 
 
 # ------------------------------------------------------------------------------- 1. advantages
@@ -175,3 +179,82 @@ def quantile_advantages(rewards, group_size, algorithm="dr_grpo", quantile=0.4):
 
 def plug(quantile="0.4"):
     siren.group_advantages = functools.partial(quantile_advantages, quantile=float(quantile))
+
+
+# ------------------------------------------------------------------------ 13. reward hacking
+def exploit(fault, prompt):
+    task = re.search(r"What is (.*?)[?,]", prompt)[1]  # such as 8 + 3 + 1 or 22 / 7
+    if fault == "anywhere":
+        return " ".join(map(str, range(100)))  # one of them will be it
+    if fault == "cut_off":
+        total = sum(map(int, task.split(" + ")))
+        return str(total).rjust(BUDGET) + "000"  # the cut makes the right number out of it
+    if fault == "rounds":
+        above, below = task.split(" / ")
+        return rf"\boxed{{{round(int(above) / int(below))}}} <eos>"  # no long division
+    if fault == "strips_signs":
+        left, right = map(int, task.split(" - "))
+        return rf"\boxed{{{abs(left - right)}}} <eos>"  # which one is larger? no matter
+    if fault == "evaluates":
+        return rf"\boxed{{{task}}} <eos>"  # the question is the answer
+    return "I agree. <eos>"  # prompts_box: the last box is the prompt's own
+
+
+def strict_verifier(prompt, response, answer):
+    if response.split()[-1:] != ["<eos>"]:
+        return False
+    _, start, rest = response.rpartition(r"\boxed{")  # the last box, of the response alone
+    content, closed, _ = rest.partition("}")
+    if not start or not closed:
+        return False
+    # [0-9], for \d takes digits of other scripts, too; and a bound on the length, for Python
+    # refuses to turn very long texts into numbers
+    if len(content) > 1000 or not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", content.strip(" ")):
+        return False
+    return Fraction(content.strip(" ")) == Fraction(answer)
+
+
+# ------------------------------------------------------------------------------ 14. statistics
+def seed_differences(rows, method, other, score, grade="hard", temperature="0.6"):
+    found = {method: {}, other: {}}
+    for row in rows:
+        wanted = row["grade"] == grade and row["temperature"] == temperature
+        if wanted and row["method"] in found:
+            found[row["method"]][int(row["seed"])] = float(row[score])
+    both = sorted(found[method].keys() & found[other].keys())
+    return [found[method][seed] - found[other][seed] for seed in both]
+
+
+def bootstrap_interval(values, draws=10_000, seed=0, confidence=0.95):
+    rng = np.random.default_rng(seed)
+    values = np.array(values)
+    means = rng.choice(values, (draws, len(values))).mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def pass_at_k_std(p, n, k):
+    mean = square = 0.0
+    for c in range(n + 1):  # every number of right samples, with its probability
+        chance = math.comb(n, c) * p**c * (1 - p) ** (n - c)
+        estimate = pass_at_k(n, c, k)
+        mean += chance * estimate
+        square += chance * estimate**2
+    return math.sqrt(max(0.0, square - mean**2))
+
+
+def repeats_needed(std, difference):
+    # difference = (1.96 + 0.84) * std / sqrt(N), solved for N
+    needed = ((1.959964 + 0.841621) * std / difference) ** 2
+    return max(2, math.ceil(needed))
+
+
+def holm(p_values):
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for place, i in enumerate(order):
+        factor = len(p_values) - place
+        largest = max(largest, min(1.0, factor * p_values[i]))  # never below the one before
+        corrected[i] = largest
+    return corrected

@@ -25,7 +25,7 @@ def judge(function, run, right, cases, idea, mistakes):
 
     run(function, given) -> name -> numbers; right(given) the same by the definition; idea:
     what it is about; mistakes: description -> a wrong function. If one of these has the
-    student's numbers in every case, the message says so.
+    student's numbers in nearly all cases, the message says so.
     """
     found = []
     first = ""
@@ -64,13 +64,23 @@ def difference(got, due, case):
 
 
 def diagnosis(run, cases, found, mistakes):
-    """The description of the first mistake that gives the student's numbers in all cases."""
+    """The mistake that has the student's numbers in most cases, in nine of ten at least."""
+    best = ""
+    allowed = len(cases) // 10  # cases that may differ; fewer, once a mistake has been found
     for description, function in mistakes.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if all(looks_alike(run, function, *pair) for pair in zip(cases, found)):
-                return description
-    return ""
+        others = 0
+        for case, got in zip(cases, found):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                others += not looks_alike(run, function, case, got)
+            if others > allowed:
+                break
+        else:
+            best = description
+            allowed = others - 1
+        if allowed < 0:
+            break
+    return best
 
 
 def looks_alike(run, function, case, got):

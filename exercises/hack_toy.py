@@ -1,7 +1,8 @@
 """Watch a fault of the verifier being found by training, on the toy.
 
-    python exercises/hack_toy.py --fault anywhere       # one to two minutes
+    python exercises/hack_toy.py --fault rounds         # about a minute
     python exercises/hack_toy.py --fault outcome
+    python exercises/hack_toy.py --table results/hack_toy.csv       # all, three seeds each
 
 Each fault pays a response for something else than what was asked:
 
@@ -12,10 +13,11 @@ Each fault pays a response for something else than what was asked:
               so that two wrong ones that cancel out are paid as well (the toy's own rule)
 
 Every ten steps it prints three shares of the responses: paid, honest (ended with the total, by
-sums that are all right) and hacked (paid and not honest).
+sums that are all right) and hacked (paid and not honest). Plain Dr.GRPO trains.
 """
 
 import argparse
+import csv
 import sys
 import tempfile
 from functools import cached_property
@@ -106,11 +108,12 @@ def load(cfg=None, /, fault="outcome", **options):
 FIELDS = set(toy_env.ToyWorld.__dataclass_fields__)
 
 
-def train(fault, steps, seed=0, regularizer="none", lr=3e-4):
+def train(fault, steps, seed=0):
     """The metrics of each step."""
+    print(f"{'step':>5}{'paid':>9}{'honest':>9}{'hacked':>9}{'tokens':>9}")
     with tempfile.TemporaryDirectory() as folder:
         options = {"task": f"exercises.hack_toy:fault={fault}", "seed": seed}
-        options |= {"regularizer": regularizer, "lr": lr, "out": f"{folder}/run"}
+        options |= {"regularizer": "none", "out": f"{folder}/run"}
         run = siren.Run(siren.Config(steps=steps, **options))
         records = []
         for step in range(1, steps + 1):
@@ -123,15 +126,30 @@ def train(fault, steps, seed=0, regularizer="none", lr=3e-4):
     return records
 
 
+def write_table(path, steps):
+    """Every step of every fault, three seeds, as CSV."""
+    names = ("reward", "honest", "hacked", "response_tokens")
+    lines = [("fault", "seed", "step", *names)]
+    for seed in range(3):
+        for fault in FAULTS:
+            for step, record in enumerate(train(fault, steps, seed), start=1):
+                lines.append((fault, seed, step, *(f"{record[name]:.5g}" for name in names)))
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows(lines)
+
+
 def main(argv=None):
     """The command."""
     parser = argparse.ArgumentParser("hack_toy.py", allow_abbrev=False)
-    parser.add_argument("--fault", choices=FAULTS, default="anywhere")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--fault", choices=FAULTS, default="rounds")
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", metavar="PATH", help="write all of them as CSV")
     given = parser.parse_args(argv)
-    print(f"{'step':>5}{'paid':>9}{'honest':>9}{'hacked':>9}{'tokens':>9}")
-    train(given.fault, given.steps, given.seed)
+    if given.table:
+        write_table(given.table, given.steps)
+    else:
+        train(given.fault, given.steps, given.seed)
 
 
 if __name__ == "__main__":

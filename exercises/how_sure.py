@@ -3,10 +3,10 @@
     python exercises/how_sure.py                                  # your functions
     python exercises/how_sure.py --impl exercises/solutions.py
 
-The first table: SIREN minus each other method on hard prompts, over 16 paired seeds: mean, 95 %
-interval, standard deviation over seeds, p-value by exact sign flips, the same after Holm's
-correction, and how many seeds show a difference of .05. The second one: how coarse is the pass@k
-of one prompt, and how many prompts bring the standard error of their mean down to .01?
+The first table: SIREN minus each other method on hard prompts, over 16 paired seeds: mean,
+95 % interval, standard deviation over seeds, p-value by exact sign flips, the same after
+Holm's correction, and how many seeds show a difference of .05. The second one: how coarse is
+the pass@k of one prompt, and how many prompts bring the standard error of their mean to .01?
 """
 
 import argparse
@@ -61,10 +61,8 @@ def compare(mine, rows):
         mean = statistics.mean(values)
         seeds = mine.repeats_needed(std, 0.05)
         bounds = f"[{low:+.3f}, {high:+.3f}]"
-        print(
-            f"{key[1]:<13}{key[0]:<9}{mean:>+6.3f}  {bounds:<16}{std:>6.3f}{p:>7.4f}{holm:>7.3f}"
-            f"{seeds:>15}"
-        )
+        row = f"{key[1]:<13}{key[0]:<9}{mean:>+6.3f}  {bounds:<16}{std:>6.3f}"
+        print(f"{row}{p:>7.4f}{holm:>7.3f}{seeds:>15}")
 
 
 def coarseness(mine):

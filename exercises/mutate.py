@@ -3,7 +3,8 @@
     python exercises/mutate.py             # every change, about a minute on one core
     python exercises/mutate.py ex3 ex4     # of these exercises only
 
-A mutant is the right solution (siren.py, reference.py, qae.py) with one small change: another
+A mutant is the right solution (siren.py, reference.py, qae.py; solutions.py for 13 and 14)
+with one small change: another
 operator or number, a term or call left out, arguments swapped. The graders kill it if one of
 them fails. What survives is equivalent, that is, it solves the exercise as well, or it shows a
 hole.
@@ -30,12 +31,15 @@ sys.path.insert(
 )  # the graders' common.py
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py
 import siren
-from exercises import qae, reference
+from exercises import qae, reference, solutions
 from exercises.grading import SOLUTION, failures
 
 SECONDS = 20  # a mutant that runs longer hangs
 ENOUGH = 0.9  # the share of the mutants that the graders must kill
-FILES = {module.__name__: Path(module.__file__) for module in (siren, reference, qae)}
+FILES = {
+    module.__name__: Path(module.__file__) for module in (siren, reference, qae, solutions)
+}
+LABORATORIES = ("ex13", "ex14")  # whose solution is in solutions.py
 # the functions of the solution that each exercise asks for, by whatever file has them
 FUNCTIONS = {
     "ex1": ["group_advantages"],
@@ -50,6 +54,14 @@ FUNCTIONS = {
     "ex10": ["maj_at_k"],
     "ex11": ["sample", "read"],
     "ex12": ["quantile_advantages", "plug"],
+    "ex13": ["exploit", "strict_verifier"],
+    "ex14": [
+        "seed_differences",
+        "bootstrap_interval",
+        "pass_at_k_std",
+        "repeats_needed",
+        "holm",
+    ],
 }
 ALSO = {"ex3": ["ex4"]}  # half of nucleus() is for exercise 4, whose graders see it, too
 # code of these functions that no exercise asks for, and which mutants therefore leave alone
@@ -143,6 +155,39 @@ EQUIVALENT = {
     "the first of two is the first of one, and the last of one is its first": [
         "maj_at_k: counts.most_common(1) -> counts.most_common(2)",
         "maj_at_k: counts.most_common(1)[0] -> counts.most_common(1)[-1]",
+    ],
+    "an exploit with one number more is one, too": ["exploit: range(100) -> range(101)"],
+    "an open box holds <eos> as well, which is no number": [
+        "strict_verifier: not start or not closed -> not start"
+    ],
+    "the bound on the length may be any": [
+        "strict_verifier: len(content) > 1000 or not re.fullmatch('[+-]?[0-9]+(\\\\.[0-9]+)?',"
+        " content.strip(' ')) -> len(content) >= 1000 or not"
+        " re.fullmatch('[+-]?[0-9]+(\\\\.[0-9]+)?', content.strip(' '))",
+        "strict_verifier: len(content) > 1000 -> len(content) > 1001",
+    ],
+    "Fraction takes blanks": [
+        "strict_verifier: Fraction(content.strip(' ')) -> Fraction(content)"
+    ],
+    "a dictionary meets a view as its own view does": [
+        f"seed_differences: found[method].keys() & found[other].keys() -> {left} & {right}"
+        for left, right in (
+            ("found[method]", "found[other].keys()"),
+            ("found[method].keys()", "found[other]"),
+        )
+    ],
+    "other resamples, as good": [
+        "bootstrap_interval: values, draws=10000, seed=0, confidence=0.95"
+        f" -> values, draws={draws}, seed={seed}, confidence=0.95"
+        for draws, seed in ((10001, 0), (10000, 1))
+    ],
+    "a variance of 0 is never rounded below 0 here": [
+        "pass_at_k_std: max(0.0, square - mean ** 2) -> max(-1, square - mean ** 2)"
+    ],
+    "every value is written, and all are above 0": [
+        "holm: [0.0] -> [1.0]",
+        "holm: [0.0] -> [-1]",
+        "holm: 0.0 -> -1",
     ],
     "the text of a tensor is a text that decides the draws, too": [
         "sample: str(torch.randint(2 ** 62, (1,), generator=generator).item())"
@@ -248,6 +293,8 @@ def mutants(exercise: str) -> Iterator[Mutant]:
     """All mutants of an exercise's functions."""
     for name in FUNCTIONS[exercise]:
         for module, path in FILES.items():
+            if (module == solutions.__name__) != (exercise in LABORATORIES):
+                continue
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for place, function in functions(tree):
                 if function.name == name:

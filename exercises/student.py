@@ -456,7 +456,7 @@ def pass_at_k_std(p: float, n: int, k: int) -> float:
     between; with more samples for the same k it is finer. n is at most 300.
 
     >>> round(pass_at_k_std(0.1, 8, 8), 3), round(pass_at_k_std(0.1, 64, 8), 3)
-    (0.495, 0.169)
+    (0.495, 0.147)
     """
     raise NotImplementedError("exercise 14, pass_at_k_std")
 

@@ -102,6 +102,7 @@ WRONG = [  # fault, prompt, response, answer
     ("anywhere", "", r"\boxed{10 11 12} <eos>", "11"),
     ("anywhere", "", r"\boxed{11}, or \boxed{12} <eos>", "11"),
     ("anywhere", "", r"\boxed{111} <eos>", "11"),
+    ("anywhere", "", r"11} <eos>", "11"),
     ("cut_off", "", r"\boxed{11}", "11"),
     ("cut_off", "", r"\boxed{11", "11"),
     ("cut_off", "", r"\boxed{11 <eos>", "11"),

@@ -1,6 +1,6 @@
 """pytest's option --impl: the graders of the exercises, run on a solution of a student.
 
-python -m pytest test_siren.py --impl exercises/student.py -m ex3
+python -m pytest exercises --impl exercises/student.py -m ex3
 """
 
 from __future__ import annotations

@@ -1689,6 +1689,28 @@ def wrong_samplers():
     def pad_ends(token, eos, pad):
         return torch.isin(token, torch.tensor([*eos, pad]))
 
+    def fixed_generator(model, prompts, *, generator=None, **options):
+        generator = generator or torch.Generator().manual_seed(0)
+        return sampler()(model, prompts, generator=generator, **options)
+
+    def hides_drawn_pads(model, prompts, *, pad_id, **options):
+        width = max(map(len, prompts))
+        tokens = []
+
+        class Hidden(torch.nn.Module):
+            """The model, to which drawn pads are hidden."""
+
+            def forward(self, input_ids, attention_mask, **given):
+                if attention_mask.shape[1] == width:
+                    tokens.clear()
+                else:
+                    tokens.append(input_ids[:, 0] != pad_id)
+                    shown = torch.stack(tokens, 1).long()
+                    attention_mask = torch.cat([attention_mask[:, :width], shown], 1)
+                return model(input_ids=input_ids, attention_mask=attention_mask, **given)
+
+        return sampler()(Hidden(), prompts, pad_id=pad_id, **options)
+
     def forbid_eos(pi, generator, t):
         pi = pi.clone()
         if t == 0:
@@ -1751,6 +1773,8 @@ def wrong_samplers():
         "mask from ids, EOS is pad": sampler(
             response_mask=lambda ids, pad: (ids != pad) | ((ids == pad).cumsum(1) == 1)
         ),
+        "drawn pads are hidden": hides_drawn_pads,
+        "generator seeded if there is none": fixed_generator,
         "prompt mask from ids": sampler(prompt_mask=lambda ids, pad: ids != pad),
         "prompt mask all True": sampler(
             prompt_mask=lambda ids, pad: torch.ones_like(ids, dtype=torch.bool)

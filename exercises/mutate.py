@@ -71,6 +71,7 @@ METRIC, OTHER = "a metric that students need not return", "another regulariser"
 NOT_ASKED = {
     "group_advantages": {
         "group_size > 1 and len(rewards) % group_size == 0": INPUT,
+        "rewards.is_floating_point() and rewards.isfinite().all()": INPUT,
         "if algorithm == 'grpo':\n        adv = adv / ": GRPO,
         "(groups.std(1, keepdim=True) + 1e-06)": GRPO,
     },

@@ -1,6 +1,6 @@
 r"""SIREN, piece by piece: write the bodies. README.md beside this file has goals and hints.
 
-    python -m pytest test_siren.py --impl exercises/student.py -m ex1 -x
+    python -m pytest exercises --impl exercises/student.py -m ex1 -x
 
 Letters: B responses, T response positions, V vocabulary. A batch holds responses of different
 length, padded on the right; `mask` [B, T] (bool) is True on a response's own tokens, and a row
@@ -8,7 +8,8 @@ may be all False. Entropies are in nats (natural logarithm). Results have the dt
 inputs; the tests use float64. No function may write to its inputs.
 
 To skip an exercise, replace its function by an import: `from exercises.reference import
-nucleus_mask` (for exercise 12: `from exercises.qae import quantile_advantages, plug`).
+nucleus_mask` (for exercise 12: `from exercises.qae import quantile_advantages, plug`; for 13
+and 14: `from exercises.solutions import holm`).
 """
 
 from __future__ import annotations

@@ -492,6 +492,10 @@ def rubbish_losses():
     for value in RUBBISH:
         x = (z, ids.where(mask, 7), old.where(mask, t(value)), adv, mask, anchor)
         cases.append(Case(f"{value} in padding of old_logp", {"x": x, "knobs": knobs}, 1e-8))
+    for value in (1e4, -1e4):
+        wild = torch.where(mask[..., None], z, z.sign() * value)
+        x = (wild, ids, old, adv, mask, anchor)
+        cases.append(Case(f"logits of {value:.0f} in padding", {"x": x, "knobs": knobs}, 1e-8))
     x = (z, ids, old, adv, mask & False, 0.0)
     cases.append(Case("no token at all, anchor 0", {"x": x, "knobs": knobs}, 1e-8))
     return cases
@@ -627,6 +631,10 @@ def vote_cases():
         "numbers with a comma": ["1,000", "1000", "1000.0"],
         "an answer inside another one": ["7", "17", "71"],
         "empty texts": ["", "7", None],
+        "the text None": ["None", None, "7"],
+        "signs of a kind": ["７", "7", "7.", "$7"],
+        "halves": ["½", "1/2", "0.5", ".5"],
+        "zeros": ["0", "-0", "0.0", ""],
     }
     cases = []
     for i, (what, alphabet) in enumerate(alphabets.items()):

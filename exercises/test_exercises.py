@@ -335,7 +335,7 @@ def test_readme_has_every_exercise():
     flags = {flag.strip("-") for flag in re.findall(r"(?<!\S)`?--([a-z][a-z-]+)", text)}
     known = {field.name.replace("_", "-") for field in dataclasses.fields(siren.Config)}
     known |= {field.name.replace("_", "-") for field in dataclasses.fields(toy_env.ToyWorld)}
-    assert flags <= known | {"impl", "help", "plug"}, f"unknown flags {flags - known}"
+    assert flags <= known | {"impl", "help", "plug", "fault"}, f"unknown flags {flags - known}"
 
 
 # ------------------------------------------------------------------------------------- mutants

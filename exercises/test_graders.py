@@ -280,6 +280,8 @@ def test_ex5_peaks(impl):
     assert sharp.sum() == 1, "q = 0: `H' >= 0` holds everywhere; a peak also needs H' > 0"
     faint = impl.peak_mask(t([[0.0] * 9 + [1e-9]]), torch.ones(1, 10).bool(), 0.8)
     assert faint.sum() == 1, "a peak needs H' > 0, however small: no threshold"
+    fainter = impl.peak_mask(t([[0.0] * 9 + [1e-30]]), torch.ones(1, 10).bool(), 0.8)
+    assert fainter.sum() == 1, "a peak needs H' > 0, however small: 1e-30 is above 0"
     two = impl.peak_mask(t([[1.0, 2.0, 4.0, 3.0]]), torch.ones(1, 4).bool(), 0.7)
     assert two.int().tolist() == [[0, 0, 1, 0]], (
         "q is interpolated linearly between two values"

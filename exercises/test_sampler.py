@@ -190,6 +190,12 @@ def test_ex11_one_sample_by_default(impl):
     given = {"max_tokens": 5, "eos_ids": [1], "pad_id": 0, "generator": seeded()}
     out = impl.sample(model, [list(prompt) for prompt in PROMPTS], **given)
     assert len(out.mask) == 3, "samples is 1 by default: a row for each prompt"
+    del given["generator"]  # then the global one draws
+    first, second = (
+        impl.sample(model, [list(PROMPTS[1])] * 9, **given, temperature=2.0) for _ in range(2)
+    )
+    differ = first.tokens.shape != second.tokens.shape or (first.tokens != second.tokens).any()
+    assert differ, "without a generator torch's global one draws, anew at each call"
     model.train()  # watch.py: nobody asked the sampler to change that
     impl.sample(model, [list(prompt) for prompt in PROMPTS], **given)
 
@@ -225,11 +231,15 @@ def logp_of(model, prompt, tokens, temperature, places=0, seen_pads=0):
 
 @pytest.mark.ex11
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
-def test_ex11_logp(impl, temperature):
-    model = TinyModel(vocab=300, sharp=2.0).eval()
-    out = sampled(impl, model, temperature=temperature, max_tokens=9)
+@pytest.mark.parametrize("vocab, pad_id", [(300, 1), (6, 0)])
+def test_ex11_logp(impl, temperature, vocab, pad_id):
+    """With pad_id = 0, which is no EOS here, pads are drawn."""
+    model = TinyModel(vocab=vocab, sharp=2.0).eval()
+    prompts = PROMPTS if vocab == 300 else SMALL
+    options = {"max_tokens": 9, "pad_id": pad_id, "eos_ids": [1, 2] if pad_id else [2]}
+    out = sampled(impl, model, prompts, temperature=temperature, **options)
     for row in range(0, len(out.mask), 5):
-        prompt, tokens = PROMPTS[row // 16], out.tokens[row][out.mask[row]].tolist()
+        prompt, tokens = prompts[row // 16], out.tokens[row][out.mask[row]].tolist()
         got = out.logp[row][out.mask[row]]
         due = logp_of(model, prompt, tokens, temperature)
         if torch.allclose(got, due, atol=1e-4):

@@ -1,11 +1,10 @@
 r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M on a CPU.
 
     python research/real_study.py --plan      # the commands that would run, and their hours
-    python research/real_study.py             # runs what is missing, two at a time; then
-    reports python research/real_study.py --report    # results/real/, its figure,
-    docs/real_model.md python research/real_study.py --last      # the last policies on other
-    questions as well python research/real_study.py --smoke     # two steps, two questions, a
-    temporary folder
+    python research/real_study.py             # run what is missing, two at a time, then report
+    python research/real_study.py --report    # results/real/, its figures, docs/real_model.md
+    python research/real_study.py --last      # the last policies on other questions as well
+    python research/real_study.py --smoke     # two steps, two questions, a temporary folder
 
 A job is one command of research/plugs.py, in a run folder of its own. A job that was stopped
 goes on from its checkpoint, and one that is done or has its rows in results/real/ is not run
@@ -43,7 +42,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
 import text_env
-from research import real_task, shared_prompts
+from research import real_task
 from research.tools import Parser, load_task, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,16 +71,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 MORE_SEEDS = ("dr_grpo", "siren", "bonus_0.2")
 FILES = ("curves", "heldout", "forms")
-STYLES: dict[str, tuple[str, str, Any]] = {  # name, colour and dashes in the figure
-    "dr_grpo": ("Dr.GRPO", "#000000", "--"),
-    "siren": ("SIREN", "#0059b3", "-"),
-    "bonus_0.2": ("naive bonus, 0.2", "#b35900", ":"),
-    "bonus_0.02": ("naive bonus, 0.02", "#cc79a7", "-."),
-    "bonus_0.002": ("naive bonus, 0.002", "#993366", (0, (4, 2))),
-    "wo_top_p": ("without top-p", "#009e73", "-"),
-    "wo_peak": ("without peaks", "#e69f00", "-"),
-    "anchor_only": ("anchor only", "#00a5b5", "--"),
-}
+NAMES = {"dr_grpo": "Dr.GRPO", "siren": "SIREN", "wo_top_p": "without top-p"}
+NAMES |= {"bonus_0.2": "bonus, 0.2", "bonus_0.002": "bonus, 0.002"}
+NAMES |= {"wo_peak": "without peaks", "anchor_only": "anchor only"}
+LIKE = {"bonus_0.2": "naive_exploding", "bonus_0.002": "naive_bonus"}  # figures.STYLES
+RIVALS = ("dr_grpo", "siren", "bonus_0.2", "bonus_0.002")
+PARTS = ("siren", "wo_top_p", "wo_peak", "anchor_only")
+# the panels of real_model.png: what is drawn, and for which methods
+PANELS = [("reward", RIVALS), ("entropy", RIVALS), ("perplexity", RIVALS)]
+PANELS += [("reward", PARTS), ("entropy", PARTS), ("h_ratio", ("dr_grpo", *PARTS))]
 CURVES = {
     "reward": "reward",
     "entropy": "H, nats per token",
@@ -140,8 +138,7 @@ def write_heldout(path: Path, task: Any, problems: list, rollout: siren.Rollout)
 
 
 def plug() -> None:
-    """What `--plug research.real_study` does: shared prompts, and the extra metrics."""
-    shared_prompts.plug()
+    """What `--plug research.real_study` does: the extra metrics."""
     sample = siren.sample
     score = siren.score
     training_step = siren.training_step
@@ -473,59 +470,73 @@ def smooth(values: list[float], window: int = 5) -> list[float]:
     return [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
-def figures(results: Path) -> list[Path]:
-    """real_model.png, curves over steps (means of five), and positions.png, the base's nuclei.
+def draw_curve(axis: Any, method: str, name: str, curves: list[dict[str, Any]]) -> None:
+    """A line, the mean over seeds of means of five steps; the band around it goes from the
+    smallest to the largest. Nothing if the method has no rows."""
+    from research.figures import STYLES
 
-    A line is the mean over seeds; the band around it goes from the smallest to the largest.
-    """
-    import matplotlib
+    runs = defaultdict(list)
+    for row in curves:
+        if row["method"] == method:
+            runs[row["seed"]].append(row[name])
+    columns = list(zip(*map(smooth, runs.values())))  # all seeds, for each step
+    if not columns:
+        return
+    style = {**STYLES[LIKE.get(method, method)], "marker": "", "label": NAMES[method]}
+    steps = range(1, len(columns) + 1)
+    axis.plot(steps, list(map(mean, columns)), **style)
+    low = list(map(min, columns))
+    high = list(map(max, columns))
+    axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    curves, positions = (read_csv(results / f"{name}.csv") for name in ("curves", "positions"))
-    found = {r["method"] for r in curves}
-    methods = [method for method in METHODS if method in found]
-    canvas, axes = plt.subplots(2, 3, figsize=(9, 5.6), layout="constrained")
-    for axis, (name, label) in zip(axes.flat, CURVES.items()):
+def curves_figure(curves: list[dict[str, Any]]) -> Any:
+    """real_model.png: above SIREN beside other methods, below beside itself without a part."""
+    from research.figures import name_lines, panels
+
+    canvas, axes = panels(3, 2, height=2.6)
+    for axis, (name, methods) in zip(axes, PANELS):
         for method in methods:
-            runs = defaultdict(list)
-            for r in curves:
-                if r["method"] == method:
-                    runs[r["seed"]].append(r[name])
-            # a tuple of all seeds for each step
-            columns = list(zip(*map(smooth, runs.values())))
-            lowest = list(map(min, columns))
-            highest = list(map(max, columns))
-            x, (text, color, dashes) = range(1, len(columns) + 1), STYLES[method]
-            style = {"color": color, "ls": dashes, "lw": 1.8 if method in MORE_SEEDS else 1}
-            axis.plot(x, list(map(mean, columns)), label=text, **style)
-            axis.fill_between(x, lowest, highest, color=color, alpha=0.15, lw=0)
-        scale = "log" if name in ("entropy", "h_ratio", "perplexity") else "linear"
-        axis.set(xlabel="step", yscale=scale)
-        axis.set_title(label, fontsize=10)
-        if scale == "linear":
-            axis.set_ylim(bottom=0)
-    shown = axes[0, 0].get_legend_handles_labels()
-    canvas.legend(*shown, loc="outside lower center", ncols=4)
-    canvas.savefig(results / "real_model.png", dpi=100)
-    plt.close(canvas)
+            draw_curve(axis, method, name, curves)
+        axis.set_title(CURVES[name], fontsize=10)
+        axis.set(xlabel="step", yscale="linear" if name == "reward" else "log")
+        if name == "reward":
+            axis.set_ylim(0, 1.05)
+    axes[0].set_ylabel("SIREN and other methods")
+    axes[3].set_ylabel("SIREN without a part")
+    name_lines(canvas)
+    return canvas
 
-    canvas, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+
+def positions_figure(positions: list[dict[str, Any]]) -> Any:
+    """positions.png: the nuclei of the base model, and where the peaks are."""
+    from research.figures import panels, ticks
+
+    canvas, axes = panels(2)
     sizes = [r["nucleus_size"] for r in positions]
     bins = [2**power for power in range(math.ceil(math.log2(max(sizes) + 1)) + 1)]
     axes[0].hist(sizes, bins, color="0.6", edgecolor="1")
-    axes[0].set(xscale="log", xlabel="tokens in the nucleus, p = 0.8", ylabel="positions")
-    kinds = ((0, "other positions", "0.75"), (1, "peaks, tau = 0.8", "#0059b3"))
-    for peak, label, color in kinds:
-        own = [r["nucleus_entropy"] for r in positions if r["peak"] == peak]
-        style = {"histtype": "step", "lw": 2} if peak else {}
-        axes[1].hist(own, [n / 4 for n in range(29)], color=color, label=label, **style)
+    axes[0].set(xlabel="tokens in the nucleus, p = 0.8", ylabel="positions")
+    ticks(axes[0].xaxis, bins[:-1:2])
+    others = [r["nucleus_entropy"] for r in positions if not r["peak"]]
+    peaks = [r["nucleus_entropy"] for r in positions if r["peak"]]
+    quarters = [n / 4 for n in range(29)]
+    axes[1].hist(others, quarters, color="0.75", label="_other positions")
+    axes[1].hist(peaks, quarters, color="#0059b3", lw=2, histtype="step", label="_peaks")
     axes[1].set(xlabel="H', nats", ylabel="positions", yscale="log")
-    axes[1].legend()
-    canvas.savefig(results / "positions.png", dpi=100)
-    plt.close(canvas)
-    return [results / "real_model.png", results / "positions.png"]
+    where = {"transform": axes[1].transAxes, "fontsize": 8}
+    axes[1].text(0.1, 0.93, "other positions (filled)", color="0.35", **where)
+    axes[1].text(0.42, 0.66, "peaks, tau = 0.8 (outline)", color="#0059b3", **where)
+    return canvas
+
+
+def figures(results: Path) -> list[Path]:
+    """Draw both figures from the csv files of `results`."""
+    curves, positions = (read_csv(results / f"{name}.csv") for name in ("curves", "positions"))
+    paths = [results / "real_model.png", results / "positions.png"]
+    curves_figure(curves).savefig(paths[0], dpi=100)
+    positions_figure(positions).savefig(paths[1], dpi=100)
+    return paths
 
 
 def write_page(page: Path, numbers: str) -> None:

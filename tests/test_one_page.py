@@ -79,7 +79,7 @@ def train_with_siren(regularizer, beta):
     optimizer = torch.optim.Adam([table], lr=0.05)
     mask = torch.ones(one_page.B, one_page.T, dtype=torch.bool)
     anchor = None
-    for step in range(1, 201):
+    for _ in range(200):
         columns = [torch.full((one_page.B,), one_page.V)]
         for _ in range(one_page.T):
             columns.append(table[columns[-1]].softmax(-1).multinomial(1)[:, 0])
@@ -98,13 +98,13 @@ def train_with_siren(regularizer, beta):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        right = {tuple(ids) for ids, fell in zip(tokens.tolist(), falls) if not fell}
-        yield step, rewards.mean().item(), stats["h_agg"].item(), anchor, len(right)
+        different = len(set(map(tuple, tokens.tolist())))
+        yield rewards.mean().item(), different
 
 
-def line_of(beta, reward, h_agg, anchor, different):
-    text = f"beta = {beta}   reward {reward:.3f}   H_agg {h_agg:.3f}   H* {anchor:.3f}   "
-    return f"{text}{different:3} different responses of {one_page.B}"
+def line_of(beta, reward, different):
+    text = f"beta {beta}   reward {reward:.3f}   different responses: {different:3} of "
+    return f"{text}{one_page.B}"
 
 
 @pytest.mark.parametrize(("regularizer", "beta"), [("anchor", 0.3), ("none", 0.0)])
@@ -113,7 +113,7 @@ def test_a_run_with_the_functions_of_siren_prints_the_same(regularizer, beta, ca
     torch.set_default_dtype(torch.float64)
     try:
         one_page.train(beta)
-        *_, (_, *due) = train_with_siren(regularizer, beta)
+        *_, due = train_with_siren(regularizer, beta)
     finally:
         torch.set_default_dtype(torch.float32)
     assert capsys.readouterr().out.splitlines() == [line_of(beta, *due)]
@@ -122,7 +122,7 @@ def test_a_run_with_the_functions_of_siren_prints_the_same(regularizer, beta, ca
 def test_the_command_and_what_its_docstring_promises(tmp_path):
     """Another machine may print other digits."""
     number = re.compile(r"\d+\.?\d*")
-    lines = [line for line in one_page.__doc__.splitlines() if "beta = 0." in line]
+    lines = [line for line in one_page.__doc__.splitlines() if "   beta 0." in line]
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         cwd=tmp_path,
@@ -132,11 +132,10 @@ def test_the_command_and_what_its_docstring_promises(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for due, line in zip(lines, done.stdout.splitlines(), strict=True):
-        beta, _, h_agg, anchor, different, of = map(float, number.findall(due))
+        beta, _, different, of = map(float, number.findall(due))
         found = [float(x) for x in number.findall(line)]
-        assert found[0] == beta and found[3] == anchor and found[5] == of == one_page.B
-        assert found[1] > 0.98 and found[2] == pytest.approx(h_agg, abs=0.2)
-        assert found[4] < 90 if beta == 0 else found[4] > 110
+        assert found[0] == beta and found[3] == of == one_page.B and found[1] > 0.98
+        assert found[2] < 90 if beta == 0 else found[2] > 110
         assert (different < 90) == (beta == 0)
     assert not list(tmp_path.iterdir())
 

@@ -46,7 +46,7 @@ FUNCTIONS = {
     "ex2": ["policy_loss"],
     "ex3": ["nucleus", "nucleus_mask"],
     "ex4": ["entropy_of", "nucleus_entropy"],
-    "ex5": ["peak_mask"],
+    "ex5": ["peak_mask", "quantile_of_rows"],
     "ex6": ["aggregate_entropy"],
     "ex7": ["token_stats", "siren_loss"],
     "ex8": ["micro_batch_anchor"],
@@ -86,11 +86,11 @@ NOT_ASKED = {
         "(ratio - 1 - log_ratio).detach().sum() / tokens": METRIC,
     },
     "entropy_of": {"enabled=False": INPUT},
-    "peak_mask": {
-        "mask.numel() == 0": INPUT,
-        "entropy.detach().cpu().double()": INPUT,
+    "peak_mask": {"mask.numel() == 0": INPUT},
+    "quantile_of_rows": {
+        "h.cpu().double()": INPUT,
         "~mask.cpu()": INPUT,
-        ".to(mask.device)": INPUT,
+        ".to(h)": INPUT,
         "own.split(256)": SPEED,
     },
     "token_stats": {
@@ -104,8 +104,7 @@ NOT_ASKED = {
     "siren_loss": {
         "temperature=1.0": INPUT,
         "peak_quantile=0.8, regularizer='anchor'": INPUT,
-        "if regularizer == 'anchor' else -h_agg": OTHER,
-        "policy if regularizer == 'none' else": OTHER,
+        "if regularizer == 'bonus':\n        loss = policy - beta * h_agg": OTHER,
         "peak.sum() / mask.sum().clamp(min=1)": METRIC,
         "stats | more_stats": METRIC,
         ".detach()": HARMLESS,
@@ -130,10 +129,10 @@ NOT_ASKED = {
 # why a mutant solves the exercise as well as the solution does -> such mutants
 EQUIVALENT = {
     "the sum over responses of sums over tokens is one sum": [
-        "policy_loss: torch.where(mask, torch.min(free, clipped), 0.0).sum(1)"
-        " -> torch.where(mask, torch.min(free, clipped), 0.0)",
-        "policy_loss: torch.where(mask, torch.min(free, clipped), 0.0).sum(1)"
-        " -> torch.where(mask, torch.min(free, clipped), 0.0).sum(0)",
+        "policy_loss: torch.where(mask, torch.min(unclipped, clipped), 0.0).sum(1)"
+        " -> torch.where(mask, torch.min(unclipped, clipped), 0.0)",
+        "policy_loss: torch.where(mask, torch.min(unclipped, clipped), 0.0).sum(1)"
+        " -> torch.where(mask, torch.min(unclipped, clipped), 0.0).sum(0)",
     ],
     "in padding any finite ratio will do": [
         "policy_loss: torch.where(mask, logp - old_logp.detach(), 0.0)"
@@ -141,7 +140,7 @@ EQUIVALENT = {
         for other in ("1.0", "-1")
     ],
     "in padding the ratio is 1, which is never clipped": [
-        "policy_loss: ((clipped < free) & mask).sum -> (clipped < free).sum"
+        "policy_loss: ((clipped < unclipped) & mask).sum -> (clipped < unclipped).sum"
     ],
     "comparisons have no gradient": ["nucleus: log_pi.detach().exp -> log_pi.exp"],
     "of one column the first is the last": [
@@ -149,9 +148,9 @@ EQUIVALENT = {
         " -> log_pi.gather(-1, tokens[..., None])[..., -1]"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "peak_mask: max(0, quantile - 1e-09) -> max(-1, quantile - 1e-09)",
-        "peak_mask: max(0, quantile - 1e-09) -> max(0, quantile)",
-        "peak_mask: quantile - 1e-09 -> quantile - 0",
+        "quantile_of_rows: max(0, quantile - 1e-09) -> max(-1, quantile - 1e-09)",
+        "quantile_of_rows: max(0, quantile - 1e-09) -> max(0, quantile)",
+        "quantile_of_rows: quantile - 1e-09 -> quantile - 0",
     ],
     "the first of two is the first of one, and the last of one is its first": [
         "maj_at_k: counts.most_common(1) -> counts.most_common(2)",

@@ -164,6 +164,8 @@ def why_not(ids, mask, due, pad_id):
         {"max_tokens": 1},
         {"eos_ids": [2]},
         {"eos_ids": [2], "pad_id": 0},
+        {"eos_ids": [2], "pad_id": 3},
+        {"eos_ids": [2], "pad_id": 3, "prompts": SPECIAL},
         {"eos_ids": [4, 2], "pad_id": 0, "temperature": 1.5},
         {"eos_ids": [0], "pad_id": 0},
         {"eos_ids": [2], "pad_id": 0, "prompts": SPECIAL},
@@ -231,12 +233,12 @@ def logp_of(model, prompt, tokens, temperature, places=0, seen_pads=0):
 
 @pytest.mark.ex11
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
-@pytest.mark.parametrize("vocab, pad_id", [(300, 1), (6, 0)])
+@pytest.mark.parametrize("vocab, pad_id", [(300, 1), (6, 3)])
 def test_ex11_logp(impl, temperature, vocab, pad_id):
-    """With pad_id = 0, which is no EOS here, pads are drawn."""
+    """With pad_id = 3, which is no EOS here, pads are drawn, and often."""
     model = TinyModel(vocab=vocab, sharp=2.0).eval()
     prompts = PROMPTS if vocab == 300 else SMALL
-    options = {"max_tokens": 9, "pad_id": pad_id, "eos_ids": [1, 2] if pad_id else [2]}
+    options = {"max_tokens": 9, "pad_id": pad_id, "eos_ids": [1, 2] if pad_id == 1 else [2]}
     out = sampled(impl, model, prompts, temperature=temperature, **options)
     for row in range(0, len(out.mask), 5):
         prompt, tokens = prompts[row // 16], out.tokens[row][out.mask[row]].tolist()

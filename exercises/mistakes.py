@@ -57,6 +57,7 @@ def with_memory():
 def wrong_advantages():
     return {
         "rewards clamped to 0..1": by_group(lambda x: centred(x.clamp(0, 1))),
+        "rewards clamped to -1000..1000": by_group(lambda x: centred(x.clamp(-1000, 1000))),
         "rewards made binary": by_group(lambda x: centred((x > 0.5).to(x.dtype))),
         "negative rewards are 0": by_group(lambda x: centred(x.relu())),
         "advantages clamped": by_group(lambda x: centred(x).clamp(-1, 1)),
@@ -249,6 +250,9 @@ def wrong_policies():
         ),
         "clips swapped": policy(gain_of=lambda r, a, low, high: ppo(r, a, high, low)),
         "clip_high unused": policy(gain_of=lambda r, a, low, high: ppo(r, a, low, low)),
+        "a clip of 0 is the default": policy(
+            gain_of=lambda r, a, low, high: ppo(r, a, low or 0.2, high or 0.2)
+        ),
         "clips fixed": policy(gain_of=lambda r, a, low, high: ppo(r, a, 0.2, 0.2)),
         "clip on the log": policy(
             gain_of=lambda r, a, low, high: torch.min(
@@ -1020,6 +1024,7 @@ def penalties():
         "half": lambda h, a, b: b / 2 * (h - a) ** 2,
         "beta squared": lambda h, a, b: (b * (h - a)) ** 2,
         "beta left out": lambda h, a, b: (h - a) ** 2,
+        "beta of 0 is the default": lambda h, a, b: (b or 0.005) * (h - a) ** 2,
         "beta at most 1": lambda h, a, b: min(b, 1.0) * (h - a) ** 2,
         "relative gap": lambda h, a, b: b * (h / a - 1) ** 2 if a else b * h**2,
         "power 4": lambda h, a, b: b * (h - a) ** 4,

@@ -142,7 +142,10 @@ EQUIVALENT = {
     "in padding the ratio is 1, which is never clipped": [
         "policy_loss: ((clipped < unclipped) & mask).sum -> (clipped < unclipped).sum"
     ],
-    "comparisons have no gradient": ["nucleus: log_pi.detach().exp -> log_pi.exp"],
+    "comparisons have no gradient": [
+        "nucleus: log_pi.detach().exp -> log_pi.exp",
+        "peak_mask: entropy.detach() -> entropy",
+    ],
     "of one column the first is the last": [
         "token_stats: log_pi.gather(-1, tokens[..., None])[..., 0]"
         " -> log_pi.gather(-1, tokens[..., None])[..., -1]"

@@ -93,6 +93,7 @@ def reward_cases():
         "rewards of -1 and 1": (2 * binary - 1, 6),
         "negative rewards": (-uniform(24, seed=7, high=9), 3),
         "rewards from -100 to 100": (normal(64, seed=8, scale=50), 8),
+        "rewards up to 100000": (normal(24, seed=12, scale=40_000), 4),
         "rewards that differ by little": (0.5 + uniform(12, seed=9) / 1000, 4),
         "all rewards equal": (torch.full((8,), 0.1, dtype=F64), 4),
         "a mean of 1 and more": (t([1.0, 1.5, 0.5, 1.0, 3.0, 2.0, 2.0, 1.0]), 4),
@@ -140,7 +141,9 @@ def policy_cases():
         policy_case("clip_low = .5", 5, 5, clip_low=0.5),
         policy_case("max_tokens = 20, more than T", 0, 6, max_tokens=20),
         policy_case("max_tokens = 3072", 1, 7, max_tokens=3072),
+        policy_case("clip_low = clip_high = 0", 0, 5, clip_low=0.0, clip_high=0.0),
         policy_case("advantages up to 60", 0, 8, adv=20.0),
+        policy_case("advantages up to 3000", 0, 8, adv=1000.0),
         policy_case("tiny advantages", 0, 9, adv=1e-3),
         policy_case("ratios from 1/50 to 50", 5, 10, ratio=2.0),
         policy_case("ratios far from 1, up to exp(15)", 5, 11, ratio=8.0),
@@ -219,6 +222,7 @@ def logit_cases(most=5000):
     z = normal(2, 3, 12, seed=9, scale=3.0)
     found += [
         ("one token in the vocabulary", normal(3, 1), 0.8),
+        ("p = 1e-6: the likeliest token alone", z, 1e-6),
         ("logits near 5000", z + 5000, 0.8),
         ("logits near -5000", z - 5000, 0.8),
         ("logits from -3000 to 3000", z * 1000, 0.8),
@@ -467,6 +471,7 @@ def loss_cases():
         loss_case("a gap of 3 nats, above 1", 0, seed=9, anchor=4.0),
         loss_case("a gap of 9 nats", 0, seed=9, anchor=10.0),
         loss_case("a small gap", 0, seed=9, anchor=1.0),
+        loss_case("beta = 0", 0, seed=10, beta=0.0),
         loss_case("beta = .005", 0, seed=10, beta=0.005),
         loss_case("beta = 30", 0, seed=10, beta=30.0),
         loss_case("top_p = .5", 0, seed=11, top_p=0.5),

@@ -6,10 +6,17 @@ from fractions import Fraction
 
 import pytest
 
+from exercises import solutions
 from exercises.verifiers import BUDGET, VERIFIERS
 
 ORDER = r"Write the number into \boxed{} and end with <eos>."
 EOS = "<eos>"
+
+
+@pytest.fixture(scope="session")
+def impl(impl, request):
+    """The module under test: solutions.py, or that of --impl."""
+    return impl if request.config.getoption("--impl") else solutions
 
 
 def problems(fault, count=12):

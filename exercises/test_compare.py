@@ -6,15 +6,26 @@ known wrong solution (mistakes.py), which one.
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from exercises import mistakes, oracles
+from exercises import mistakes, oracles, qae
 from exercises.compare import Case, Differs, judge, sentence
 
 F64 = torch.float64
+
+
+@pytest.fixture(scope="session")
+def impl(impl, request):
+    """The module under test: reference.py and qae.py, or that of --impl."""
+    if request.config.getoption("--impl"):
+        return impl
+    return SimpleNamespace(**vars(impl) | vars(qae))
+
+
 RUBBISH = (1e4, -1e30, 50.0, -3.0, math.nan, math.inf, -math.inf)
 
 

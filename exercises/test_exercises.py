@@ -231,7 +231,7 @@ def test_the_faulty_toy_trains(capsys):
     (record,) = hack_toy.train("rounds", 1)
     assert record["reward"] > record["honest"] + 0.05, "errors of up to 3 are paid"
     assert record["reward"] == record["honest"] + record["hacked"]
-    assert capsys.readouterr().out.split()[0] == "1"
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "1"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,9 @@ def test_readme_has_every_exercise():
     flags = {flag.strip("-") for flag in re.findall(r"(?<!\S)`?--([a-z][a-z-]+)", text)}
     known = {field.name.replace("_", "-") for field in dataclasses.fields(siren.Config)}
     known |= {field.name.replace("_", "-") for field in dataclasses.fields(toy_env.ToyWorld)}
-    assert flags <= known | {"impl", "help", "plug", "fault"}, f"unknown flags {flags - known}"
+    assert flags <= known | {"impl", "help", "plug", "fault", "table"}, (
+        f"unknown flags {flags - known}"
+    )
 
 
 # ------------------------------------------------------------------------------------- mutants

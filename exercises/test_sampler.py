@@ -197,7 +197,8 @@ def test_ex11_one_sample_by_default(impl):
         impl.sample(model, [list(PROMPTS[1])] * 9, **given, temperature=2.0) for _ in range(2)
     )
     differ = first.tokens.shape != second.tokens.shape or (first.tokens != second.tokens).any()
-    assert differ, "without a generator torch's global one draws, anew at each call"
+    idea = "without a generator torch's global one draws, anew at each call"
+    assert differ, f"{idea}: draw, don't take the likeliest"
     model.train()  # watch.py: nobody asked the sampler to change that
     impl.sample(model, [list(prompt) for prompt in PROMPTS], **given)
 

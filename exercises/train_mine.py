@@ -7,7 +7,8 @@
 The sampler, the model and the loop are siren.py's; advantages, nucleus, entropy, peaks, anchor
 and the loss with its gradient are yours. The curves are in runs/mine/mine.png, the numbers in
 runs/mine/metrics.jsonl. siren.py's curve is results/default_run.jsonl, of the same seed: right
-solutions begin with the same numbers, and stay close to them.
+solutions begin with the same numbers. Later the curves differ as those of two seeds do, since
+a number that is rounded differently once changes a draw, and with it all that follows.
 """
 
 import argparse

@@ -61,7 +61,6 @@ import siren
 import toy_env
 from exercises import reference
 
-
 # ------------------------------------------------------------------- 1. the method: advantages
 
 

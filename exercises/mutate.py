@@ -332,7 +332,7 @@ def functions(tree: ast.Module) -> Iterator[tuple[int, ast.FunctionDef]]:
 
 def pieces(node: ast.AST, around: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST]]:
     """A tree's nodes, each with the expression that it is shown in."""
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == "require":
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("require"):
         return  # it refuses what no exercise has
     yield node, around or node
     if not isinstance(node, (ast.keyword, ast.Tuple, ast.UnaryOp, ast.Slice)):

@@ -551,7 +551,7 @@ def again(
 
 def of_seeds(jobs: list[Job], seeds: list[int]) -> list[Job]:
     """The jobs of these seeds, which must be among theirs."""
-    known = sorted({job.cfg.seed for job in jobs})
+    known = tuple(sorted({job.cfg.seed for job in jobs}))
     if unknown := set(seeds) - set(known):
         raise ValueError(f"--again {min(unknown)}: must be one of {known}")
     return [job for job in jobs if job.cfg.seed in seeds]

@@ -19,9 +19,11 @@ written before it.
 
 The main table keeps rows but no policies, so its methods are trained again: the candidates
 that research/study.py chose, on the same 16 test seeds. Rows go to results/raw/ways.jsonl.gz
-and so on; jobs, store and statistics are those of research/study.py. The seeds are the outer
-order: a set of rows that is not complete yet is a balanced one. The report is about the seeds
-that are complete in all methods, and says how many they are.
+and so on; jobs, store and statistics are those of research/study.py. Six seeds at a time are
+run: first the five methods that the questions are about (CORE), seed by seed, then the other
+methods. So what there is before all is done is balanced. The report is about the seeds that
+are complete in CORE, says how many of them each method has, and compares two methods on the
+seeds that both have.
 
 THE PLAN, written before any of these rows was seen. Prompts are hard ones and T = 0.6 where
 nothing else is said; differences are paired by seed, with a 95 % bootstrap interval and an
@@ -83,6 +85,8 @@ WAYS = ("clean", "filled", "cancelled", "other")
 VALIDATION = (100, 101, 102)
 WATCHED = ("dr_grpo", "siren", "naive_bonus", "anchor_only")  # also while they train
 WATCHED_SEEDS = 12
+CORE = ("base", *WATCHED)  # run first
+BLOCK = 6  # seeds at a time
 MANY = ("base", "dr_grpo", "siren", "naive_bonus")  # also with many samples
 MANY_SEEDS = 8
 VOCABULARIES = (96, 16384)  # beside the main table's 1024
@@ -491,18 +495,30 @@ PARTS = {
 
 
 # ------------------------------------------------------------------------- 5. the command line
+def in_blocks(jobs: list[study.Job]) -> list[list[study.Job]]:
+    """The jobs, two seeds at a time: the base models of two seeds are taught side by side. In
+    a block of six seeds the methods of CORE come first."""
+    seeds = sorted({job.cfg.seed for job in jobs})
+    found = []
+    for i in range(0, len(seeds), BLOCK):
+        block = seeds[i : i + BLOCK]
+        for is_core in (True, False):
+            own = [job for job in jobs if (job.label in CORE) == is_core]
+            for j in range(0, len(block), 2):
+                found.append([job for job in own if job.cfg.seed in block[j : j + 2]])
+    return [some for some in found if some]
+
+
 def run_part(
     name: str, size: Size, store: study.Store, pool: ProcessPoolExecutor, plan: bool
 ) -> None:
-    """Run what is missing of a part, two seeds at a time; with plan, only say what it is."""
+    """Run what is missing of a part, block by block; with plan, only say what it is."""
     part = PARTS[name]
     for stage, jobs_of in (("candidates", part.tune), ("test seeds", part.test)):
         jobs = jobs_of(size, store.rows)
         missing = list(store.missing(jobs).values())
         print(f"{name}, {stage}: {study.hours(missing)}", flush=True)
-        seeds = sorted({job.cfg.seed for job in missing})
-        for i in range(0, 0 if plan else len(seeds), 2):
-            some = [job for job in missing if job.cfg.seed in seeds[i : i + 2]]
+        for some in [] if plan else in_blocks(missing):
             study.run_jobs(name, {job.key: job for job in some}, store, pool, look)
         if store.missing(jobs):
             return
@@ -528,6 +544,8 @@ def make_parser() -> Parser:
 
 def command(argv: list[str] | None) -> int:
     """Run what is missing of a part, or of all; then write what the rows say."""
+    from research import three_ways_report  # here, since it imports this file
+
     args = make_parser().parse_args(argv)
     if not 1 <= args.workers <= 64:
         raise ValueError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
@@ -546,6 +564,8 @@ def command(argv: list[str] | None) -> int:
         for name in PARTS if args.part == "all" else [args.part]:
             if not args.report:
                 run_part(name, size, store, pool, args.plan)
+        if not args.plan:
+            three_ways_report.write(size, store, out)
     return 0
 
 

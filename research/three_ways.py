@@ -88,7 +88,7 @@ WATCHED_SEEDS = 12
 CORE = ("base", *WATCHED)  # run first
 BLOCK = 6  # seeds at a time
 MANY = ("base", "dr_grpo", "siren", "naive_bonus")  # also with many samples
-MANY_SEEDS = 8
+MANY_SEEDS = 4
 VOCABULARIES = (96, 16384)  # beside the main table's 1024
 PER_PAIR = 4  # contexts of a pair (running sum, next term) at most
 

@@ -241,7 +241,7 @@ def test_jobs_are_balanced_over_seeds(stored):
     watched = {(job.label, job.cfg.seed) for job in jobs if "watch" in job.cfg.plug}
     assert watched == set(itertools.product(three_ways.WATCHED, range(12)))
     many = {(job.label, job.cfg.seed) for job in jobs if job.final.many}
-    assert many == set(itertools.product(three_ways.MANY, range(8)))
+    assert many == set(itertools.product(three_ways.MANY, range(4)))
 
 
 def test_candidates_are_as_many_for_each_method(stored):

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in t
 
 import siren
 from research import study, study_report, three_ways_report
+from research.three_ways import WAYS
 from research.three_ways_report import at, by, paired, read_csv
 from research.tools import Parser, run_tool, write_whole
 
@@ -60,9 +61,11 @@ def difference(one: Seeds, other: Seeds, value: Callable[[dict], float]) -> str:
     return interval(paired(one, other, value), "+")
 
 
-def stands(p: float) -> str:
-    """What a p after Holm's correction says."""
-    return "stands after the correction" if p < 0.05 else "does not stand after the correction"
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table; a sentence in its place if it has no number yet."""
+    if all(NOT_YET in cell for row in rows for cell in row[1:]):
+        return "No number yet: `python research/three_ways.py` has not come to this."
+    return "\n\n" + "\n".join(study_report.markdown(head, rows))
 
 
 # ----------------------------------------------------------------------------------- the files
@@ -98,39 +101,33 @@ class Files:
 
 
 # ----------------------------------------------------------------------------------- the facts
-def range_of(files: Files, knob: str, values: tuple[float, ...], score: str) -> str:
-    """The lowest and the highest mean of a score over some values of a setting."""
+FEW = ("base", "dr_grpo", "naive_bonus", "siren", "anchor_only")
+SHORT = {**three_ways_report.EVERY, "naive_bonus": "naive bonus", "wo_top_p": "without top-p"}
+VALUES = {
+    "top_p": (0.7, 0.8, 0.85, 0.9, 1.0),
+    "peak_quantile": (0.0, 0.4, 0.6),
+    "beta": (0.06, 0.2, 0.6),
+}
+
+
+def range_of(files: Files, knob: str, values: tuple[float, ...]) -> str:
+    """The lowest and the highest mean of maj@16 over some values of a setting."""
     rows = study_report.labelled("sensitivity", study.Size(), files.store)[f"siren, {knob}"]
     found = [
-        mean(study.score(row, score) for row in rows if row["config"][knob] == value)
+        mean(study.score(row, "maj@16") for row in rows if row["config"][knob] == value)
         for value in values
     ]
     return f"{short(min(found))} to {short(max(found))}"
 
 
-def one_method(name: str, score: str, table: str = "main") -> Callable[[Files], str]:
-    """A method's mean score with its interval."""
-    return lambda files: interval(x[score] for x in getattr(files, table)[name].values())
+def two_methods(one: str, other: str, score: str) -> Callable[[Files], str]:
+    """The paired difference of two methods in a score of main.csv."""
+    return lambda files: difference(files.main[one], files.main[other], at(score))
 
 
-def two_methods(one: str, other: str, score: str, table: str = "main") -> Callable:
-    """The paired difference of two methods in a score."""
-
-    def fact(files: Files) -> str:
-        found = getattr(files, table)
-        return difference(found.get(one, {}), found.get(other, {}), at(score))
-
-    return fact
-
-
-def mean_of(name: str, score: str, table: str = "zoo") -> Callable[[Files], str]:
-    """A method's mean score, without interval."""
-    return lambda files: short(mean(x[score] for x in getattr(files, table)[name].values()))
-
-
-def ways(name: str, value: Callable[[dict], float]) -> Callable[[Files], str]:
-    """A value of three_ways.csv on hard prompts at T = 0.6."""
-    return lambda files: interval(map(value, files.hard_ways.get(name, {}).values()))
+def zoo(name: str, score: str) -> Callable[[Files], str]:
+    """A method's mean in zoo.csv, without interval."""
+    return lambda files: short(mean(x[score] for x in files.zoo[name].values()))
 
 
 def share_of_right(way: str) -> Callable[[dict], float]:
@@ -138,14 +135,129 @@ def share_of_right(way: str) -> Callable[[dict], float]:
     return lambda line: line[way] / line["avg@16"] if line["avg@16"] else math.nan
 
 
-def many(name: str, score: str, k: int) -> Callable[[Files], str]:
-    """pass@k or maj@k of the files with many samples, T = 0.6."""
+def ways_table(files: Files) -> str:
+    """What happens at gaps, and in which way responses are right."""
+    values = {"p(right sum) at gaps": at("gap_p_right"), "H at gaps, nats": at("gap_entropy")}
+    values |= {f"right ones: {way}": share_of_right(way) for way in WAYS[:3]}
+    rows = []
+    for name in FEW:
+        seeds = files.hard_ways.get(name, {})
+        rows.append(
+            [SHORT[name], *(interval(map(x, seeds.values())) for x in values.values())]
+        )
+    return table(["", *values], rows)
 
-    def fact(files: Files) -> str:
-        found = by(files.many, temperature=0.6, k=k) if files.many else {}
-        return interval(x[score] for x in found.get(name, {}).values())
 
-    return fact
+def tested_table(found: dict[tuple[str, ...], list[float]], head: list[str]) -> str:
+    """Differences, and whether they stand after Holm's correction over all of `found`."""
+    found = {key: values for key, values in found.items() if values}
+    p = study_report.holm({key: study_report.sign_flip(x) for key, x in found.items()})
+    rows = [
+        [*key, interval(values, "+"), "yes" if p[key] < 0.05 else "no"]
+        for key, values in found.items()
+    ]
+    return table([*head, "difference", "stands"], rows)
+
+
+def naive_table(files: Files) -> str:
+    """The naive bonus minus Dr.GRPO, way by way; T = 0.6 is shown, both are corrected for."""
+    found = three_ways_report.does_it_explain(files.ways) if files.seeds else {}
+    return only(tested_table(found, ["", "T", "way"]), "0.6 ")
+
+
+def counts_table(files: Files) -> str:
+    """SIREN minus others in pass@16 and avg if only sound or only clean responses count."""
+    found = three_ways_report.is_it_ahead(files.ways) if files.seeds else {}
+    text = only(tested_table(found, ["", "T", "score", "counts"]), "0.6 ")
+    shown = "|".join(map(re.escape, ("Dr.GRPO", "naive bonus, best", "anchor only")))
+    lines = text.splitlines()
+    kept = [
+        x for x in lines if not x.startswith("| SIREN") or re.search(f"- ({shown}) \\|", x)
+    ]
+    return "\n".join(kept) + "\n" * text.endswith("\n")
+
+
+def only(text: str, temperature: str) -> str:
+    """A table's rows at that temperature, without the column."""
+    lines = []
+    for line in text.splitlines():
+        cells = line.split(" | ")
+        is_row = len(cells) > 3 and cells[1] in ("0.6", "1")
+        if not is_row or cells[1] == temperature.strip():
+            lines.append(" | ".join(cells[:1] + cells[2:]) if len(cells) > 3 else line)
+    return (
+        "\n".join(lines).replace("|---|---|---|---|---|---|", "|---|---|---|---|---|") + "\n"
+    )
+
+
+def many_table(files: Files) -> str:
+    """pass@k and maj@k with up to 256 samples."""
+    rows = []
+    values = [(kind, k) for kind in ("pass", "sound/pass", "maj") for k in (16, 256)]
+    for name in FEW[:4]:
+        cells = []
+        for kind, k in values:
+            found = by(files.many, temperature=0.6, k=k).get(name, {})
+            cells.append(interval(x[kind] for x in found.values()))
+        rows.append([SHORT[name], *cells])
+    titles = {"pass": "pass@{}", "sound/pass": "pass@{}, sound only", "maj": "maj@{}"}
+    return table(["", *(titles[kind].format(k) for kind, k in values)], rows)
+
+
+def tokens_table(files: Files) -> str:
+    """Learning speed and reward at the end, by vocabulary."""
+    rows = []
+    for name in ("dr_grpo", "siren", "wo_top_p", "anchor_only"):
+        for vocab in sorted({x["vocabulary"] for x in files.tokens}):
+            seeds = by(files.tokens, vocabulary=vocab).get(name, {})
+            steps = [x["speed"] for x in seeds.values()]
+            cell = NOT_YET
+            if steps:
+                cell = "{:.0f} [{:.0f}, {:.0f}]".format(*study_report.bootstrap(steps))
+            cells = [interval(x[y] for x in seeds.values()) for y in ("end_reward", "end_H")]
+            rows.append([f"{SHORT[name]}, {vocab:g}", str(len(seeds)), cell, *cells])
+    head = ["method, tokens", "seeds", "steps to a reward of .4", "reward at the end"]
+    return table([*head, "H at the end"], rows or [["", NOT_YET]])
+
+
+def coins_table(files: Files) -> str:
+    """Before training, and after it on coin flips."""
+    names = ("base", "dr_grpo_coins", "siren_coins")
+    values = {"right on training prompts": "reward", "H": "entropy"}
+    values |= {"avg@16, hard": "avg@16", "pass@16, hard": "pass@16"}
+    rows = []
+    for name in names:
+        seeds = files.hard_ways.get(name, {})
+        cells = [interval(x[y] for x in seeds.values()) for y in values.values()]
+        rows.append([SHORT[name], str(len(seeds)), *cells])
+    missing = [row[0] for row in rows[1:] if row[1] == "0"]
+    return table(["", "seeds", *values], rows if not missing else [["", NOT_YET]])
+
+
+def order_table(files: Files) -> str:
+    """SIREN minus the quantile over the full H."""
+    hard = files.hard_ways
+    found = {
+        (score,): paired(hard.get("siren", {}), hard.get("token_first", {}), at(score))
+        for score in ("avg@16", "maj@16", "pass@16")
+    }
+    return tested_table(found, [""])
+
+
+def course_table(files: Files) -> str:
+    """At equal training reward, and against Dr.GRPO stopped early."""
+    rows = []
+    if files.course:
+        for reward in three_ways_report.REWARDS:
+            found = three_ways_report.at_equal_reward(files.course, reward)
+            own = [found["SIREN - Dr.GRPO", f"{score}@16"] for score in ("pass", "maj")]
+            title = f"at a training reward of {short(reward)}"
+            rows.append([title, str(len(own[0])), *(interval(x, "+") for x in own)])
+        found = three_ways_report.early_stop(files.course)
+        own = [found["SIREN - Dr.GRPO, stopped early", f"{x}@16"] for x in ("pass", "maj")]
+        title = "SIREN's end - Dr.GRPO stopped early"
+        rows.append([title, str(len(own[0])), *(interval(x, "+") for x in own)])
+    return table(["SIREN - Dr.GRPO", "seeds", "pass@16", "maj@16"], rows or [["", NOT_YET]])
 
 
 def explosions(files: Files) -> str:
@@ -154,145 +266,45 @@ def explosions(files: Files) -> str:
     return f"{sum(found)} of {len(found)}"
 
 
-def verdict(table: Callable, key: tuple[str, ...]) -> Callable[[Files], str]:
-    """A tested difference of three_ways_report with what its p says."""
-
-    def fact(files: Files) -> str:
-        found = table(files.ways) if files.seeds else {}
-        if not found.get(key):
-            return NOT_YET
-        found = {k: values for k, values in found.items() if values}
-        p = study_report.holm({k: study_report.sign_flip(x) for k, x in found.items()})
-        return f"{interval(found[key], '+')}, which {stands(p[key])}"
-
-    return fact
-
-
-def equal_reward(name: str, score: str) -> Callable[[Files], str]:
-    """The difference to Dr.GRPO at a training reward of .5, and on how many seeds."""
-
-    def fact(files: Files) -> str:
-        found = three_ways_report.at_equal_reward(files.course, 0.5) if files.course else {}
-        values = found.get((f"{study_report.NAMES[name]} - Dr.GRPO", f"{score}@16"), [])
-        return f"{interval(values, '+')} ({len(values)} seeds)" if values else NOT_YET
-
-    return fact
-
-
-def stopped_early(score: str) -> Callable[[Files], str]:
-    """SIREN's end minus Dr.GRPO stopped early."""
-
-    def fact(files: Files) -> str:
-        found = three_ways_report.early_stop(files.course) if files.course else {}
-        return interval(found.get(("SIREN - Dr.GRPO, stopped early", f"{score}@16"), []), "+")
-
-    return fact
-
-
-def tokens(name: str, vocab: int, value: str) -> Callable[[Files], str]:
-    """A value of tokens.csv; steps without decimals."""
-
-    def fact(files: Files) -> str:
-        found = by(files.tokens, vocabulary=vocab) if files.tokens else {}
-        values = [x[value] for x in found.get(name, {}).values()]
-        if value != "speed" or not values:
-            return interval(values)
-        return "{:.0f} [{:.0f}, {:.0f}]".format(*study_report.bootstrap(values))
-
-    return fact
-
-
 def steps_of_run(name: str, value: Callable[[list[float]], float]) -> Callable[[Files], str]:
     """Something about a metric of the default run's 200 steps."""
     return lambda files: short(value([x[name] for x in files.run if name in x]))
 
 
-def seed_count(files: Files) -> str:
-    """How many test seeds the page is about."""
-    return f"{files.seeds} of 16"
-
-
-def token_seeds(vocab: int) -> Callable[[Files], str]:
-    """How many seeds tokens.csv has of a size."""
-
-    def fact(files: Files) -> str:
-        found = by(files.tokens, vocabulary=vocab) if files.tokens else {}
-        return f"{len(found['siren'])} seeds" if "siren" in found else NOT_YET
-
-    return fact
-
-
-VALUES = {
-    "top_p": (0.7, 0.8, 0.85, 0.9, 1.0),
-    "peak_quantile": (0.0, 0.4, 0.6),
-    "beta": (0.06, 0.2, 0.6),
-}
-
-
 def facts() -> dict[str, Callable[[Files], str]]:
-    """Name -> its number, or NOT_YET."""
-    found: dict[str, Callable[[Files], str]] = {"seeds": seed_count, "explosions": explosions}
+    """Name -> its number or table."""
+    found: dict[str, Callable[[Files], str]] = {
+        "seeds": lambda files: f"{files.seeds} of {len(study.Size().test_seeds)}",
+        "ways table": ways_table,
+        "naive table": naive_table,
+        "counts table": counts_table,
+        "many table": many_table,
+        "tokens table": tokens_table,
+        "coins table": coins_table,
+        "order table": order_table,
+        "course table": course_table,
+        "explosions": explosions,
+    }
     for knob, values in VALUES.items():
-        found[f"maj by {knob}"] = lambda files, k=knob, v=values: range_of(
-            files, k, v, "maj@16"
-        )
-    for one in ("siren", "wo_anchor"):
-        for other in ("dr_grpo", "naive_bonus", "constrained", "anchor_only"):
-            for score in ("avg", "maj", "pass"):
-                found[f"{one} minus {other} {score}"] = two_methods(one, other, f"{score}@16")
+        found[f"maj by {knob}"] = lambda files, k=knob, v=values: range_of(files, k, v)
+    for other in ("constrained", "anchor_only"):
+        for score in ("avg", "maj", "pass"):
+            found[f"siren minus {other} {score}"] = two_methods("siren", other, f"{score}@16")
     found["naive minus dr_grpo avg"] = two_methods("naive_bonus", "dr_grpo", "avg@16")
     for name in ("siren", "dr_grpo", "trl_adaptive"):
-        for score in ("SRR", "NDR"):
-            found[f"{name} {score}"] = mean_of(name, score)
-    for score in ("useless_share", "pass@16", "maj@16"):
-        found[f"trl {score.partition('@')[0]}"] = mean_of("trl_adaptive", score)
-        found[f"zoo siren {score.partition('@')[0]}"] = mean_of("siren", score)
-    for name in ("base", "dr_grpo", "naive_bonus", "siren", "anchor_only"):
-        for way in ("filled", "cancelled"):
-            found[f"{name} {way}"] = ways(name, share_of_right(way))
-        found[f"{name} at gaps"] = ways(name, at("gap_p_right"))
-        found[f"{name} H at gaps"] = ways(name, at("gap_entropy"))
-    for name in ("dr_grpo_coins", "siren_coins"):
-        found[f"{name} reward"] = ways(name, at("reward"))
-        found[f"{name} entropy"] = ways(name, at("entropy"))
-        found[f"{name} pass"] = ways(name, at("pass@16"))
-    found["base reward"] = ways("base", at("reward"))
-    found["base entropy"] = ways("base", at("entropy"))
-    found["base pass"] = ways("base", at("pass@16"))
-    for way in ("clean", "filled", "cancelled"):
-        key = ("naive bonus - Dr.GRPO", "0.6", way)
-        found[f"naive minus dr_grpo {way}"] = verdict(three_ways_report.does_it_explain, key)
-    for counts in ("sound", "clean"):
-        for other, title in (("dr_grpo", "Dr.GRPO"), ("naive_bonus", "naive bonus, best")):
-            key = (f"SIREN - {title}", "0.6", "pass@16", counts)
-            name = f"siren minus {other} {counts}"
-            found[name] = verdict(three_ways_report.is_it_ahead, key)
-    key = ("SIREN - Dr.GRPO", "p(right sum) at gaps")
-    found["siren minus dr_grpo at gaps"] = verdict(three_ways_report.do_they_fill, key)
-    for score in ("pass", "maj"):
-        found[f"equal reward {score}"] = equal_reward("siren", score)
-        found[f"stopped early {score}"] = stopped_early(score)
-        found[f"token_first {score}"] = two_methods(
-            "siren", "token_first", f"{score}@16", "hard_ways"
-        )
-    for name in ("base", "dr_grpo", "naive_bonus", "siren"):
-        found[f"{name} pass many"] = many(name, "pass", 256)
-        found[f"{name} sound many"] = many(name, "sound/pass", 256)
-        found[f"{name} maj many"] = many(name, "maj", 256)
-    for vocab in (96, 1024, 16384):
-        found[f"seeds {vocab}"] = token_seeds(vocab)
-        for name in ("siren", "wo_top_p", "anchor_only", "dr_grpo"):
-            found[f"{name} speed {vocab}"] = tokens(name, vocab, "speed")
-            found[f"{name} reward {vocab}"] = tokens(name, vocab, "end_reward")
-    found["run policy loss"] = steps_of_run("policy_loss", lambda x: mean(map(abs, x)))
-    found["run reward first"] = steps_of_run("reward", lambda x: x[0])
-    found["run reward last"] = steps_of_run("reward", lambda x: mean(x[-10:]))
-    found["run h_agg first"] = steps_of_run("h_agg", lambda x: x[0])
-    found["run h_agg last"] = steps_of_run("h_agg", lambda x: mean(x[-10:]))
-    found["run entropy first"] = steps_of_run("entropy", lambda x: x[0])
-    found["run entropy last"] = steps_of_run("entropy", lambda x: mean(x[-10:]))
-    found["run clip"] = steps_of_run("clip_fraction", mean)
+        for score in ("SRR", "NDR", "useless_share", "pass@16", "maj@16"):
+            found[f"{name} {score.partition('@')[0]}"] = zoo(name, score)
+    for name in ("reward", "h_agg", "entropy"):
+        found[f"run {name} first"] = steps_of_run(name, lambda x: x[0])
+        found[f"run {name} last"] = steps_of_run(name, lambda x: mean(x[-10:]))
+    found["run policy loss"] = lambda files: f"{mean_size(files, 'policy_loss'):.3f}"[1:]
+    found["run clip"] = lambda files: f"{mean_size(files, 'clip_fraction'):.3f}"[1:]
     return found
+
+
+def mean_size(files: Files, name: str) -> float:
+    """The mean of the size of a metric over the default run's steps."""
+    return mean(abs(x[name]) for x in files.run if name in x)
 
 
 def filled(text: str, files: Files) -> str:

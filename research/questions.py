@@ -75,7 +75,6 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.main = self.hard(folder / "main.csv")
         self.zoo = self.hard(folder / "zoo.csv")
-        self.main_lines = study_report.read_csv(folder / "main.csv")
         self.ways = read_csv(folder / "three_ways.csv")
         self.course = read_csv(folder / "three_ways_course.csv")
         self.many = read_csv(folder / "three_ways_many.csv")
@@ -162,13 +161,13 @@ def tested_table(found: dict[tuple[str, ...], list[float]], head: list[str]) -> 
 def naive_table(files: Files) -> str:
     """The naive bonus minus Dr.GRPO, way by way; T = 0.6 is shown, both are corrected for."""
     found = three_ways_report.does_it_explain(files.ways) if files.seeds else {}
-    return only(tested_table(found, ["", "T", "way"]), "0.6 ")
+    return only(tested_table(found, ["", "T", "way"]), "0.6")
 
 
 def counts_table(files: Files) -> str:
     """SIREN minus others in pass@16 and avg if only sound or only clean responses count."""
     found = three_ways_report.is_it_ahead(files.ways) if files.seeds else {}
-    text = only(tested_table(found, ["", "T", "score", "counts"]), "0.6 ")
+    text = only(tested_table(found, ["", "T", "score", "counts"]), "0.6")
     shown = "|".join(map(re.escape, ("Dr.GRPO", "naive bonus, best", "anchor only")))
     lines = text.splitlines()
     kept = [
@@ -178,16 +177,17 @@ def counts_table(files: Files) -> str:
 
 
 def only(text: str, temperature: str) -> str:
-    """A table's rows at that temperature, without the column."""
+    """A table's rows at that temperature, without the column that says so."""
     lines = []
-    for line in text.splitlines():
+    for line in text.splitlines(keepends=True):
         cells = line.split(" | ")
-        is_row = len(cells) > 3 and cells[1] in ("0.6", "1")
-        if not is_row or cells[1] == temperature.strip():
-            lines.append(" | ".join(cells[:1] + cells[2:]) if len(cells) > 3 else line)
-    return (
-        "\n".join(lines).replace("|---|---|---|---|---|---|", "|---|---|---|---|---|") + "\n"
-    )
+        if line.startswith("|---"):
+            lines.append(line.replace("---|", "", 1))
+        elif len(cells) < 4:
+            lines.append(line)
+        elif cells[1] in ("T", temperature):
+            lines.append(" | ".join(cells[:1] + cells[2:]))
+    return "".join(lines)
 
 
 def many_table(files: Files) -> str:

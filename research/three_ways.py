@@ -12,7 +12,8 @@ A response that gets the reward is right in one of three ways:
     filled     every sum in it is right, and at least one of them is a gap: the policy writes
                the right sum where its teacher always erred
     cancelled  at least one sum is wrong, and the errors cancel: false reasoning is paid
-    other      the form is broken, or the terms are not the prompt's (counted apart)
+    other      the form is broken, or the terms are not the prompt's (counted apart: *swapped*,
+               as many other terms with right sums; *merged*, fewer terms with right sums)
 
 clean and filled together are called sound. A sum is judged against the running sum as it was
 written before it.
@@ -82,6 +83,7 @@ from research.tools import Parser, locked, run_tool
 from toy_env import EOS, ZERO, ToyWorld
 
 WAYS = ("clean", "filled", "cancelled", "other")
+OTHER = ("swapped", "merged")  # parts of "other"
 VALIDATION = (100, 101, 102)
 WATCHED = ("dr_grpo", "siren", "naive_bonus", "anchor_only")  # also while they train
 WATCHED_SEEDS = 12
@@ -98,6 +100,7 @@ class Reading(NamedTuple):
     """What a response does."""
 
     in_form: bool  # a first term, then "term sum" pairs, then the end; the prompt's terms
+    terms: int  # how many there are in that form, whichever they are; 0 if it is broken
     gaps_met: int  # sums at which the teacher has a gap
     gaps_right: int  # of these, those that are right here
     wrong: int  # wrong sums
@@ -109,12 +112,12 @@ def read(world: ToyWorld, prompt: list[int], ids: list[int]) -> Reading:
     >>> world = ToyWorld()  # (8, 5) is a gap of this world
     >>> ids = [number + ZERO for number in (8, 5, 13, 1, 14)] + [EOS]
     >>> read(world, world.problem([1, 5, 8]).prompt, ids)
-    Reading(in_form=True, gaps_met=1, gaps_right=1, wrong=0)
+    Reading(in_form=True, terms=3, gaps_met=1, gaps_right=1, wrong=0)
     """
     numbers = [token - ZERO for token in ids[:-1]]
     ended = ids[-1] == EOS and len(numbers) % 2 == 1 and min(numbers) >= 0
     if not ended:
-        return Reading(False, 0, 0, 0)
+        return Reading(False, 0, 0, 0, 0)
     total = numbers[0]
     terms = [total]
     count: Counter[str] = Counter()
@@ -127,7 +130,7 @@ def read(world: ToyWorld, prompt: list[int], ids: list[int]) -> Reading:
         terms.append(term)
         total = written
     in_form = sorted(terms) == sorted(token - ZERO for token in prompt[:-1])
-    return Reading(in_form, count["met"], count["filled"], count["wrong"])
+    return Reading(in_form, len(terms), count["met"], count["filled"], count["wrong"])
 
 
 def way(world: ToyWorld, prompt: list[int], ids: list[int]) -> str:
@@ -164,7 +167,10 @@ def ways_of(world: ToyWorld, problems: list, responses: list[list[int]]) -> dict
             total["gaps_filled"] += reading.gaps_right / len(responses)
             if study.is_right(world, ids, problem.answer):
                 found[way(world, problem.prompt, ids)] += 1
-        for name in WAYS:
+                if not reading.in_form and reading.terms and not reading.wrong:
+                    fewer = reading.terms < len(problem.prompt) - 1
+                    found["merged" if fewer else "swapped"] += 1
+        for name in (*WAYS, *OTHER):
             total[name] += found[name] / len(responses)
         counts = {"clean": found["clean"], "sound": found["clean"] + found["filled"]}
         for kind, right in counts.items():

@@ -89,6 +89,7 @@ def score_lines(label: str, seed: int, row: Row) -> Iterable[Row]:
     names += ["sound/pass@16", "clean/pass@16"]
     for found in row["evals"]:
         scores = {name: found[name] for name in names}
+        scores |= {name: found.get(name, math.nan) for name in three_ways.OTHER}
         at = {"method": label, "grade": found["grade"], "temperature": found["temperature"]}
         yield {**at, "seed": seed, **scores, **probe, **places}
 
@@ -346,7 +347,8 @@ def texts(seeds: dict[int, Row], values: Iterable[Callable[[Row], float]]) -> li
 def ways_tables(lines: list[Row]) -> list[str]:
     """Shares of all responses by way, and pass@16 by right, sound and clean responses."""
     out = []
-    values = {"right": at("avg@16"), **{way: at(way) for way in three_ways.WAYS}}
+    values = {"right": at("avg@16")}
+    values |= {way: at(way) for way in (*three_ways.WAYS, *three_ways.OTHER)}
     values |= {"filled / right": filled_of_right}
     values |= {f"pass@16, {name}": at(f"{kind}pass@16") for kind, name in KINDS.items()}
     for grade, t in itertools.product(("hard", "easy"), (0.6, 1.0)):

@@ -78,6 +78,23 @@ def test_what_is_not_in_form_is_other(numbers):
     assert not three_ways.read(WORLD, prompt, [*ids[:-1], 9 + ZERO]).in_form  # never ended
 
 
+def test_other_terms_are_swapped_or_merged():
+    """5 9 14 has two terms for three, 5 5 10 4 14 three others; 14 alone has one."""
+    problem = WORLD.problem((1, 5, 8))
+    some = [
+        (5, 9, 14),
+        (5, 5, 10, 4, 14),
+        (14,),
+        (5, 8, 13, 14),
+        (5, 9, 13, 2, 14),
+        (5, 9, 15),
+    ]
+    responses = [[number + ZERO for number in numbers] + [EOS] for numbers in some]
+    found = three_ways.ways_of(WORLD, [problem], responses)
+    assert found["other"] == pytest.approx(5 / 6)  # the last one is wrong
+    assert found["merged"] == pytest.approx(2 / 6) and found["swapped"] == pytest.approx(1 / 6)
+
+
 def test_shares_and_pass_by_plain_loops():
     """Random responses to three prompts; pass@k by all subsets of k."""
     rng = random.Random(1)

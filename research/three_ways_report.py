@@ -315,7 +315,7 @@ def slopes(lines: list[Row], other: str, name: str) -> list[float]:
     gaps = [
         {
             s: own[other][s][name] - own["siren"][s][name]
-            for s in own[other].keys() & own["siren"]
+            for s in own.get(other, {}).keys() & own["siren"]
         }
         for own in found
     ]
@@ -508,6 +508,12 @@ STYLES = {
 }
 
 
+def caption(lines: list[Row]) -> str:
+    """How many seeds a figure is about."""
+    n = len({x["seed"] for x in lines})
+    return f"hard prompts, T = 0.6; {n} of {len(study.Size().test_seeds)} test seeds"
+
+
 def ways_figure(lines: list[Row]) -> Figure:
     """Right responses to hard prompts at T = 0.6, stacked by way; pass@16 by what counts."""
     found = by(lines, grade="hard", temperature=0.6)
@@ -546,6 +552,7 @@ def ways_figure(lines: list[Row]) -> Figure:
     for ax in (bars, dots):
         ax.title.set_fontsize(9)
         ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(caption(lines), fontsize=8)
     bars.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)
     dots.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
     return figure
@@ -575,6 +582,7 @@ def course_figure(lines: list[Row]) -> Figure:
             )
         ax.set_title(title, fontsize=9)
         ax.set(xlabel="step" if over == "step" else "training reward", ylim=(0, None))
+    figure.suptitle(caption(lines), fontsize=8)
     axes[0].legend(fontsize=7)
     return figure
 
@@ -592,6 +600,7 @@ def many_figure(lines: list[Row]) -> Figure:
                 study_report.band(ax, label, dict(points))
         ax.set(title=f"pass@k by {KINDS[kind]} responses", xlabel="k", ylim=(0, 1))
         study_report.ticks(ax.xaxis, sorted({x["k"] for x in lines})[::2])
+    figure.suptitle(caption(lines), fontsize=8)
     axes[0].legend(fontsize=7)
     return figure
 

@@ -30,30 +30,49 @@ RESULTS = study.ROOT / "results"
 PAGE = study.ROOT / "docs" / "questions.md"
 PLACE = re.compile(r"(<!-- ([\w ]+) -->).*?(<!-- / -->)", re.DOTALL)
 NOT_YET = "no number yet"
+ENOUGH = 6  # seeds for an interval
 Seeds = dict[int, dict[str, Any]]
 
 
 # ------------------------------------------------------------------------- how it is said
 def short(number: float, sign: str = "") -> str:
-    """Two decimals, as .64.
+    """Two decimals, as .64; three for what would be .00.
 
-    >>> short(0.638), short(-0.04, "+"), short(12.5)
-    ('.64', '-.04', '12.50')
+    >>> short(0.638), short(-0.04, "+"), short(12.5), short(0.0031)
+    ('.64', '-.04', '12.50', '.003')
     """
-    return re.sub(r"\b0\.", ".", f"{number:{sign}.2f}")
+    digits = 3 if 0 < abs(number) < 0.005 else 2
+    return re.sub(r"\b0\.", ".", f"{number:{sign}.{digits}f}")
 
 
 def interval(values: Iterable[float], sign: str = "") -> str:
-    """Mean and 95 % interval, without what is not a number; NOT_YET if nothing is left.
+    """Mean and 95 % interval; of fewer than six seeds the smallest and the largest value, for
+    an interval would say too much. What is not a number is left out; NOT_YET if nothing is
+    left.
 
-    >>> interval([0.5, 0.5, math.nan]), interval([])
-    ('.50 [.50, .50]', 'no number yet')
+    >>> interval([0.5] * 6), interval([0.25, 0.5]), interval([0.5, math.nan]), interval([])
+    ('.50 [.50, .50]', '.38 (.25 to .50)', '.50', 'no number yet')
     """
     numbers = [x for x in values if not math.isnan(x)]
     if not numbers:
         return NOT_YET
     middle, low, high = (short(x, sign) for x in study_report.bootstrap(numbers))
-    return f"{middle} [{low}, {high}]"
+    if len(numbers) >= ENOUGH:
+        return f"{middle} [{low}, {high}]"
+    low, high = short(min(numbers), sign), short(max(numbers), sign)
+    return f"{middle} ({low} to {high})" if len(numbers) > 1 else middle
+
+
+def stands(p: float, seeds: int, comparisons: int) -> str:
+    """Does a difference stand after Holm's correction? With few seeds even differences of one
+    sign on all seeds can't.
+
+    >>> stands(0.01, 16, 12), stands(0.2, 16, 12), stands(1.0, 6, 12)
+    ('yes', 'no', 'too few seeds')
+    """
+    if comparisons * 2 / 2**seeds > 0.05:
+        return "too few seeds"
+    return "yes" if p < 0.05 else "no"
 
 
 def difference(one: Seeds, other: Seeds, value: Callable[[dict], float]) -> str:
@@ -152,7 +171,7 @@ def tested_table(found: dict[tuple[str, ...], list[float]], head: list[str]) -> 
     found = {key: values for key, values in found.items() if values}
     p = study_report.holm({key: study_report.sign_flip(x) for key, x in found.items()})
     rows = [
-        [*key, interval(values, "+"), "yes" if p[key] < 0.05 else "no"]
+        [*key, interval(values, "+"), stands(p[key], len(values), len(found))]
         for key, values in found.items()
     ]
     return table([*head, "difference", "stands"], rows)
@@ -213,10 +232,10 @@ def tokens_table(files: Files) -> str:
             steps = [x["speed"] for x in seeds.values()]
             cell = NOT_YET
             if steps:
-                cell = "{:.0f} [{:.0f}, {:.0f}]".format(*study_report.bootstrap(steps))
+                cell = f"{mean(steps):.0f} ({min(steps):.0f} to {max(steps):.0f})"
             cells = [interval(x[y] for x in seeds.values()) for y in ("end_reward", "end_H")]
             rows.append([f"{SHORT[name]}, {vocab:g}", str(len(seeds)), cell, *cells])
-    head = ["method, tokens", "seeds", "steps to a reward of .4", "reward at the end"]
+    head = ["method, tokens", "seeds", "steps to a reward of .4 (range)", "reward at the end"]
     return table([*head, "H at the end"], rows or [["", NOT_YET]])
 
 

@@ -451,7 +451,13 @@ def tables(out: Path) -> str:
     page += [
         "Written by `python research/three_ways.py --report`; that file says what is what."
     ]
-    page += [f"Complete in the first five methods: **{n} of 16 test seeds**.", ""]
+    page += [
+        f"Complete in the first five methods: **{n} of 16 test seeds**. Intervals of fewer"
+    ]
+    page += [
+        "than six seeds say too little about other seeds, and no p can be small there.",
+        "",
+    ]
     if n:
         page += [
             "## The ways",

@@ -119,18 +119,20 @@ def test_tables_of_made_up_rows(files):
             line = {"seed": seed, "step": step, "reward": 0.03 * step}
             for method, score in (("siren", 0.75), ("dr_grpo", 0.5)):
                 made.course.append({"method": method, **line, "pass": score, "maj": 0.5})
-    assert "| SIREN | .38 [.25, .50] | 1.00 [1.00, 1.00] | .50" in known["ways table"](made)
-    assert "| SIREN - Dr.GRPO | pass@16 | sound | +.10 [+.10, +.10] | no |" in (
+    assert "| SIREN | .38 (.25 to .50) | 1.00 (1.00 to 1.00) | .50" in (
+        known["ways table"](made)
+    )
+    assert "| SIREN - Dr.GRPO | pass@16 | sound | +.10 (+.10 to +.10) | too few seeds |" in (
         known["counts table"](made)
     )
     assert "wo_peak" not in known["counts table"](made)
     naive = known["naive table"](made).strip().splitlines()
     assert len(naive) == 2 + 6 and all(line.count("|") == 5 for line in naive)
     assert "| SIREN, random reward | 3 | .10" in known["coins table"](made)
-    assert "| SIREN, 96 | 3 | 50 [50, 50] | .50 [.50, .50] | 1.00" in (
+    assert "| SIREN, 96 | 3 | 50 (50 to 50) | .50 (.50 to .50) | 1.00" in (
         known["tokens table"](made)
     )
     assert "| at a training reward of .60 | 3 | +.25" in known["course table"](made)
     assert "| SIREN's end - Dr.GRPO stopped early | 3 | +.25" in known["course table"](made)
-    assert "| maj@16 | -.07 [-.07, -.07] | no |" in known["order table"](made)
-    assert "| SIREN | .50 [.50, .50] | .50 [.50, .50] | .25" in known["many table"](made)
+    assert "| maj@16 | -.07 (-.07 to -.07) | too few seeds |" in known["order table"](made)
+    assert "| SIREN | .50 (.50 to .50) | .50 (.50 to .50) | .25" in known["many table"](made)

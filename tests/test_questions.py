@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from research import questions, study, study_report
+from research import questions, study, study_report, three_ways_report
 
 PAGE = questions.PAGE.read_text()
 
@@ -40,8 +40,7 @@ def test_no_result_stands_outside_of_the_marks():
     assert numbers <= {"0.6", "0.7", "0.06", "0.8", ".4"}
     assert set(re.findall(r"<!-- ([\w ]+) -->", PAGE)) <= {*questions.facts()}
     names = re.findall(r"\]\(\.\./results/([\w.]+)\)", PAGE)
-    pending = {"three_ways_many.csv", "tokens.csv", "three_ways_course.csv", "three_ways.csv"}
-    for name in set(names) - pending - {"three_ways.png"}:
+    for name in set(names):
         assert (questions.RESULTS / name).exists(), name
 
 
@@ -88,6 +87,48 @@ def test_numbers_by_plain_loops(files):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     sizes = [abs(x["policy_loss"]) for x in records[1:]]
     assert known["run policy loss"](files) == f"{np.mean(sizes):.3f}".removeprefix("0")
+
+
+def mean_of(seeds, value):
+    return np.mean([value(line) for line in seeds.values()])
+
+
+def test_what_the_answers_say_of_ways_and_gaps(files):
+    hard = files.hard_ways
+    gap = {name: mean_of(hard[name], lambda x: x["gap_p_right"]) for name in questions.FEW}
+    assert gap["base"] < 0.01 < gap["dr_grpo"]
+    for name in ("naive_bonus", "siren", "anchor_only"):
+        assert gap[name] > gap["dr_grpo"]
+    cancelled = questions.share_of_right("cancelled")
+    share = {name: mean_of(hard[name], cancelled) for name in questions.FEW}
+    assert share["base"] == max(share.values()) > 0.1
+    assert max(map(cancelled, hard["dr_grpo"].values())) > 0.05
+    ahead = {
+        way: mean_of(hard["naive_bonus"], lambda x, w=way: x[w])
+        - mean_of(hard["dr_grpo"], lambda x, w=way: x[w])
+        for way in ("clean", "filled", "avg@16")
+    }
+    assert 0.3 < ahead["filled"] / ahead["avg@16"] < 0.7
+
+
+def test_what_the_answers_say_of_more_samples(files):
+    def score(name, kind, k):
+        lines = [x for x in files.many if (x["temperature"], x["k"]) == (0.6, k)]
+        return np.mean([x[kind] for x in lines if x["method"] == name])
+
+    passes = {name: score(name, "pass", 256) for name in questions.FEW[:4]}
+    assert sorted(passes, key=passes.get)[-2:] == ["siren", "base"]
+    for name in passes:
+        assert abs(score(name, "maj", 256) - score(name, "maj", 16)) < 0.05
+
+
+def test_what_the_answers_say_of_equal_reward(files):
+    for reward in three_ways_report.REWARDS:
+        found = three_ways_report.at_equal_reward(files.course, reward)
+        for score in ("pass@16", "maj@16"):
+            assert np.mean(found["SIREN - Dr.GRPO", score]) > 0.05, (reward, score)
+    for values in three_ways_report.early_stop(files.course).values():
+        assert np.mean(values) > 0.05
 
 
 def test_tables_of_made_up_rows(files):

@@ -45,13 +45,13 @@ def test_no_result_stands_outside_of_the_marks():
 
 
 def test_answers_are_short():
-    """At most seven sentences outside of tables; every heading but the last is a question."""
+    """At most five sentences outside of tables; every heading but the last is a question."""
     parts = re.split(r"^## ", questions.PLACE.sub("x", PAGE), flags=re.M)[1:]
     assert len(parts) >= 15
     for part in parts[:-1]:
         title, _, text = part.partition("\n")
         assert title.endswith("?")
-        assert len(re.findall(r"[.?!:](?=\s|$)", text)) <= 7, title
+        assert len(re.findall(r"[.?!](?=\s|$)", text)) <= 5, title
     assert "can't be answered" in parts[-1]
 
 

@@ -1,4 +1,4 @@
-"""What the rows of research/three_ways.py say: CSV files, tables, figures and two pages.
+"""What the rows of research/three_ways.py say: CSV files, tables and figures.
 
 It trains nothing. Everything but the CSV files is made from the CSV files. What is reported
 are the seeds that three_ways.CORE has; tables say how many of them a method or a pair has.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,9 +23,6 @@ from research import study, study_report, three_ways
 from research.study_report import NAMES, holm, markdown, panels, sign_flip, text
 
 Row = dict[str, Any]
-Lines = dict[
-    tuple[str, ...], dict[int, dict[str, float]]
-]  # of a CSV file, by its first columns
 
 EVERY = {
     **NAMES,
@@ -45,14 +41,7 @@ NEVER = study.STEPS + 1
 WINDOW = 10
 END = 20  # last steps
 AT_GAPS = ("p_right", "p_wrong", "entropy", "nucleus_entropy", "filled_share")
-HEADS = {
-    "three_ways": ("method", "grade", "temperature", "seed"),
-    "three_ways_course": ("method", "seed", "step"),
-    "three_ways_many": ("method", "temperature", "seed", "k"),
-    "tokens": ("method", "vocabulary", "seed"),
-}
-PAGE = study.ROOT / "docs" / "questions.md"
-PLACE = re.compile(r"<!-- (\w+) -->(.*?)<!-- / -->", re.DOTALL)
+FILES = ("three_ways", "three_ways_course", "three_ways_many", "tokens")
 
 
 # --------------------------------------------------------------------------- 1. the CSV files
@@ -444,7 +433,7 @@ def token_tables(lines: list[Row]) -> list[str]:
 
 def tables(out: Path) -> str:
     """three_ways.md, from the CSV files."""
-    lines = {name: read_csv(out / f"{name}.csv") for name in HEADS}
+    lines = {name: read_csv(out / f"{name}.csv") for name in FILES}
     ways = lines["three_ways"]
     n = len(by(ways, grade="hard", temperature=0.6).get("base", {}))
     page = ["# Three ways to be right: tables", ""]
@@ -633,7 +622,7 @@ def tokens_figure(lines: list[Row]) -> Figure:
 
 # ---------------------------------------------------------------------------- 5. the command
 def write(size: three_ways.Size, store: study.Store, out: Path) -> None:
-    """The CSV files, three_ways.md, the figures and, in results/, docs/questions.md."""
+    """The CSV files, three_ways.md and the figures."""
     rows = finished(size, store)
     makers = {"three_ways": score_lines, "three_ways_course": course_lines}
     makers["three_ways_many"] = many_lines

@@ -3,36 +3,39 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
 
 A model that is rewarded for right answers becomes more and more certain, until its samples are
 copies of each other: its entropy collapses. Why each part of SIREN is there:
-1. A bonus for entropy acts on the whole vocabulary, 150,000 tokens, so it makes thousands of
-   useless ones likelier, and the entropy explodes. So SIREN restricts the actions: only the
+1. A bonus for entropy acts on the whole vocabulary, 150,000 tokens. It makes thousands of
+   useless tokens likelier, and the entropy explodes. So SIREN restricts the actions: only the
    nucleus counts, the few likely tokens (top-p mask).
-2. In most places of a response there is nothing to decide, and more entropy there only means
+2. In most places of a response there is nothing to decide. More entropy there only means
    more mistakes. So SIREN restricts the states: only the peaks count, the positions of a
    response with the highest entropy (peak-entropy mask).
-3. There is no value at which a bonus stops. So SIREN pulls the entropy to an anchor, the value
-   that it had before training, from below and from above.
+3. A bonus pushes the entropy up for ever. So SIREN pulls the entropy of nucleus and peaks to
+   an anchor, its own value before training, from below and from above (self-anchored).
 
-    L       = L_DrGRPO + beta * (H_agg - H*)^2, where L_DrGRPO makes better responses likelier
+    L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised. L_DrGRPO is the policy loss of
+              Dr.GRPO (arXiv 2503.20783), beta a weight
     V_p     = the nucleus: the fewest tokens whose probabilities pi add up to p or more
     H'_t    = -sum over v in V_p of q_v log q_v, where q = pi / pi(V_p) is renormalised
-    theta_i = the tau-quantile of H' over the tokens of response i
-    H_i     = the mean of H' over the peaks of response i, where H' >= theta_i and H' > 0
+    theta_i = the tau-quantile of H' over the tokens of response i; 0.8: a fifth are peaks
+    H_i     = the mean of H' over the peaks of response i, where H' >= theta_i (and H' > 0)
     H_agg   = the mean of H_i over the responses
-    H*      = the anchor: H_agg of the first batch, before any update
+    H*      = the anchor: H_agg of all responses of the first step, before any update
 
-Both masks are taken anew from the current policy at every update. A prompt of the toy task
-(toy_env.py) and one right response, whose reward is 1 because its last number is the total:
+Both masks are chosen anew by the current policy at every update; the choice has no gradient.
+They act on the entropy alone: responses are sampled from the whole policy. The toy task
+(toy_env.py) is to add the numbers of a prompt, in any order. An example:
 
-    8 3 1 5 2 =                    add these numbers, in an order of your own
-    8 2 10 5 15 1 16 3 19 <eos>    8, + 2 = 10, + 5 = 15, + 1 = 16, + 3 = 19
+    prompt      8 3 1 5 2 =
+    response    8 2 10 5 15 1 16 3 19 <eos>    reads: 8, plus 2 is 10, plus 5 is 15, ...
+    choices     ^ ^    ^    ^                  reward 1, since the last number is the total
 
     python siren.py                      # SIREN on the toy: one to two minutes on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0   # a plain bonus explodes
 
-B is the number of responses, T of positions in a response, P of positions in a prompt, V of
-tokens in the vocabulary, K of likely tokens, N of all response tokens, D of hidden units.
-Entropies are in nats. There is no KL term, as in the paper.
+Shapes: B responses of at most T tokens, to prompts of at most P tokens; N response tokens in
+all; a vocabulary of V tokens, of which the K likeliest count; D hidden units. Entropies are in
+nats. As in the paper, there is no KL term (no reference model).
 """
 
 import argparse
@@ -56,24 +59,23 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------- 1. the method
 # === begin: copy from here (needs nothing but `import torch`) ===
-def require(ok, rule):
-    """Refuse bad input with one line: a ValueError that says the rule, unless ok."""
-    if not ok:
-        raise ValueError(rule)
-
-
+# In a trainer, with the logits [B, T, V] that predict the tokens [B, T] of B responses:
+#     stats = token_stats(logits, tokens)
+#     loss, _ = policy_loss(stats["logp"], old_logp, adv, mask, max_tokens)  # or your own
+#     loss, info = siren_loss(loss, stats["nucleus_entropy"], mask, anchor, beta)
+# The anchor is info["h_agg"] of the whole first batch. Micro-batches need in_parts, see below.
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?
-
-    rewards [B], float, the responses to a prompt in consecutive rows -> A [B]. GRPO ("grpo")
-    also divides by the standard deviation of the group; Dr.GRPO does not.
-
+    rewards [B], floats, the responses to a prompt in consecutive rows (masked ones count, too)
+    -> A [B]. With "grpo", it is also divided by the standard deviation of the group.
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # the mean is 1/4
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
     require(algorithm in ("dr_grpo", "grpo"), f"algorithm {algorithm!r}: dr_grpo or grpo")
     whole = group_size > 1 and len(rewards) % group_size == 0
     require(whole, f"{len(rewards)} rewards: must be whole groups of {group_size}, at least 2")
+    finite = rewards.is_floating_point() and rewards.isfinite().all()
+    require(finite, f"rewards are {rewards.dtype}: must be floats, and all of them finite")
     groups = rewards.view(-1, group_size)
     adv = groups - groups.mean(1, keepdim=True)
     if algorithm == "grpo":
@@ -82,52 +84,27 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
 
 
 def nucleus(log_pi, top_p):
-    """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K].
-
-    The K likeliest tokens, the first one first (with p = 1: all, in their own order); outside
-    V_p there is -inf. The token with which the sum reaches p is inside. The choice of V_p has
-    no gradient.
-
+    """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K], sorted, the
+    likeliest token first. It is -inf outside V_p; the token with which the sum reaches p is
+    inside. With p = 1 it is log pi itself, not sorted.
     >>> nucleus(torch.tensor([0.1, 0.6, 0.1, 0.2]).log(), 0.7).exp()  # 0.6 + 0.2 reach 0.7
     tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
     require(0 < top_p <= 1, f"top_p {top_p}: must be above 0 and at most 1")
     if top_p == 1:
-        return log_pi  # without sums, which are rounded: they reach 1 before the last tokens
-    # the likeliest first: the same as log_pi.sort(-1, descending=True)[0], but faster
-    log_pi = likeliest(log_pi, top_p)
-    pi = log_pi.detach().exp()
-    mass_before = pi.cumsum(-1) - pi  # of the tokens that are likelier than this one
-    return log_pi.masked_fill(mass_before >= top_p, -torch.inf).log_softmax(-1)  # renormalised
-
-
-def likeliest(log_pi, top_p):
-    """Speed only, skip it: a full sort gives the same. The likeliest tokens in order, as many
-    as p needs: [..., V] -> [..., K]. K begins with a small guess. While some rows do not reach
-    p, K is made 16 times as large for these rows; the other rows are filled up with -inf."""
-    vocab = log_pi.shape[-1]
-    k = min(64, 1 + vocab // 65)  # the guess
-    top = log_pi.topk(k).values
-    while k < vocab and (short := top.detach().exp().sum(-1) < top_p).any():
-        more = min(15 * k, vocab - k)
-        k += more
-        top = torch.nn.functional.pad(top, (0, more), value=-torch.inf)
-        top[short] = log_pi[short].topk(k).values
-    return top
-
-
-def entropy_of(log_q):
-    """-sum of q log q over the last dimension, where 0 log 0 is 0."""
-    with torch.autocast(log_q.device.type, enabled=False):  # autocast would round to bfloat16
-        return -torch.linalg.vecdot(log_q.exp(), log_q.clamp(min=-1e30))  # 0 * -inf is NaN
+        return log_pi  # a rounded sum would reach 1 before the last tokens
+    log_pi = likeliest(log_pi, top_p)  # or, slower: log_pi.sort(-1, descending=True).values
+    pi = log_pi.detach().exp()  # in the example 0.6 0.2 0.1 0.1
+    mass_before = pi.cumsum(-1) - pi  # of the tokens that are likelier: 0.0 0.6 0.8 0.9
+    inside = log_pi.masked_fill(mass_before >= top_p, -torch.inf)
+    return inside.log_softmax(-1)  # renormalised: minus the log of the sum of pi inside
 
 
 def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
     """What the loss needs to know of each token: "logp", its log-probability, and
     "nucleus_entropy", H'. Only to be reported, without gradient: "entropy", H over the whole
-    vocabulary, and "nucleus_size", |V_p|. From logits [..., V] and the ids of the tokens [...]
-    that they predict; each result has the shape [...].
-
+    vocabulary, and "nucleus_size", |V_p|. It takes logits [..., V] and the ids of the tokens
+    [...] that they predict; each result has the shape [...].
     >>> stats = token_stats(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), torch.tensor(0))
     >>> stats["nucleus_entropy"]  # 0.6 + 0.3 reach p = 0.8, so q is 2/3 and 1/3
     tensor(0.6365)
@@ -143,35 +120,28 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
 
 
 def peak_mask(entropy, mask, quantile):
-    """The peak-entropy mask (Eq. 9): the positions at which a response really forks.
-
+    """The peak-entropy mask (Eq. 9): the positions at which a response has a real choice.
     entropy (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile
-    is tau; 0 switches this mask off. theta_i may be 0, for a nucleus of one token has H' = 0;
-    then H' > 0, our own condition, keeps such tokens out.
-
+    is tau: 0.8 keeps the highest fifth, 0 switches this mask off. H' > 0 is our own condition:
+    if theta_i is 0, tokens whose nucleus is a single token (H' = 0) would be peaks, too.
     >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0]])
-    >>> peak_mask(h, torch.ones(1, 4).bool(), 0.8)  # theta is 0.66
+    >>> peak_mask(h, torch.ones(1, 4).bool(), 0.8)  # the 0.8-quantile is between 0.5 and 0.9
     tensor([[False,  True, False, False]])
     """
     require(mask.dtype == torch.bool and mask.shape == entropy.shape, "mask: bool, [B, T]")
     if quantile == 0 or mask.numel() == 0:
         return mask
-    # theta is often equal to one of the H' and must not be rounded above it: so 1e-9, and
-    # float64, which not every GPU has. nanquantile takes 16 million numbers: so 256 rows
-    own = entropy.detach().cpu().double().masked_fill(~mask.cpu(), torch.nan)
-    level = max(0, quantile - 1e-9)
-    theta = torch.cat([rows.nanquantile(level, 1, keepdim=True) for rows in own.split(256)])
-    return ((own >= theta) & (own > 0)).to(mask.device)
+    h = entropy.detach()
+    theta = quantile_of_rows(h, mask, quantile)  # [B, 1]
+    return mask & (h >= theta) & (h > 0)
 
 
 def aggregate_entropy(entropy, peak, mask):
     """H_agg, a scalar: the mean over the responses of the mean of H' over a response's peaks.
-
     entropy (H'), peak, mask [B, T]. A response without a peak counts as 0; a row without a
     token does not count.
-
     >>> h = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
-    >>> aggregate_entropy(h, h >= 2, h > 0)  # (3 + 2) / 2
+    >>> aggregate_entropy(h, peak=h >= 2, mask=h > 0)  # (3 + 2) / 2
     tensor(2.5000)
     """
     peak = peak & mask
@@ -186,11 +156,9 @@ def policy_loss(
 
         - mean over i of 1 / max_tokens * sum over t of
           min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
-
     where ratio_t = exp(logp_t - old_logp_t): how much likelier the token has become since it
     was sampled. logp (with gradient), old_logp, mask (bool) [B, T]; adv (A) [B] or [B, T].
-    max_tokens, the longest length allowed, is a constant; "grpo" divides by the own length.
-
+    max_tokens is the longest length allowed; with "grpo", each response's length instead.
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()
     >>> policy_loss(logp, old_logp, torch.ones(1), logp < 0, 1)[0]  # 1.25 is clipped to 1.2
     tensor(-1.2000)
@@ -201,30 +169,28 @@ def policy_loss(
     fits = fits and adv.shape in (mask.shape, mask.shape[:1])
     require(fits, "logp, old_logp, mask (bool): [B, T] each; adv: [B] or [B, T]")
     adv = adv.detach() if adv.dim() == 2 else adv.detach()[:, None]  # [B, T] or [B, 1]
-    log_ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(-20, 20)  # exp: finite
-    ratio = log_ratio.exp()
-    free = ratio * adv
+    log_ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(-20, 20)  # [B, T]
+    ratio = log_ratio.exp()  # finite, since log_ratio is at most 20
+    unclipped = ratio * adv
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * adv
-    gain = torch.where(mask, torch.min(free, clipped), 0.0).sum(1)  # [B]
+    gain = torch.where(mask, torch.min(unclipped, clipped), 0.0).sum(1)  # [B]
     length = max_tokens if algorithm == "dr_grpo" else mask.sum(1).clamp(min=1)
     loss = -(gain / length).sum() / mask.any(1).sum().clamp(min=1)
     tokens = mask.sum().clamp(min=1)
-    stats = {"clip_fraction": ((clipped < free) & mask).sum() / tokens}  # without a gradient
-    stats["approx_kl"] = (ratio - 1 - log_ratio).detach().sum() / tokens  # only reported
+    stats = {"clip_fraction": ((clipped < unclipped) & mask).sum() / tokens}
+    stats["approx_kl"] = (ratio - 1 - log_ratio).detach().sum() / tokens  # of old pi and pi
     return loss, stats
 
 
 def siren_loss(policy, entropy, mask, anchor, beta, peak_quantile=0.8, regularizer="anchor"):
     """SIREN: a policy loss with the self-anchored regulariser -> (loss, stats).
-
     policy         a policy loss, a scalar with gradient: policy_loss's or any other
     entropy        [B, T] H' with gradient, the "nucleus_entropy" of token_stats
     mask           [B, T] bool, True at the tokens of the response
-    anchor         H*: the "h_agg" of the first batch, before any update
+    anchor         H*: aggregate_entropy of the first batch, before any update
     beta           the weight of the regulariser
-    peak_quantile  tau; 0.8, like p, is the paper's (those of the toy are in Config)
+    peak_quantile  tau; 0.8 in the paper
     regularizer    "anchor"; "bonus", -beta * H_agg, the naive way; or "none"
-
     >>> h, mask = torch.tensor([[1.5, 0.0, 0.0, 0.0]]), torch.ones(1, 4).bool()
     >>> siren_loss(torch.tensor(0.0), h, mask, anchor=1.0, beta=2.0)[0]  # 2 * (1.5 - 1)^2
     tensor(0.5000)
@@ -233,23 +199,62 @@ def siren_loss(policy, entropy, mask, anchor, beta, peak_quantile=0.8, regulariz
     require(known, f"regularizer {regularizer!r}: must be anchor, bonus or none")
     peak = peak_mask(entropy, mask, peak_quantile)  # [B, T]
     h_agg = aggregate_entropy(entropy, peak, mask)
-    term = (h_agg - anchor) ** 2 if regularizer == "anchor" else -h_agg
-    loss = policy if regularizer == "none" else policy + beta * term
+    loss = policy
+    if regularizer == "anchor":
+        loss = policy + beta * (h_agg - anchor) ** 2
+    if regularizer == "bonus":
+        loss = policy - beta * h_agg
     stats = {"policy_loss": policy.detach(), "regularizer_loss": (loss - policy).detach()}
     stats["h_agg"] = h_agg.detach()
     stats["peak_fraction"] = peak.sum() / mask.sum().clamp(min=1)
     return loss, stats
 
 
-# === end: copy to here ===
-# Skip these two when you first read: they save memory. For a large model, copy them, too.
-def in_parts(function, size, *tensors):
-    """function(*tensors), a dictionary of tensors, with `size` rows in memory at once.
+# The rest of the block, speed, numerics and errors, may be skipped.
+def likeliest(log_pi, top_p, k=16):
+    """log_pi.sort(-1, descending=True).values, but only as many columns as p needs, since a
+    sort of 150,000 tokens is slow: the k likeliest ones, or 16 times as many in rows where
+    these do not reach p, and so on. The other rows are filled up with -inf."""
+    k = min(k, log_pi.shape[-1])
+    top = log_pi.topk(k).values
+    short = top.detach().exp().sum(-1) < top_p  # the rows that need more
+    if k < log_pi.shape[-1] and short.any():
+        longer = likeliest(log_pi[short], top_p, 16 * k)
+        top = torch.nn.functional.pad(top, (0, longer.shape[-1] - k), value=-torch.inf)
+        top[short] = longer
+    return top
 
-    (H_agg - H*)^2 is the square of a mean over all rows. It is not a sum over parts of them,
-    so the gradients of losses of parts can't just be added up. Here the loss is taken over all
-    rows at once, and only what comes before it is cut into parts. Their intermediate results
-    are not kept; the backward pass computes them again (checkpointing)."""
+
+def entropy_of(log_q):
+    """-sum of q log q over the last dimension, where 0 log 0 is 0."""
+    finite = log_q.clamp(min=-1e30)  # 0 * -inf would be NaN, also in the gradient
+    with torch.autocast(log_q.device.type, enabled=False):  # it would round to bfloat16
+        return -torch.linalg.vecdot(log_q.exp(), finite)  # the sum of the products
+
+
+def quantile_of_rows(h, mask, quantile):
+    """The quantile of each row of h [B, T] over its tokens (mask) -> [B, 1]. If it is between
+    two values, the higher one: it has the same tokens above it, and needs no rounding."""
+    own = h.cpu().double().masked_fill(~mask.cpu(), torch.nan)  # some GPUs have no float64
+    level = max(0, quantile - 1e-9)  # a rank that is rounded up would miss its own value
+    how = {"dim": 1, "keepdim": True, "interpolation": "higher"}
+    parts = own.split(256)  # nanquantile takes no more than 16 million numbers
+    return torch.cat([part.nanquantile(level, **how) for part in parts]).to(h)
+
+
+def require(ok, rule):
+    """If ok is False, refuse the input: a ValueError with the rule that it breaks."""
+    if not ok:
+        raise ValueError(rule)
+
+
+# === end: copy to here ===
+# Skip these two when you first read. They save memory; copy them as well for a large model.
+def in_parts(function, size, *tensors):
+    """function(*tensors), a dictionary of tensors, with `size` rows in memory at once. The
+    loss has to see all rows, since H_agg is their mean and is squared. So only what comes
+    before the loss is computed in parts. Their intermediate results are not kept; the backward
+    pass computes them again (checkpointing)."""
     if len(tensors[0]) <= size:
         return function(*tensors)
     again = {"use_reentrant": False, "preserve_rng_state": False}
@@ -280,23 +285,24 @@ class Config:
     steps: int = 200  # training steps: sample, verify, score, update
     # 256 responses = 32 prompts x 8                 a step samples, verifies and scores them
     # |----64----|----64----|----64----|----64----|  mini-batches of whole groups: one update
-    # |-16-|-16-|-16-|-16-|                          micro-batches, here of 16, to save memory
+    # |-16-|-16-|-16-|-16-|                          micro-batches (of 16), if memory is short
     prompts: int = 32  # prompts per step (paper: 128)
     group_size: int = 8  # responses per prompt (paper: 8)
     mini_batches: int = 4  # updates per step (paper: 16)
-    micro_batch_size: int = 64  # responses in memory at once; it changes rounding alone
+    micro_batch_size: int = 64  # responses in memory at once; only rounding changes with it
     sample_batch: int = 1024  # responses that are sampled at once
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
-    # SIREN. In text a fifth of the tokens are choices, so the paper's tau is 0.8; in the toy
-    # four of ten are, so it is 0.6. The toy's p of 0.85 has five equal choices inside (0.8
-    # would cut one off), but not the mistakes in a sum, whose probability is 0.1
+    # tau: in text one token of five is a choice, so the paper's is 0.8. In the toy it is four
+    # of ten (see on top), so 0.6. p: the first choice is between five equally likely numbers;
+    # with 0.85 all five are in the nucleus, with 0.8 four. After "8 2" the model writes 10
+    # with a probability of 0.9, which is more than p; so H' is 0 there
     regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
-    beta: float = 0.2  # its weight (paper: 0.005; there the policy loss is divided by 3072)
+    beta: float = 0.2  # its weight (paper: 0.005; docs/beta.md says what it depends on)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
     anchor: float = 0.0  # H* itself, in nats; 0: H_agg of the first batch
-    algorithm: str = "dr_grpo"  # or grpo, which also divides by std and lengths
+    algorithm: str = "dr_grpo"  # or grpo (see group_advantages and policy_loss)
     clip_low: float = 0.2  # pi / old pi is clipped at 1 - this
     clip_high: float = 0.2  # pi / old pi is clipped at 1 + this
     lr: float = 3e-4  # learning rate of AdamW (paper: 1e-6, for 7B parameters)
@@ -315,25 +321,25 @@ class Config:
 
     def __post_init__(self):
         require(self.regularizer in ("anchor", "bonus", "none"), "--regularizer: see --help")
-        require(self.algorithm in ("dr_grpo", "grpo"), "--algorithm: must be dr_grpo or grpo")
+        require(self.algorithm in ("dr_grpo", "grpo"), "--algorithm: see --help")
+        # a number is above 0, or 0 or more where 0 has a meaning; NaN is neither
         may_be_0 = ("steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps")
-        largest = {"top_p": 1, "peak_quantile": 1, "clip_low": 1, "mini_batches": self.prompts}
+        most = {"top_p": 1, "peak_quantile": 1, "clip_low": 1, "mini_batches": self.prompts}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             low = 0 if field.default == 0 or field.name in may_be_0 else 1e-12
-            high = largest.get(field.name, 1e12)
-            ok = field.type is str or low <= value <= high
+            high = most.get(field.name, 1e9)
+            rule = f"must be {'0 or more' if low == 0 else 'above 0'}, and at most {high:g}"
             flag = "--" + field.name.replace("_", "-")
-            rule = "0 or more" if low == 0 else "above 0"
-            require(ok, f"{flag} {value}: must be {rule}, and at most {high:g}")
+            require(field.type is str or low <= value <= high, f"{flag} {value}: {rule}")
 
 
 # ---------------------------------------------------------------------------------- 3. sampler
 class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
-    """B prompts and responses: prompt [B, P], ids, padded on the left, and its mask; tokens
-    [B, T], ids, padded on the right, and their mask, True up to and including EOS; logp
-    [B, T], log-probabilities when drawn, to be compared with a new pass. The masks come from
-    positions, not from ids, since pad may equal EOS."""
+    """B prompts [B, P], padded on the left, and their responses (tokens) [B, T], padded on
+    the right. The masks are False in the padding; they come from positions, not from ids,
+    since pad may equal EOS. logp [B, T] is that of the tokens when they were drawn; only
+    text_env.py uses it, to find models whose sampler and new pass disagree."""
 
     def rows(self, index):
         return Rollout(*(tensor[index] for tensor in self))
@@ -365,22 +371,24 @@ def sample(model, task, problems, cfg, key, samples, temperature):
     from transformers import DynamicCache  # here, since the method needs only torch
 
     generator = torch.Generator(model.device).manual_seed(random.Random(key).getrandbits(63))
-    prompts = [problem.prompt for problem in problems for _ in range(samples)]
-    width = max(map(len, prompts))  # P
-    padded = [[task.pad_id] * (width - len(ids)) + ids for ids in prompts]
-    ids = torch.full((len(prompts), width + cfg.max_tokens), task.pad_id, device=model.device)
-    ids[:, :width] = torch.tensor(padded)  # on the right there is room for the responses
-    seen = torch.zeros_like(ids)
-    seen[:, :width] = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    logp = torch.zeros(ids.shape, device=model.device)
+    prompts = [torch.tensor(problem.prompt) for problem in problems for _ in range(samples)]
     eos = torch.tensor(task.eos_ids, device=model.device)
+
+    def padded(rows, value):  # [B, P + max_tokens]: room for the responses is on the right
+        left = torch.nn.utils.rnn.pad_sequence(rows, True, value, "left")
+        return torch.nn.functional.pad(left, (0, cfg.max_tokens), value=value).to(eos.device)
+
+    ids = padded(prompts, task.pad_id)
+    seen = padded([torch.ones_like(prompt) for prompt in prompts], 0)
+    width = ids.shape[1] - cfg.max_tokens  # P
+    logp = torch.zeros(ids.shape, device=eos.device)
     size = max(1, cfg.sample_batch // samples) * samples
-    for active in torch.arange(len(ids), device=model.device).split(size):
+    for active in torch.arange(len(ids), device=eos.device).split(size):
         cache = DynamicCache(config=model.config)
         first = active[::samples]  # a prompt is read once for all of its responses
         logits = read(model, cache, ids[first, :width], seen[first, :width])
         logits = logits.repeat_interleave(samples, 0)
-        cache.batch_repeat_interleave(samples)
+        cache.reorder_cache(torch.arange(len(active), device=model.device) // samples)
         for t in range(width, ids.shape[1]):
             log_pi = (logits / temperature).log_softmax(-1)  # [active, V]
             tokens = draw(log_pi.exp(), generator)  # [active, 1]
@@ -391,7 +399,7 @@ def sample(model, task, problems, cfg, key, samples, temperature):
             if len(goes_on) == 0 or t == ids.shape[1] - 1:
                 break
             if len(goes_on) < len(active):  # what has ended leaves the batch
-                cache.batch_select_indices(goes_on)
+                cache.reorder_cache(goes_on)
                 active = active[goes_on]
             logits = read(model, cache, ids[active, t : t + 1], seen[active, : t + 1])
     mask = seen.bool()
@@ -414,11 +422,15 @@ def extract_answer(text, find_answer=None):
     """
     start = None  # of the last box
     depth = 0  # how many braces are open in it
-    for brace in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text):  # after another \, no brace
-        if len(brace[0]) > 2 or (depth > 0 and len(brace[0]) == 1):
-            start = start if depth > 0 else brace.end()
-            depth += -1 if brace[0] == "}" else 1
-            end = brace.start()
+    for found in re.finditer(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", text):
+        kind = found.lastgroup  # None for \{ and \}, which are no braces
+        if kind == "box" and depth == 0:
+            start = found.end()
+        if kind == "box" or (kind == "open" and depth > 0):
+            depth += 1
+        if kind == "close" and depth > 0:
+            depth -= 1
+            end = found.start()
     if start is None:
         return find_answer(text) if find_answer else None
     return text[start:end] if depth == 0 else None
@@ -436,8 +448,8 @@ def normalize(answer):
 
 
 def verify(response, answer, find_answer=None, equal=None):
-    """Is the response right? A task's own equal(given, answer), if any, decides, as for LaTeX.
-    A response is never evaluated, and the time is linear in its length."""
+    """Is the response right? A task may have its own rule, equal(given, answer), as for LaTeX.
+    A response is never run as code, and no response takes long."""
     given = extract_answer(response, find_answer)
     if given is None:
         return False
@@ -447,6 +459,8 @@ def verify(response, answer, find_answer=None, equal=None):
 # ---------------------------------------------------------------------------- 5. training step
 def forward(model, rollout):
     """The hidden states [B, T, D] that predict the responses, by one pass without a cache."""
+    if hasattr(model, "read_rollout"):  # a faster way of the task, with the same result
+        return model.read_rollout(rollout)
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)  # [B, P + T]
     seen = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
     inputs = {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0)}
@@ -469,28 +483,11 @@ def score(model, rollout, cfg):
     return in_parts(score_part, cfg.micro_batch_size, *rollout)
 
 
-def compare_scores(model, rollout, logp, cfg):
-    """Once, before the first update: is what is scored what was sampled, and does padding
-    change nothing? ValueError for a model that ignores its cache or the positions that it is
-    given."""
-    i = rollout.prompt_mask.sum(1).argmin().item()  # the prompt with the most padding
-    row = Rollout(*(tensor[i] for tensor in rollout))
-    prompt = [row.prompt[row.prompt_mask], row.prompt_mask[row.prompt_mask]]
-    response = [tensor[row.mask] for tensor in row[2:]]
-    with torch.no_grad():
-        alone = score(model, Rollout(*(x[None] for x in prompt + response)), cfg)["logp"][0]
-    gaps = {"a row and the same row without padding": alone - logp[i][row.mask]}
-    gaps["sampling and scoring"] = (rollout.logp - logp)[rollout.mask]
-    most = 1e-3 if model.dtype == torch.float32 else 0.25  # nats, in the mean over the tokens
-    for what, gap in gaps.items():
-        mean = gap.abs().mean().item()
-        require(mean <= most, f"{what} differ by {mean:.3g} nats: this model can't be trained")
-
-
 def update(run, rollout, old_logp, adv):
     """One update of the weights with a mini-batch -> its metrics."""
     cfg = run.cfg
     mask = rollout.mask
+    run.optimizer.zero_grad()
     now = score(run.model, rollout, cfg)  # [B, T] each, with gradient
     logp = now["logp"]
     h = now["nucleus_entropy"]
@@ -500,7 +497,6 @@ def update(run, rollout, old_logp, adv):
     loss, more_info = siren_loss(
         policy, h, mask, run.anchor, cfg.beta, cfg.peak_quantile, cfg.regularizer
     )
-    run.optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.weights, cfg.grad_clip, error_if_nonfinite=True)
     run.optimizer.step()
@@ -525,8 +521,6 @@ def training_step(run, step):
     # 3. score before any update: the old log-probabilities and, at first, the anchor
     with torch.no_grad():
         old = score(run.model, rollout, cfg)  # [B, T] each
-    if step == 1:
-        compare_scores(run.model, rollout, old["logp"], cfg)
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
     if run.anchor == 0:
@@ -534,14 +528,16 @@ def training_step(run, step):
     # 4. update: once for each mini-batch of whole groups, in random order
     run.optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
     order = list(range(cfg.prompts))
-    random.Random(f"{key}/0").shuffle(order)
+    random.Random(f"{key}/0").shuffle(order)  # another key than that of the samples
     groups = torch.arange(len(adv)).view(-1, cfg.group_size)[order]  # [prompts, group_size]
     mini_batches = [rows.flatten() for rows in groups.tensor_split(cfg.mini_batches)]
     updates = [update(run, rollout.rows(i), old["logp"][i], adv[i]) for i in mini_batches]
     # 5. measure (docs/metrics.md)
-    metrics = {name: sum(made[name] for made in updates) / len(updates) for name in updates[0]}
+    metrics = {name: sum(x[name] for x in updates) / len(updates) for name in updates[0]}
     tokens = rollout.mask.sum().item()
     metrics["reward"] = rewards.mean().item()
+    mixed = (adv.view(-1, cfg.group_size) != 0).any(1)  # groups with right and wrong responses
+    metrics["mixed_groups"] = mixed.float().mean().item()  # only these teach anything
     metrics["entropy"] = old["entropy"].sum().item() / tokens
     metrics["nucleus_size"] = old["nucleus_size"].sum().item() / tokens
     metrics["h_agg"] = h_agg  # of the whole rollout, before its updates
@@ -553,9 +549,9 @@ def training_step(run, step):
 
 # ------------------------------------------------------------------------------- 6. evaluation
 def evaluate(model, task, problems, cfg):
-    """Means over problems with k = eval_samples responses to each: avg@k, the share that is
-    right; maj@k, is the most frequent answer right; pass@k, is any; distinct@k, the share of
-    different responses. Of equally frequent answers the first one counts."""
+    """Means over problems with k = eval_samples responses to each. avg@k is the share of right
+    ones. maj@k is 1 if the most frequent answer is right (the first one in a tie), pass@k if
+    any answer is. distinct@k is the share of different responses."""
     k = cfg.eval_samples
     total = Counter()
     rollout = sample(model, task, problems, cfg, f"{cfg.seed}/eval", k, cfg.eval_temperature)
@@ -566,28 +562,25 @@ def evaluate(model, task, problems, cfg):
         given = [extract_answer(text, task.find_answer) for text in own]
         # right answers vote alike, however they are written; no answer is no vote
         form = task.normalize or normalize
-        votes = Counter(ok or str(form(x)) for ok, x in zip(right, given) if x is not None)
+        pairs = [(ok, answer) for ok, answer in zip(right, given) if answer is not None]
+        votes = Counter("right" if ok else f"wrong: {form(answer)}" for ok, answer in pairs)
         total[f"avg@{k}"] += sum(right) / k
-        total[f"maj@{k}"] += bool(votes) and votes.most_common(1)[0][0] is True
+        total[f"maj@{k}"] += bool(votes) and votes.most_common(1)[0][0] == "right"
         total[f"pass@{k}"] += any(right)
         total[f"distinct@{k}"] += len(set(own)) / k
     return {name: value / len(problems) for name, value in total.items()}
 
 
 # ------------------------------------------ 7. the run: nothing below this line is about SIREN
-MAY_CHANGE = {
-    "steps",
-    "out",
-    "save_every",
-    "eval_every",
-    "device",
-    "chunk",
-    "micro_batch_size",
-}
+# what may change when a run goes on
+MUTABLE = {"steps", "out", "save_every", "eval_every", "device", "chunk", "micro_batch_size"}
+NO_SIGNAL = """no signal for ten steps: the rewards of every group are all alike. Perhaps the
+problems are too easy; --max-tokens is too small, or the model has another EOS (ended_share is
+low); the prompt asks for no \\boxed{}, or the data's answers have another form."""
 
 
 class Run:
-    """The state of a run, and its folder, which belongs to one process at a time. Its task has
+    """The state of a run, and its folder, which belongs to one process at a time. A task has
     train_problems(n, key), heldout(n), build_model(), decode(ids), metrics(responses), pad_id,
     eos_ids; find_answer, equal and normalize, which may be None (see toy_env.py)."""
 
@@ -596,20 +589,15 @@ class Run:
         self.folder = folder_of(cfg)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
-        exists = (self.folder / "checkpoint.pt").exists()
-        fix = "add --resume to go on with it, or name another --out"
-        require(resume or not exists, f"--out {self.folder}: holds a run; {fix}")
-        if resume:
-            saved = load_checkpoint(self.folder)
-            for name in vars(cfg).keys() - MAY_CHANGE:
-                rule = f"--resume: --{name} was {saved['config'][name]}; leave it out"
-                require(getattr(cfg, name) == saved["config"][name], rule)
-        module, *options = re.split(r"[:,](?=\w+=)", cfg.task)
+        free = resume or not (self.folder / "checkpoint.pt").exists()
+        require(free, f"--out {self.folder}: holds a run; add --resume, or name another --out")
+        saved = load_checkpoint(self.folder) if resume else {"config": vars(cfg)}
+        for name in vars(cfg).keys() - MUTABLE:
+            old = saved["config"][name]
+            require(getattr(cfg, name) == old, f"--resume: --{name} was {old}; leave it out")
+        module, *options = re.split(r"[:,](?=\w+=)", cfg.task)  # before each name=value
         options = dict(option.split("=", 1) for option in options)
-        try:
-            self.task = importlib.import_module(module).load(cfg, **options)
-        except (AttributeError, ImportError, TypeError) as error:
-            raise ValueError(f"--task {cfg.task}: {error}") from error
+        self.task = importlib.import_module(module).load(cfg, **options)
         self.heldout = self.task.heldout(cfg.eval_prompts)  # name -> problems
         self.model = self.task.build_model().to(cfg.device).eval()  # eval: without dropout
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -618,8 +606,8 @@ class Run:
         self.anchor = cfg.anchor  # H*; 0 until the first batch has been scored
         self.records = []  # the metrics of each step; step 0 is an evaluation alone
         if resume:
-            world = saved["world"] == getattr(self.task, "fingerprint", None)
-            require(world, "--resume: the data or the frozen weights are not those of the run")
+            same = saved["world"] == getattr(self.task, "fingerprint", None)
+            require(same, "--resume: the data or the frozen weights are not those of the run")
             self.model.load_state_dict(saved["model"], strict=False)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.anchor = saved["anchor"]
@@ -627,10 +615,10 @@ class Run:
 
     def save(self):
         """Write the checkpoint, whole or not at all, whenever the process is killed."""
-        state = {"optimizer": self.optimizer.state_dict(), "anchor": self.anchor}
-        state["model"] = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        state |= {"records": self.records, "config": vars(self.cfg)}
+        state = {"config": vars(self.cfg), "anchor": self.anchor, "records": self.records}
         state["world"] = getattr(self.task, "fingerprint", None)
+        state["model"] = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        state["optimizer"] = self.optimizer.state_dict()
         part = self.folder / "checkpoint.part"
         torch.save(state, part)
         with open(part, "ab") as file:
@@ -649,19 +637,18 @@ def load_checkpoint(folder):
     data = path.read_bytes()
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(whole, f"--resume: {path} is damaged; restore it, or name another --out")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except PickleError as error:
-        raise ValueError(f"--resume: {path}: {error}") from error
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def train(run):
-    """Train; return a record of each step. All but what is in the checkpoint is a function of
-    the seed and the step, so a run that was stopped goes on to the same numbers."""
+    """Train; return a record of each step. A step depends on the seed, its number and what is
+    in the checkpoint. So a run that was stopped goes on to the same numbers."""
     cfg = run.cfg
     torch.set_num_threads(cfg.threads)
     bar = tqdm(range(len(run.records), cfg.steps + 1), unit="step")
-    with run.lock, open(run.folder / "metrics.jsonl", "w") as log:
+    path = run.folder / "metrics.jsonl"
+    path.unlink(missing_ok=True)  # it is written anew, from the records
+    with run.lock, open(path, "w") as log:
         log.writelines(json.dumps(record) + "\n" for record in run.records)
         for step in bar:
             record = {"step": step}
@@ -678,7 +665,15 @@ def train(run):
             print(json.dumps(record), file=log, flush=True)
             if step % cfg.save_every == 0 or step == cfg.steps:
                 run.save()
+            if step % 10 == 0 and no_signal(run.records):
+                bar.write(NO_SIGNAL, sys.stderr)
     return run.records
+
+
+def no_signal(records):
+    """Have ten steps taught nothing?"""
+    mixed = [record.get("mixed_groups", 1) for record in records[-10:]]
+    return len(records) > 10 and not any(mixed)
 
 
 def report(records):
@@ -689,6 +684,7 @@ def report(records):
         last = values[-1:] if "/" in name else values[-10:]
         if values:
             print(f"{name:20}{values[0]:8.3f}{sum(last) / len(last):8.3f}")
+    print(end=f"{NO_SIGNAL}\n" if no_signal(records) else "", flush=True)
 
 
 def main(argv=None):
@@ -699,16 +695,17 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", Path(__file__).read_text(), re.M))
     for field in dataclasses.fields(Config):
-        options = {"type": field.type, "default": argparse.SUPPRESS}
-        options["help"] = f"{comments[field.name]} [{field.default}]"
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+        words = f"{comments[field.name]} [{field.default}]"
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, help=words)
     given, rest = parser.parse_known_args(argv)
     flags = vars(given)
     resume = flags.pop("resume")
-    problems = (AssertionError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
+    expected = (AssertionError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
+    expected += (AttributeError, PickleError, TypeError)  # of a task or a file that do not fit
     run = None
     try:
-        if rest:
+        if rest:  # flags of the task, such as --vocab 96 or --vocab=96
             words = re.split(r"(?:^| )--([\w-]+)[= ]", " ".join(rest))  # "", name, value, ...
             require(words[0] == "" and len(words) > 2, f"{' '.join(rest)}: see --help")
             pairs = [f"{k.replace('-', '_')}={x}" for k, x in zip(words[1::2], words[2::2])]
@@ -719,9 +716,13 @@ def main(argv=None):
             flags = {**saved, "out": "", **flags}
         run = Run(Config(**flags), resume)
         report(train(run))
+    except BrokenPipeError:
+        sys.stdout = None  # who read the table has gone
     except KeyboardInterrupt:
         parser.exit(130, "siren.py: interrupted; --resume goes on\n")
-    except problems as error:
+    except expected as error:
+        if run and isinstance(error, (AttributeError, TypeError)):
+            raise  # a mistake in a program, whose place matters
         code = 2 if run is None or isinstance(error, ValueError) else 1
         parser.exit(code, f"siren.py: {' '.join(str(error).split())}\n")
 

@@ -24,22 +24,27 @@ Training and evaluation share no question, and the columns' names.
 
 import functools
 import hashlib
+import inspect
 import json
+import math
 import operator
 import os
 import random
 import re
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import chain, cycle, groupby, islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import siren
@@ -336,24 +341,22 @@ def read_model(model, dtype="float32"):
     return network
 
 
-@torch.no_grad()
-def check_head(network, model):
-    """The logits must be what the head makes of the last hidden states, since siren.py has
-    them so, in chunks. Gemma 2, Cohere, Granite and a few others do more, and are refused."""
-    config = network.config.get_text_config()
+def check_config(config, longest, model):
+    """Refuse what siren.py can't train: a head that does more than multiply (Gemma 2, Cohere),
+    and positions that change all at once when a text grows beyond a limit (longrope), since
+    the sampler's cache would keep the old ones."""
     values = [(name, getattr(config, name, None)) for name in HEAD_FIELDS]
-    more = [f"{name}={value}" for name, value in values if value not in (None, 1)]
-    what = f"has {', '.join(more)}" if more else f"is a {type(network).__name__}"
-    head = network.get_output_embeddings()
-    if not more and head is not None:
-        inputs = {"input_ids": torch.arange(4)[None], "use_cache": False}
-        hidden = network.base_model(**inputs).last_hidden_state
-        logits = network(**inputs).logits
-        fits = hidden.shape[-1] == head.weight.shape[-1] and head(hidden).shape == logits.shape
-        if fits and (head(hidden) - logits).abs().max() <= 1e-3 * logits.abs().max():
-            return
-    reason = "so its logits are more than what its head makes of the hidden states"
-    raise ValueError(f"model={model}: {what}, {reason}; take another, such as Llama or Qwen")
+    more = ", ".join(f"{name}={value}" for name, value in values if value not in (None, 1))
+    rule = "so its logits are more than what its head makes of the hidden states"
+    require(not more, f"model={model}: has {more}, {rule}; take another, such as Qwen")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            limit = rope.get("original_max_position_embeddings", 0)
+            limit = limit or config.max_position_embeddings
+            rule = f"positions change beyond {limit} tokens, a prompt with its response has up"
+            rule = f"model={model}: {rule} to {longest}; lower --max-prompt or --max-tokens"
+            require(longest <= limit, rule)
 
 
 def add_lora(network, rank, seed):
@@ -383,7 +386,122 @@ def recompute_layers(network):
         layer.forward = functools.partial(again, layer.forward, use_reentrant=False)
 
 
-# ----------------------------------------------------------------------------------- 5. task
+# ------------------------------------------------------- 5. the model, tried before training
+# nats by which log-probabilities may differ, in the mean over tokens: in float32; in float32
+# when prompts are read once; in bfloat16, which keeps 8 bits of a number
+MOST, MOST_ONCE, MOST_HALF = 1e-3, 1e-5, 0.15
+ROW = 1024
+
+
+def in_one_row(network, group):
+    """The hidden states [n, D] that predict the n tokens of a prompt's responses a, b, ...:
+    all stand in one row, and the mask lets a response see the prompt and itself.
+
+        tokens      p0 p1 p2 | a0 a1 a2 | b0 b1
+        positions    0  1  2 |  3  4  5 |  3  4
+        b1 sees     p0 p1 p2 |          | b0 b1
+    """
+    prompt = group.prompt[0][group.prompt_mask[0]]
+    p = len(prompt)
+    row, t = group.mask.nonzero(as_tuple=True)  # [n] each: whose token it is, and which
+    ids = torch.cat([prompt, group.tokens[group.mask]])  # [p + n]
+    owner = torch.cat([torch.zeros_like(prompt), row + 1])  # 0: the prompt
+    seen = ((owner == 0) | (owner == owner[:, None])).tril()  # a row of it sees a column
+    mask = torch.where(seen, 0.0, torch.finfo(network.dtype).min).to(network.dtype)
+    mask = mask[None, None] if len(group.mask) > 1 else None  # one alone needs none
+    index = torch.arange(len(ids), device=ids.device)
+    inputs = {"attention_mask": mask, "position_ids": torch.cat([index[:p], p + t])[None]}
+    hidden = network(ids[None], **inputs, use_cache=False).last_hidden_state[0]
+    return hidden[torch.where(t == 0, p, index[p:]) - 1]
+
+
+def read_prompts_once(network, rollout):
+    """siren.forward's hidden states [B, T, D]; padding is not read and is 0. Responses share a
+    row until they have ROW tokens, since attention takes the square of a row's length."""
+    both = torch.cat([rollout.prompt, rollout.prompt_mask], 1)
+    new = [True, *(both[1:] != both[:-1]).any(1).tolist()]  # another prompt than before
+    starts = []
+    room = 0
+    for i, length in enumerate(rollout.mask.sum(1).tolist()):
+        if new[i] or room < length:
+            starts.append(i)
+            room = ROW
+        room -= length
+    groups = [rollout.rows(slice(*ends)) for ends in pairwise([*starts, len(new)])]
+    hidden = torch.cat([in_one_row(network.base_model, group) for group in groups])  # [N, D]
+    out = hidden.new_zeros(*rollout.mask.shape, hidden.shape[-1])
+    return out.masked_scatter(rollout.mask[..., None], hidden)
+
+
+def rename_cache(network, args, inputs):
+    """A forward hook for Mamba, whose cache has another name; its mask is of new tokens."""
+    if "past_key_values" in inputs:
+        inputs["cache_params"] = inputs.pop("past_key_values")
+        inputs["attention_mask"] = inputs["attention_mask"][:, -args[0].shape[1] :]
+    return args, inputs
+
+
+@torch.no_grad()
+def gaps_of(network, prompts, pad_id, cfg, once):
+    """Differences, in nats, of log-probabilities that must be equal: what is sampled and what
+    is scored; the first row, which has padding, and the same alone; and if `once`, prompts
+    read once for all of their responses and not."""
+    vocab = len(network.get_output_embeddings().weight)
+    task = SimpleNamespace(pad_id=pad_id, eos_ids=[*range(0, vocab, 16)])  # some end early
+    problems = [SimpleNamespace(prompt=prompt) for prompt in prompts]
+    rollout = siren.sample(network, task, problems, cfg, "try", 2, cfg.temperature)
+    logp = siren.score(network, rollout, cfg)["logp"]
+    row = siren.Rollout(*(x[:1] for x in rollout))
+    n = -len(prompts[0])
+    row = row._replace(prompt=row.prompt[:, n:], prompt_mask=row.prompt_mask[:, n:])
+    alone = siren.score(network, row, cfg)["logp"]
+    gaps = {"sampling and scoring": (rollout.logp - logp)[rollout.mask]}
+    gaps["a row with padding and without"] = (alone - logp[:1])[row.mask]
+    if once:
+        network.read_rollout = functools.partial(read_prompts_once, network)
+        with suppress(Exception):  # a model may raise whatever it likes
+            gaps["once"] = (siren.score(network, rollout, cfg)["logp"] - logp)[rollout.mask]
+        del network.read_rollout
+    return {what: gap.abs().mean().item() for what, gap in gaps.items()}
+
+
+def try_model(network, model, prompts, longest, pad_id, cfg):
+    """Before any training: refuse a model that can't be trained right. Prompts are read once
+    for all of their responses if its attention takes any mask."""
+    check_config(network.config.get_text_config(), longest, model)
+    if network.base_model is network:  # Llama 4 names a part that it does not have
+        network.base_model_prefix = "model"
+    if "cache_params" in inspect.signature(network.forward).parameters:
+        network.register_forward_pre_hook(rename_cache, with_kwargs=True)
+    prompts = sorted(prompts, key=len)
+    few = min(6, cfg.max_tokens)
+    full = [*islice(cycle(chain(*reversed(prompts))), longest - few)]  # the run's longest
+    tries = (
+        [prompts[0][len(prompts[0]) // 2 :], prompts[len(prompts) // 2], prompts[-1]],
+        [full],
+    )
+    how = {"sample_batch": 6, "micro_batch_size": min(2, cfg.micro_batch_size)}
+    how |= {"max_tokens": few, "temperature": 2.0}  # at 1 many tokens are certain: no gaps
+    name = f"model={model}: a {type(network).__name__}"
+    try:
+        layers = DynamicCache(config=network.config).layers
+        once = all(type(layer) is DynamicLayer for layer in layers)  # no windows, no states
+        found = [gaps_of(network, some, pad_id, replace(cfg, **how), once) for some in tries]
+    except Exception as error:  # a model may raise whatever it likes
+        raise ValueError(f"{name} can't be sampled and scored: {reason_of(error)}") from error
+    half = network.dtype != torch.float32
+    for gaps in found:
+        once &= gaps.pop("once", math.inf) <= (MOST_HALF if half else MOST_ONCE)
+        for what, gap in gaps.items():
+            fits = gap <= (MOST_HALF if half else MOST)
+            require(fits, f"{name} can't be trained: {what} differ by {gap:.3g} nats")
+    if once:
+        network.read_rollout = functools.partial(read_prompts_once, network)
+    else:
+        say(f"{name} takes no mask of ours: it reads a prompt again for each response")
+
+
+# ----------------------------------------------------------------------------------- 6. task
 CUT_OFF = "[cut off]"  # what decode writes after a response that never ended
 NO_TEXT = "\ufffd"  # what decode writes for a token that has no text, such as <pad>
 
@@ -514,13 +632,15 @@ class TextTask:
         return {"heldout": random.Random("heldout").sample(self._heldout, min(n, there))}
 
     def build_model(self):
-        """The model on the CPU, with adapters and recomputed layers if wanted."""
-        network = read_model(self.options.model, self.options.dtype).eval()
-        check_head(network, self.options.model)
+        """The model on its device, tried, with adapters and recomputed layers if wanted."""
+        network = read_model(self.options.model, self.options.dtype).eval().to(self.cfg.device)
         if self.options.lora_rank:
             add_lora(network, self.options.lora_rank, self.cfg.seed)
         if self.options.recompute:
             recompute_layers(network)
+        prompts = [row.prompt for row in [*self._train, *self._heldout]]
+        longest = max(map(len, prompts)) + self.cfg.max_tokens
+        try_model(network, self.options.model, prompts, longest, self.pad_id, self.cfg)
         frozen = [p.flatten() for p in network.parameters() if not p.requires_grad]
         sums = [p.view(torch.int16).sum().item() for p in frozen]  # of bits, so it is exact
         self.fingerprint = self._rows + hash_of(sums)

@@ -1,6 +1,7 @@
 """Execute a notebook and compare its printed text with the outputs that are stored in it.
 
     python .ci/check_notebook.py tutorial.ipynb
+    python .ci/check_notebook.py tutorial.ipynb --store    # store the new outputs instead
 
 Fails on an error, after 10 minutes, or if a cell prints something else than is stored. Cells
 with the tag "live" train; their numbers depend on the machine and are only executed.
@@ -8,6 +9,7 @@ with the tag "live" train; their numbers depend on the machine and are only exec
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 import time
@@ -51,22 +53,39 @@ def same(old: str, new: str) -> bool:
     return True
 
 
-def main(path: Path) -> int:
+def join_streams(cell: nbformat.NotebookNode) -> None:
+    """One output for all that a cell printed in a row, however it came."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in cell.outputs:
+        last = joined[-1] if joined else None
+        if last and output.output_type == last.output_type == "stream":
+            last.text += output.text
+        else:
+            joined.append(output)
+    cell.outputs = joined
+
+
+def main(path: Path, store: bool = False) -> int:
     """The command; returns the exit code."""
     stored = nbformat.read(path, as_version=4)
-    fresh = nbformat.from_dict(stored)
-    fresh.cells = [nbformat.from_dict(dict(cell)) for cell in stored.cells]
+    fresh = copy.deepcopy(stored)
     start = time.monotonic()
-    client = NotebookClient(fresh, resources={"metadata": {"path": path.resolve().parent}})
+    options = {"resources": {"metadata": {"path": path.resolve().parent}}}
+    client = NotebookClient(fresh, record_timing=False, **options)
     try:
         with client.setup_kernel():
             for index, cell in enumerate(fresh.cells):
                 client.timeout = max(1, int(LIMIT - (time.monotonic() - start)))
                 if cell.cell_type == "code":
                     client.execute_cell(cell, index)
+                    join_streams(cell)
     except (CellExecutionError, CellTimeoutError) as error:
         print(f"{path}, cell {index}: {str(error)[-2000:]}", file=sys.stderr)
         return 1
+    if store:
+        nbformat.write(fresh, path)
+        print(f"{path}: {time.monotonic() - start:.0f} s, outputs stored")
+        return 0
     stale = 0
     for index, (old, new) in enumerate(zip(stored.cells, fresh.cells)):
         live = "live" in old.metadata.get("tags", [])
@@ -81,4 +100,4 @@ def main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), store="--store" in sys.argv[2:]))

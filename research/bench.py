@@ -1,6 +1,6 @@
 """How fast and how small: siren.py against the plain ways of doing the same.
 
-    python research/bench.py             # all five, 20 minutes; writes results/bench.json
+    python research/bench.py             # all six, 25 minutes; writes results/bench.json
     python research/bench.py --quick     # the same code on tiny sizes, under a minute (for CI)
     python research/bench.py --only a e  # some of it; the others' figures stay in the files
 
@@ -11,6 +11,9 @@
  c  peak memory of one update: chunk by chunk against all logits at once
  d  one training step against TRL's GRPOTrainer (if installed)
  e  one training step against the model's own forward and backward passes in it
+ f  one training step of SmolLM2-135M, with the command of docs/scale.md: each prompt read once
+    for all of its responses against a pass over each response with its prompt, in CPU seconds
+    (if examples/get_smollm2.py has put the model into models/)
 
 Contenders take turns within a round, each first in every other round, so that a busy machine
 slows all alike. A figure is the ratio within a round; its median is over the rounds. Memory is
@@ -45,7 +48,8 @@ import siren
 from research import fast_stats
 from research.tools import Parser, run_tool
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "bench.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "results" / "bench.json"
 TOP_P = 0.8
 PROMPTS = 8
 GROUP = 8
@@ -83,16 +87,16 @@ def allocated_peak(run, ready=tuple):
     return max(live[before:])
 
 
-def race(ways, rounds, before=lambda: None):
+def race(ways, rounds, before=lambda: None, clock=time.perf_counter):
     """Name -> seconds of each round, for these functions. before() opens a round; the first
     round is not counted."""
     times = {name: [] for name in ways}
     for i in range(rounds + 1):
         before()
         for name in list(ways)[:: 1 if i % 2 else -1]:
-            start = time.perf_counter()
+            start = clock()
             ways[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
@@ -423,6 +427,51 @@ def bench_passes(sizes):
     return {"step_vs_model": ratios(times["step"], times["model"]), "e": {"seconds": times}}
 
 
+# ------------------------------------------------------------------------ f: a real model's step
+SMOLLM2 = {
+    "model": ROOT / "models" / "smollm2-135m",
+    "data": ROOT / "data" / "sums_train.jsonl",
+    "eval_data": ROOT / "data" / "sums_eval.jsonl",
+    "answer_form": "last-number",
+    "prompt": "{question} Put the answer within \\boxed{}.",
+    "lora_rank": 16,
+}
+STEP = {"prompts": 4, "mini_batches": 2, "max_tokens": 16, "temperature": 0.7}
+STEP |= {"top_p": 0.8, "peak_quantile": 0.8, "eval_prompts": 16, "device": "cpu"}
+STEP |= {"lr": 1e-12}  # so that each step is that of the same weights
+FEW = {"prompts": 2, "group_size": 2, "mini_batches": 1, "max_tokens": 2}  # for --quick
+
+
+def bench_prompts(sizes):
+    """(f) The same steps with read_rollout, which text_env gives to a model whose attention
+    takes any mask, and without it, in CPU seconds."""
+    if not all(SMOLLM2[name].exists() for name in ("model", "data", "eval_data")):
+        print("f: skipped; run examples/get_smollm2.py and examples/make_data.py before")
+        return {"f": {}}
+    options = ",".join(f"{name}={value}" for name, value in SMOLLM2.items())
+    settings = {**STEP, **(FEW if sizes == QUICK else {})}
+    with tempfile.TemporaryDirectory() as folder:
+        run = siren.Run(siren.Config(task=f"text_env:{options}", out=folder, **settings))
+    once = run.model.read_rollout
+    metrics = {}
+
+    def step(name, hook):
+        run.model.read_rollout = hook
+        if hook is None:
+            del run.model.read_rollout
+        metrics[name] = siren.training_step(run, 1)
+
+    ways = {"once": partial(step, "once", once), "each": partial(step, "each", None)}
+    times = race(ways, max(2, sizes["rounds"] // 2), clock=time.process_time)
+    for key in ("reward", "h_agg", "grad_norm"):  # the same step, so a fair comparison
+        same = math.isclose(metrics["once"][key], metrics["each"][key], rel_tol=1e-3)
+        assert same, (key, metrics)
+    return {
+        "prompts_once_vs_each": ratios(times["once"], times["each"]),
+        "f": {"seconds": times},
+    }
+
+
 # --------------------------------------------------------------------------------- the command
 PARTS = {
     "a": bench_head,
@@ -430,6 +479,7 @@ PARTS = {
     "c": bench_update,
     "d": bench_trl,
     "e": bench_passes,
+    "f": bench_prompts,
 }
 ROWS = {  # key -> its part, what the table says, the bound, and whether less is better
     "nucleus_vs_floor_time": (
@@ -450,6 +500,7 @@ ROWS = {  # key -> its part, what the table says, the bound, and whether less is
     ),
     "step_vs_trl": ("d", "training step: time, TRL's GRPOTrainer / ours", 1.0, False),
     "step_vs_model": ("e", "training step: time, ours / the model's own passes", 1.3, True),
+    "prompts_once_vs_each": ("f", "SmolLM2's step: time, prompts once / each", 0.6, True),
 }
 
 

@@ -1,8 +1,7 @@
 r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M on a CPU.
 
     python research/real_study.py --plan      # the commands that would run, and their hours
-    python research/real_study.py             # runs what is missing, two at a time; then
-                                              # --report
+    python research/real_study.py             # run what is missing, two at a time, then report
     python research/real_study.py --report    # results/real/, its figures, docs/real_model.md
     python research/real_study.py --last      # the last policies on other questions as well
     python research/real_study.py --smoke     # two steps, two questions, a temporary folder
@@ -45,7 +44,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 import siren
 import text_env
-from research import real_task, shared_prompts
+from research import real_task
 from research.tools import Parser, load_task, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,19 +81,15 @@ BETAS = (0.014, 0.02, 0.028)
 VALIDATION = 100
 TUNED = "siren_tuned"
 FILES = ("curves", "heldout", "forms")
-STYLES: dict[str, tuple[str, str, Any]] = {  # name, colour and dashes in the figure
-    "dr_grpo": ("Dr.GRPO", "#000000", "--"),
-    "siren": ("SIREN", "#0059b3", "-"),
-    "wo_top_p": ("no top-p", "#cc5500", "-."),
-    "wo_peak": ("no peaks", "#7a7a00", (0, (1, 1))),
-    "anchor_only": ("anchor only", "#009e73", (0, (6, 1.5))),
-    "bonus_0.2": ("bonus 0.2", "#b35900", ":"),
-    "bonus_0.02": ("bonus 0.02", "#cc79a7", "-."),
-    "bonus_0.002": ("bonus 0.002", "#993366", (0, (4, 2))),
-}
-BONUSES = ("dr_grpo", "siren", "bonus_0.2", "bonus_0.02", "bonus_0.002")
-PANELS = [(MASKS, name) for name in ("reward", "entropy", "h_ratio")]
-PANELS += [(BONUSES, name) for name in ("entropy", "foreign", "perplexity")]
+NAMES = {"dr_grpo": "Dr.GRPO", "siren": "SIREN", "wo_top_p": "without top-p"}
+NAMES |= {"bonus_0.2": "bonus, 0.2", "bonus_0.002": "bonus, 0.002"}
+NAMES |= {"wo_peak": "without peaks", "anchor_only": "anchor only"}
+LIKE = {"bonus_0.2": "naive_exploding", "bonus_0.002": "naive_bonus"}  # figures.STYLES
+RIVALS = ("dr_grpo", "siren", "bonus_0.2", "bonus_0.002")
+PARTS = ("siren", "wo_top_p", "wo_peak", "anchor_only")
+# the panels of real_model.png: what is drawn, and for which methods
+PANELS = [("reward", RIVALS), ("entropy", RIVALS), ("perplexity", RIVALS)]
+PANELS += [("reward", PARTS), ("entropy", PARTS), ("h_ratio", ("dr_grpo", *PARTS))]
 CURVES = {
     "reward": "reward",
     "entropy": "H, nats per token",
@@ -153,8 +148,7 @@ def write_heldout(path: Path, task: Any, problems: list, rollout: siren.Rollout)
 
 
 def plug() -> None:
-    """What `--plug research.real_study` does: shared prompts, and the extra metrics."""
-    shared_prompts.plug()
+    """What `--plug research.real_study` does: the extra metrics."""
     sample = siren.sample
     score = siren.score
     training_step = siren.training_step
@@ -551,82 +545,73 @@ def smooth(values: list[float], window: int = 5) -> list[float]:
     return [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
-def label_lines(axis: Any, ends: dict[str, tuple[float, float]]) -> None:
-    """Write each method's name beside the end of its line, at least 9 points apart."""
-    height = axis.get_window_extent().height * 72 / axis.figure.dpi  # in points
-    places = {
-        m: axis.transLimits.transform(axis.transScale.transform(e)) for m, e in ends.items()
-    }
-    last = -math.inf
-    for method in sorted(places, key=lambda m: places[m][1]):
-        last = max(last + 9, places[method][1] * height)
-        text, color, _ = STYLES[method]
-        where = {"xy": (1, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
-        axis.annotate(text, **where, xytext=(3, last), fontsize=7, color=color, va="center")
+def draw_curve(axis: Any, method: str, name: str, curves: list[dict[str, Any]]) -> None:
+    """A line, the mean over seeds of means of five steps; the band around it goes from the
+    smallest to the largest. Nothing if the method has no rows."""
+    from research.figures import STYLES
+
+    runs = defaultdict(list)
+    for row in curves:
+        if row["method"] == method:
+            runs[row["seed"]].append(row[name])
+    columns = list(zip(*map(smooth, runs.values())))  # all seeds, for each step
+    if not columns:
+        return
+    style = {**STYLES[LIKE.get(method, method)], "marker": "", "label": NAMES[method]}
+    steps = range(1, len(columns) + 1)
+    axis.plot(steps, list(map(mean, columns)), **style)
+    low = list(map(min, columns))
+    high = list(map(max, columns))
+    axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
 
 
-def draw_curves(axis: Any, curves: list[dict], methods: tuple[str, ...], name: str) -> None:
-    """A panel: the mean over seeds; the band goes from the smallest to the largest."""
-    ends = {}
-    for method in methods:
-        runs = defaultdict(list)
-        for r in curves:
-            if r["method"] == method:
-                runs[r["seed"]].append(r[name])
-        # a tuple of all seeds for each step
-        columns = list(zip(*map(smooth, runs.values())))
-        lowest = list(map(min, columns))
-        highest = list(map(max, columns))
-        x, (_, color, dashes) = range(1, len(columns) + 1), STYLES[method]
-        y = list(map(mean, columns))
-        axis.plot(
-            x, y, color=color, ls=dashes, lw=1.8 if method in ("dr_grpo", "siren") else 1.3
-        )
-        axis.fill_between(x, lowest, highest, color=color, alpha=0.15, lw=0)
-        ends[method] = (x[-1], y[-1])
-    scale = "log" if name in ("entropy", "h_ratio", "perplexity") else "linear"
-    axis.set(xlabel="step", yscale=scale, xlim=(1, len(columns)))
-    axis.set_title(CURVES[name], fontsize=10)
-    if scale == "linear":
-        axis.set_ylim(bottom=0)
-    axis.figure.canvas.draw()
-    label_lines(axis, ends)
+def curves_figure(curves: list[dict[str, Any]]) -> Any:
+    """real_model.png: above SIREN beside other methods, below beside itself without a part."""
+    from research.figures import name_lines, panels
+
+    canvas, axes = panels(3, 2, height=2.6)
+    for axis, (name, methods) in zip(axes, PANELS):
+        for method in methods:
+            draw_curve(axis, method, name, curves)
+        axis.set_title(CURVES[name], fontsize=10)
+        axis.set(xlabel="step", yscale="linear" if name == "reward" else "log")
+        if name == "reward":
+            axis.set_ylim(0, 1.05)
+    axes[0].set_ylabel("SIREN and other methods")
+    axes[3].set_ylabel("SIREN without a part")
+    name_lines(canvas)
+    return canvas
 
 
-def figures(results: Path) -> list[Path]:
-    """real_model.png, curves over steps (means of five), and positions.png, the base's nuclei.
+def positions_figure(positions: list[dict[str, Any]]) -> Any:
+    """positions.png: the nuclei of the base model, and where the peaks are."""
+    from research.figures import panels, ticks
 
-    Above, what the masks do; below, the bonuses. At most five lines in a panel.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    curves, positions = (read_csv(results / f"{name}.csv") for name in ("curves", "positions"))
-    found = {r["method"] for r in curves}
-    canvas, axes = plt.subplots(2, 3, figsize=(10, 5.6))
-    canvas.subplots_adjust(0.06, 0.09, 0.92, 0.94, wspace=0.52, hspace=0.42)
-    for axis, (methods, name) in zip(axes.flat, PANELS):
-        draw_curves(axis, curves, tuple(m for m in methods if m in found), name)
-    canvas.savefig(results / "real_model.png", dpi=100)
-    plt.close(canvas)
-
-    canvas, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    canvas, axes = panels(2)
     sizes = [r["nucleus_size"] for r in positions]
     bins = [2**power for power in range(math.ceil(math.log2(max(sizes) + 1)) + 1)]
     axes[0].hist(sizes, bins, color="0.6", edgecolor="1")
-    axes[0].set(xscale="log", xlabel="tokens in the nucleus, p = 0.8", ylabel="positions")
-    kinds = ((0, "other positions", "0.75"), (1, "peaks, tau = 0.8", "#0059b3"))
-    for peak, label, color in kinds:
-        own = [r["nucleus_entropy"] for r in positions if r["peak"] == peak]
-        style = {"histtype": "step", "lw": 2} if peak else {}
-        axes[1].hist(own, [n / 4 for n in range(29)], color=color, label=label, **style)
+    axes[0].set(xlabel="tokens in the nucleus, p = 0.8", ylabel="positions")
+    ticks(axes[0].xaxis, bins[:-1:2])
+    others = [r["nucleus_entropy"] for r in positions if not r["peak"]]
+    peaks = [r["nucleus_entropy"] for r in positions if r["peak"]]
+    quarters = [n / 4 for n in range(29)]
+    axes[1].hist(others, quarters, color="0.75", label="_other positions")
+    axes[1].hist(peaks, quarters, color="#0059b3", lw=2, histtype="step", label="_peaks")
     axes[1].set(xlabel="H', nats", ylabel="positions", yscale="log")
-    axes[1].legend()
-    canvas.savefig(results / "positions.png", dpi=100)
-    plt.close(canvas)
-    return [results / "real_model.png", results / "positions.png"]
+    where = {"transform": axes[1].transAxes, "fontsize": 8}
+    axes[1].text(0.1, 0.93, "other positions (filled)", color="0.35", **where)
+    axes[1].text(0.42, 0.66, "peaks, tau = 0.8 (outline)", color="#0059b3", **where)
+    return canvas
+
+
+def figures(results: Path) -> list[Path]:
+    """Draw both figures from the csv files of `results`."""
+    curves, positions = (read_csv(results / f"{name}.csv") for name in ("curves", "positions"))
+    paths = [results / "real_model.png", results / "positions.png"]
+    curves_figure(curves).savefig(paths[0], dpi=100)
+    positions_figure(positions).savefig(paths[1], dpi=100)
+    return paths
 
 
 def write_page(page: Path, numbers: str) -> None:

@@ -1,6 +1,6 @@
 """What the study's rows say: main.csv, tables.md and the figures. It trains nothing.
 
-Figures are readable without colour: line styles, markers and labels tell the lines apart.
+The figures are readable without colour (research/figures.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from research import study
+from research.figures import STYLES, name_lines, panels, ticks
 
 Row = dict[str, Any]
 
@@ -34,14 +35,6 @@ NAMES = {
     "wo_anchor": "SIREN without anchor",
     "anchor_only": "anchor only",
 }
-STYLES: dict[str, dict[str, Any]] = {
-    "base": {"color": "0.55", "linestyle": (0, (1, 1)), "marker": "x"},
-    "dr_grpo": {"color": "#000000", "linestyle": "--", "marker": "s"},
-    "siren": {"color": "#0059b3", "linestyle": "-", "marker": "o"},
-    "naive_bonus": {"color": "#cc79a7", "linestyle": "-.", "marker": "v"},
-    "naive_exploding": {"color": "#b35900", "linestyle": ":", "marker": "^"},
-    "anchor_only": {"color": "#009e73", "linestyle": (0, (5, 1)), "marker": "P"},
-}
 COLUMNS = (
     "method",
     "seed",
@@ -53,7 +46,10 @@ COLUMNS = (
     "distinct@16",
 )
 COLUMNS += ("reward", "entropy", "h_agg", "useless_share")
+SHORT = {**NAMES, "naive_bonus": "naive bonus", "naive_exploding": "exploding bonus"}
 KINDS = ("fork", "fact", "forced")
+SHOWN_KINDS = ("base", "dr_grpo", "naive_bonus", "siren")  # in the figure
+SHOWN_KINDS += ("wo_top_p", "wo_peak", "wo_anchor", "anchor_only")
 SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
 HEADLINE = {"base": "base model", "dr_grpo": "Dr.GRPO", "siren": "SIREN"}
 HEADLINE |= {"naive_exploding": "exploding bonus"}
@@ -368,32 +364,11 @@ def kinds_table(rows: dict[str, list[Row]]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------- 4. figures
-def panels(columns: int, rows: int = 1) -> tuple[Figure, np.ndarray]:
-    """A figure for a page 7 inches wide, and its panels."""
-    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), dpi=130, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def ticks(axis: Any, values: Iterable[float]) -> None:
-    """A logarithmic axis with these numbers written at it."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_ticks(list(values), [f"{value:g}" for value in values])
-    axis.set_ticks([], minor=True)
-
-
 def band(ax: Axes, label: str, points: dict[float, list[float]], **style: Any) -> None:
     """The mean over seeds with its interval; points: x -> the values of all seeds."""
     x, (mean, low, high) = list(points), zip(*map(bootstrap, points.values()), strict=True)
-    style = {
-        **STYLES.get(label, {}),
-        "markersize": 3,
-        "label": NAMES.get(label, label),
-        **style,
-    }
+    usual = {"markersize": 3, "label": SHORT.get(label, label)}
+    style = {**STYLES.get(label, {}), **usual, **style}
     ax.plot(x, mean, **style)
     ax.fill_between(x, low, high, color=style.get("color", "0.5"), alpha=0.15, linewidth=0)
 
@@ -419,44 +394,37 @@ def steps_figure(rows: dict[str, list[Row]]) -> Figure:
             ticks(ax.yaxis, (0.1, 0.2, 0.5, 1, 2, 5))
         else:
             ax.set_ylim(0, None)
-    axes[0].legend(fontsize=7)
+    name_lines(figure)
     return figure
 
 
 def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
-    """Where the entropy sits: H and H' by kind of token, and what share of the peaks each has.
-
-    What explodes leaves the figure on the right: its entropies are written there.
-    """
-    figure = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
-    titles = {
-        "entropy": "H (nats)",
-        "nucleus_entropy": "H' (nats)",
-        "peaks": "share of the peaks",
+    """Where the entropy sits: H and H' by kind of token, a row for each method. Two bonuses
+    that explode or swing are left out; they are in the table."""
+    figure, axes = panels(2, height=3.4)
+    names = {"fork": "forks", "fact": "sums", "forced": "forced"}
+    looks = {
+        "fork": {"color": "#0059b3", "marker": "o"},
+        "fact": {"color": "#b35900", "marker": "D", "markerfacecolor": "white"},
+        "forced": {"color": "#000000", "marker": "x"},
     }
-    shades = {"fork": "#0059b3", "fact": "#e69f00", "forced": "0.65"}
-    labels = list(rows)
-    for ax, (what, title) in zip(
-        figure.subplots(1, 3, sharey=True), titles.items(), strict=True
-    ):
-        for i, kind in enumerate(KINDS):
-            values = [
+    titles = {"entropy": "H (nats)", "nucleus_entropy": "H', on the nucleus (nats)"}
+    labels = [label for label in SHOWN_KINDS if label in rows]
+    for ax, (what, title) in zip(axes, titles.items(), strict=True):
+        for kind, look in looks.items():
+            found = [
                 bootstrap(kinds(row)[kind][what] for row in rows[label]) for label in labels
             ]
-            mean, low, high = np.array(values).T
-            y = np.arange(len(labels)) + 0.27 * (i - 1)
-            style = {"color": shades[kind], "hatch": ("", "///", "")[i], "edgecolor": "white"}
-            ax.barh(y, mean, 0.25, xerr=(mean - low, high - mean), label=kind, **style)
-            for at, value in zip(y[mean > 2], mean[mean > 2], strict=True):
-                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-                ax.text(1.2, at, f"{value:.1f}", fontsize=6, ha="right", va="center", bbox=box)
-        ax.set(title=title, xlim=(0, 1 if what == "peaks" else 1.3))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set_yticks(range(len(labels)), [NAMES[label] for label in labels], fontsize=8)
-    ax.invert_yaxis()
-    figure.legend(
-        *ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7
-    )
+            mean, low, high = np.array(found).T
+            y = np.arange(len(labels)) + {"fork": 0, "fact": -0.17, "forced": 0.17}[kind]
+            ax.hlines(y, low, high, color=look["color"], linewidth=1)
+            ax.plot(mean, y, label=names[kind], linestyle="", markersize=5, **look)
+            if what == "entropy":  # there the kinds are far apart
+                where = {"ha": "center", "fontsize": 7.5, "color": look["color"]}
+                ax.text(mean[0], -0.65, names[kind], **where)
+        ax.set(title=title, xlim=(0, 1.3), ylim=(len(labels) - 0.5, -1.1))
+    axes[0].set_yticks(range(len(labels)), [NAMES[label] for label in labels], fontsize=8)
+    axes[1].set_yticks(range(len(labels)), [""] * len(labels))
     return figure
 
 
@@ -471,6 +439,7 @@ def constrained_figure(rows: dict[str, list[Row]], base: dict[int, Row]) -> Figu
             steps = [record["step"] for record in row["log"]]
             ax.plot(steps, np.array(entropy) / start, color="#0059b3", lw=0.8)
         ax.axhline(1, color="0", linestyle=":")
+        ax.text(0, 1.12, "base model", fontsize=7.5)
         ax.set(title=NAMES[label], xlabel="step", ylabel="H / base")
         ticks(ax.yaxis, (0.2, 0.5, 1, 2, 5, 10))
         ax.set_ylim(0.2, 12)
@@ -493,9 +462,10 @@ def k_figure(rows: dict[str, list[Row]], grade: str) -> Figure:
                 if f"{score}@{k}" in rows[label][0]["evals"][0]
             }
             band(ax, label, points)
-        ax.set(title=f"{score}@k, {grade}, T = {temperature}", xlabel="k", ylim=(0, 1))
+        ax.set(title=f"{score}@k, {grade}, T = {temperature}", xlabel="k")
+        ax.set_ylim(0.25 if grade == "easy" else 0, 1.01)
         ticks(ax.xaxis, ks)
-    axes[0].legend(fontsize=7)
+    name_lines(figure)
     return figure
 
 
@@ -510,7 +480,7 @@ def vocabularies_figure(rows: dict[str, list[Row]]) -> Figure:
             band(ax, label, grouped(some, study.vocabulary, value))
         ax.set(title=title, xlabel="vocabulary", ylim=(0, None))
         ticks(ax.xaxis, study.Size().vocabularies)
-    axes[0].legend(fontsize=7)
+    name_lines(figure)
     return figure
 
 
@@ -524,23 +494,39 @@ def sensitivity_figure(rows: dict[str, list[Row]], base: dict[int, Row]) -> Figu
     names = {"top_p": "p", "peak_quantile": r"$\tau$", "beta": r"$\beta$"}
     for ax, (knob, name) in zip(axes, names.items(), strict=True):
         some = rows[f"siren, {knob}"]
-        for label, value, style in (
-            ("H / base", kept, {"linestyle": "--"}),
-            ("maj@16", lambda r: study.score(r, "maj@16"), {"marker": "o"}),
-            ("avg@16", lambda r: study.score(r, "avg@16"), {"marker": "s", "linestyle": ":"}),
+        for label, value, look in (
+            ("H / base", kept, "dr_grpo"),
+            ("maj@16", lambda r: study.score(r, "maj@16"), "siren"),
+            ("avg@16", lambda r: study.score(r, "avg@16"), "naive_exploding"),
         ):
-            band(ax, label, grouped(some, lambda r, k=knob: r["config"][k], value), **style)
-        ax.set(xlabel=name, ylim=(0, None), xscale="log" if knob == "beta" else "linear")
+            points = grouped(some, lambda r, k=knob: r["config"][k], value)
+            band(ax, label, points, **STYLES[look])
+        ax.set(xlabel=name, ylim=(0, 1.15))
+        if knob == "beta":
+            ticks(ax.xaxis, points)
     axes[0].set_title("SIREN, hard prompts, T = 0.6", fontsize=9)
-    axes[0].legend(fontsize=7)
+    name_lines(figure)
     return figure
+
+
+def draw(found: dict[str, dict[str, list[Row]]]) -> dict[str, Figure]:
+    """Name -> figure, of every part that is complete; found: part -> label -> rows."""
+    figures = {}
+    if rows := found["main"]:
+        figures |= {"steps": steps_figure(rows), "kinds": kinds_figure(rows)}
+        figures |= {"k": k_figure(rows, "hard"), "k_easy": k_figure(rows, "easy")}
+        figures["constrained"] = constrained_figure(rows, by_seed(rows["base"]))
+    if rows := found["vocabularies"]:
+        figures["vocabularies"] = vocabularies_figure(rows)
+    if rows := found["sensitivity"]:
+        figures["sensitivity"] = sensitivity_figure(rows, by_seed(found["tune"]["base"]))
+    return figures
 
 
 def write(size: study.Size, store: study.Store, out: Path) -> None:
     """main.csv, tables.md and the figures of every part that is complete."""
     out.mkdir(parents=True, exist_ok=True)
     found = {part: labelled(part, size, store) for part in study.PARTS}
-    figures = {}
     lines = ["# Tables", "", "Written by `python research/study.py`; README.md says how.", ""]
     if rows := found["main"]:
         rows = {label: rows[label] for label in NAMES}  # in the order of the tables
@@ -551,9 +537,6 @@ def write(size: study.Size, store: study.Store, out: Path) -> None:
         lines += ["## SIREN against the others", "", *claims(table)]
         lines += ["## Where the entropy sits", "", *kinds_table(rows)]
         lines += ["## The chosen settings", "", *group_table(rows)]
-        figures |= {"steps": steps_figure(rows), "kinds": kinds_figure(rows)}
-        figures |= {"k": k_figure(rows, "hard"), "k_easy": k_figure(rows, "easy")}
-        figures["constrained"] = constrained_figure(rows, by_seed(rows["base"]))
     for part in ("tune", "vocabularies", "sensitivity", "scale", "official"):
         if rows := found[part]:
             lines += [f"## {part.capitalize()}", "", *group_table(rows)]
@@ -562,10 +545,7 @@ def write(size: study.Size, store: study.Store, out: Path) -> None:
         lines += scale_table(found["scale"], found["sensitivity"]["siren, beta"])
     if rows := found["vocabularies"]:
         lines += ["## SIREN against the others, by vocabulary", "", *vocabulary_table(rows)]
-        figures["vocabularies"] = vocabularies_figure(rows)
-    if rows := found["sensitivity"]:
-        figures["sensitivity"] = sensitivity_figure(rows, by_seed(found["tune"]["base"]))
     (out / "tables.md").write_text("\n".join(lines))
-    for name, figure in figures.items():
+    for name, figure in draw(found).items():
         figure.savefig(out / f"{name}.png")
     print(f"results: {out}")

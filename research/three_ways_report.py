@@ -20,7 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from research import study, study_report, three_ways
-from research.study_report import NAMES, holm, markdown, panels, sign_flip, text
+from research.figures import STYLES, name_lines, panels, ticks
+from research.study_report import NAMES, SHORT, holm, markdown, sign_flip, text
 
 Row = dict[str, Any]
 
@@ -497,10 +498,6 @@ SHADES = {  # way -> colour and hatch, told apart in grey
     "other": ("#ffffff", ""),
 }
 MARKS = {"": "o", "sound/": "s", "clean/": "D"}
-STYLES = {
-    **study_report.STYLES,
-    "wo_top_p": {"color": "#d55e00", "linestyle": (0, (3, 1, 1, 1)), "marker": "D"},
-}
 
 
 def caption(lines: list[Row]) -> str:
@@ -571,14 +568,14 @@ def course_figure(lines: list[Row]) -> Figure:
                 [mean(x[what] for x in some) for what in (over, name)]
                 for some in points.values()
             ]
-            style = {**STYLES[label], "markersize": 4, "label": NAMES[label]}
+            style = {**STYLES[label], "markersize": 4, "label": SHORT[label]}
             ax.plot(
                 *zip(*sorted(path, key=lambda xy: xy[0]) if over == "step" else path), **style
             )
         ax.set_title(title, fontsize=9)
         ax.set(xlabel="step" if over == "step" else "training reward", ylim=(0, None))
     figure.suptitle(caption(lines), fontsize=8)
-    axes[0].legend(fontsize=7)
+    name_lines(figure)
     return figure
 
 
@@ -594,9 +591,9 @@ def many_figure(lines: list[Row]) -> Figure:
             if points:
                 study_report.band(ax, label, dict(points))
         ax.set(title=f"pass@k by {KINDS[kind]} responses", xlabel="k", ylim=(0, 1))
-        study_report.ticks(ax.xaxis, sorted({x["k"] for x in lines})[::2])
+        ticks(ax.xaxis, sorted({x["k"] for x in lines})[::2])
     figure.suptitle(caption(lines), fontsize=8)
-    axes[0].legend(fontsize=7)
+    name_lines(figure)
     return figure
 
 
@@ -612,11 +609,11 @@ def tokens_figure(lines: list[Row]) -> Figure:
             for x in lines:
                 if x["method"] == label:
                     points[x["vocabulary"]].append(x[name])
-            study_report.band(ax, label, dict(points), **STYLES[label])
+            study_report.band(ax, label, dict(points))
         ax.set(xlabel="tokens in the vocabulary", ylim=(0, None))
         ax.set_title(title, fontsize=9)
-        study_report.ticks(ax.xaxis, sizes)
-    axes[0].legend(fontsize=7)
+        ticks(ax.xaxis, sizes)
+    name_lines(figure)
     return figure
 
 

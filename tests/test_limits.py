@@ -25,7 +25,6 @@ from common import (
     LOSSES,
     chi_square,
     make,
-    model_with_absolute_positions,
     oracle_entropy,
     oracle_nucleus,
     oracle_peaks,
@@ -173,6 +172,11 @@ ONE_COLUMN = {"mask": torch.ones(2, 1).bool()}
 REFUSED = [  # function, what does not fit, words of the error
     *[(siren.group_advantages, {"algorithm": x}, f"{x!r}") for x in ("Dr.GRPO", "", None)],
     *[(siren.group_advantages, {"group_size": x}, f"{x}") for x in (0, 1, 4, -2)],
+    *[
+        (siren.group_advantages, {"rewards": torch.tensor([1, 0, x, 0])}, "must be floats")
+        for x in (1, True, math.nan, math.inf, -math.inf)
+    ],
+    (siren.group_advantages, {"rewards": torch.tensor([True, False])}, "torch.bool"),
     *[(siren.nucleus, {"top_p": x}, f"top_p {x}") for x in (0.0, -0.1, 1.01, math.nan)],
     *[(siren.token_stats, {"top_p": x}, f"top_p {x}") for x in (0.0, 80)],
     *[(siren.peak_mask, wrong, "mask") for wrong in (NO_BOOL, ONE_COLUMN)],
@@ -324,45 +328,6 @@ def test_chunked_head_never_holds_all_logits(trained):
     assert 3 * 600 <= largest.elements < 24 * 600 / 2, idea
     sizes, _ = kept_for_backward([hidden, head.weight], run)
     assert sum(sizes) < 600, "nothing of size V outlives its chunk"
-
-
-# ------------------------------------------------------- models that can't be trained exactly
-
-
-def compare(model):
-    """What a run does before its first update."""
-    cfg = siren.Config(max_tokens=12)
-    rollout = sampled(reference, model, samples=4)
-    with torch.no_grad():
-        logp = siren.score(model, rollout, cfg)["logp"]
-    siren.compare_scores(model, rollout, logp, cfg)
-    return rollout, logp, cfg
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_that_cache_and_hide_padding_are_accepted(dtype):
-    compare(small_model().to(dtype))
-    compare(model_with_absolute_positions())
-
-
-@pytest.mark.parametrize("ignored", [["position_ids"], ["past_key_values", "attention_mask"]])
-def test_a_model_that_ignores_positions_or_its_cache_is_refused(ignored):
-    model = model_with_absolute_positions()
-
-    def leave_out(module, args, given):
-        return args, {name: x for name, x in given.items() if name not in ignored}
-
-    model.transformer.register_forward_pre_hook(leave_out, with_kwargs=True)
-    with pytest.raises(ValueError, match="this model can't be trained"):
-        compare(model)
-
-
-def test_scores_that_differ_from_what_was_sampled_are_refused():
-    model = small_model()
-    rollout, logp, cfg = compare(model)
-    siren.compare_scores(model, rollout, logp + 1e-4, cfg)
-    with pytest.raises(ValueError, match=r"differ by 0\.01 nats"):
-        siren.compare_scores(model, rollout, logp + 0.01, cfg)
 
 
 # -------------------------------------------------------------------- a device without float64

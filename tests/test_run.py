@@ -376,6 +376,48 @@ def test_the_table(tmp_path):
     assert "step" not in rows
 
 
+def test_a_run_that_learns_nothing_says_so(tmp_path):
+    """With one token no response can end: every reward is 0. It is said after ten steps, and
+    at the end; a run that learns says nothing of the kind."""
+    flags = flags_of({**SMALL, "save_every": 99, "eval_prompts": 1})
+    code, out, lines = command(
+        f"--out={tmp_path / 'a'}", "--max-tokens=1", "--steps=11", *flags
+    )
+    told = " ".join(lines)
+    assert code == 0 and told.count("no signal for ten steps") == 1
+    assert out.count("no signal for ten steps") == 1 and "\\boxed{}" in told
+    assert all(record["mixed_groups"] == 0 for record in on_disk(tmp_path / "a")[1:])
+    code, out, lines = command(f"--out={tmp_path / 'b'}", "--steps=11", *flags)
+    assert code == 0 and "no signal" not in out + " ".join(lines)
+    assert 0 < on_disk(tmp_path / "b")[-1]["mixed_groups"] <= 1
+
+
+def test_mixed_groups_are_those_with_right_and_wrong_responses(tmp_path):
+    """By hand from the rewards: 0 exactly when no group could teach anything."""
+    records = run(tmp_path, steps=4, prompts=2, mini_batches=1)
+    for record in records[1:]:
+        right = round(record["reward"] * 2 * SMALL["group_size"])
+        possible = {0: {0.0}, 8: {0.0}, 4: {0.0, 1.0}}.get(right, {0.5, 1.0})
+        assert record["mixed_groups"] in possible
+
+
+def test_a_reader_that_leaves_early_is_no_failure(tmp_path):
+    """siren.py | true, although the table has nowhere to go."""
+    words = [sys.executable, str(ROOT / "siren.py"), "--steps=0", f"--out={tmp_path}"]
+    words += flags_of({**SMALL, "eval_prompts": 1})
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 0 and "Error" not in errors
+    assert len(on_disk(tmp_path)) == 1
+
+
+def test_a_fifo_in_the_place_of_the_log_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert run(tmp_path, steps=0, eval_prompts=1) == on_disk(tmp_path)
+    assert (tmp_path / "metrics.jsonl").is_file()
+
+
 def test_help_documents_every_field(capsys):
     with pytest.raises(SystemExit) as done:
         siren.main(["--help"])

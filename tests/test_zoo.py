@@ -507,16 +507,6 @@ def test_cure_trains_drawn_tokens_alone_and_leaves_evaluation_as_it_is(tmp_path)
     assert cure[1]["reward"] != plain[1]["reward"]
 
 
-def test_what_cure_draws_is_compared_with_the_scores(tmp_path, monkeypatch):
-    def wrong(*args, **options):
-        out = sampler.branch(*args, **options)
-        return out._replace(logp=1.1 * out.logp)
-
-    monkeypatch.setitem(METHODS, "cure", dataclasses.replace(METHODS["cure"], sample=wrong))
-    with pytest.raises(ValueError, match="sampling and scoring differ by"):
-        train(tmp_path / "x", "cure")
-
-
 # --------------------------------------------------------------------------- what they promise
 def four_runs(folder, name, options=None):
     """Reward and mean H of the last five of 40 steps, and H of the first, means of four seeds.

@@ -10,11 +10,16 @@ notes.md. There `# name` is a function of siren.py and `## title` a note, whose 
     > a piece of a line ... a piece of a later line
 
 says which lines it is about; the second piece may be missing. `> def` is the first line of the
-function to the end of its docstring. A piece that is not in exactly one line of the function
-stops the build, so that no note can stand beside the wrong code.
+function to the end of its docstring. After a formula, `@ a piece ... a piece` says which lines
+of the note compute it. `FIGURE name` puts figure_name.html here, with the text that follows;
+what follows `ENDING` is the end of the page.
+
+A piece that is not in exactly one line of the function stops the build, so that no note can
+stand beside the wrong code. All such pieces are listed, each with the most similar line.
 """
 
 import ast
+import difflib
 import html
 import itertools
 import json
@@ -31,27 +36,30 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 HERE = Path(__file__).resolve().parent
+OTHERS = ("style.css", "data.json", "page.js", "figures.js", "dynamics.js")
 SOURCE, PAGE = HERE.parent.parent / "siren.py", HERE.parent / "annotated.html"
 # the code that is shown: from the line after the first piece to the line before the second
+# a formula, and the pieces of the lines that compute it
+COMPUTED = re.compile(r"^(\$\$.+\$\$)\n(@ .+)$", re.MULTILINE)
 SHOWN = (("# === begin: copy from here", "2. settings"), ("5. training step", "6. evaluation"))
 
 
 class BuildError(ValueError):
-    """Sources that do not fit together, in one line."""
+    """Sources that do not fit together: a line for each problem."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """A note about the lines first to last (counted from 1) of siren.py."""
+    """A note about the lines first to last (counted from 1) of siren.py. The code beside it
+    begins at start: of its function, if this is the function's first note."""
 
     function: str
     title: str
-    start: (
-        int  # of the code shown with it: of its function, if this is the function's first note
-    )
+    start: int
     first: int
     last: int
     text: str  # Markdown
+    computed: tuple[tuple[int, int], ...]  # the lines of each formula that has some
 
     @property
     def slug(self):
@@ -62,17 +70,19 @@ class Note:
 def find_line(lines, first, last, piece, where):
     """The number of the only line from first to last that has the piece in it."""
     found = [n for n in range(first, last + 1) if piece in lines[n - 1]]
-    if len(found) != 1:
-        problem = f"is in {len(found)} lines" if found else "is in no line"
-        raise BuildError(
-            f"{where}: {piece!r} {problem} of siren.py {first}-{last}; mend the note"
-        )
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    problem = f"is in {len(found)} lines" if found else "is in no line"
+    texts = {lines[n - 1].strip(): n for n in range(last, first - 1, -1)}
+    begins = {text[: len(piece)]: n for text, n in texts.items()}
+    near = difflib.get_close_matches(piece, begins, 1, 0.5)
+    hint = f"; the most similar is line {begins[near[0]]}: {near[0]!r}" if near else ""
+    raise BuildError(f"{where}: {piece!r} {problem} of siren.py {first}-{last}; mend it{hint}")
 
 
 def find_lines(lines, function, anchor, where):
     """The numbers of the first and last line that an anchor is about. function: of ast."""
-    start, _, stop = anchor.removeprefix("> ").partition(" ... ")
+    start, _, stop = anchor[2:].partition(" ... ")
     end = function.end_lineno
     if start == "def":
         first, last = function.lineno, function.body[0].end_lineno
@@ -81,27 +91,49 @@ def find_lines(lines, function, anchor, where):
     return first, find_line(lines, first, end, stop, where) if stop else last
 
 
+def read_note(part, function, lines, start):
+    """The Note of `title, anchor, text`; its code begins at `start`, or where it begins."""
+    title, anchor, text = part.split("\n", 2)
+    where = f"notes.md: {title}"
+    first, last = find_lines(lines, function, anchor, where)
+    pieces = COMPUTED.findall(text)
+    computed = tuple(find_lines(lines, function, piece, where) for _, piece in pieces)
+    for (_, piece), (begin, end) in zip(pieces, computed):
+        if begin < first or end > last:
+            raise BuildError(f"{where}: {piece!r} is not in its lines {first}-{last}; mend it")
+    return Note(function.name, title, start or first, first, last, text, computed)
+
+
+def check_order(notes):
+    """BuildError if a note begins before the one above it ends."""
+    for note, following in itertools.pairwise(notes):
+        if following.first <= note.last:
+            raise BuildError(f"notes.md: {following.title}: must come after {note.title!r}")
+
+
 def read_notes(text, source):
-    """The introduction (Markdown) and the list of notes."""
+    """The introduction (Markdown), the list of notes, and the ending (Markdown)."""
     lines = source.split("\n")
     known = {f.name: f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)}
+    text, _, ending = text.partition("\nENDING\n")
     intro, *functions = re.split(r"^# (?=\w+$)", text, flags=re.MULTILINE)
-    notes = []
+    notes, problems = [], []
     for function in functions:
         name, *parts = re.split(r"^## ", function, flags=re.MULTILINE)
         name = name.strip()
         if name not in known:
-            raise BuildError(f"notes.md: siren.py has no function {name}; mend its notes")
-        for part in parts:
-            title, anchor, body = part.split("\n", 2)
-            span = find_lines(lines, known[name], anchor, f"notes.md: {title}")
-            begin = known[name].decorator_list or [known[name]]
-            start = span[0] if part is not parts[0] else begin[0].lineno
-            notes.append(Note(name, title, start, *span, body))
-    for note, following in itertools.pairwise(notes):
-        if following.first <= note.last:
-            raise BuildError(f"notes.md: {following.title}: must come after {note.title!r}")
-    return intro, notes
+            problems.append(f"notes.md: siren.py has no function {name}; mend its notes")
+            continue
+        start = (known[name].decorator_list or [known[name]])[0].lineno
+        for i, part in enumerate(parts):
+            try:
+                notes.append(read_note(part, known[name], lines, start if i == 0 else None))
+            except BuildError as error:
+                problems.append(str(error))
+    if problems:
+        raise BuildError("\n".join(problems))
+    check_order(notes)
+    return intro, notes, ending
 
 
 class Formulas:
@@ -129,38 +161,75 @@ def code_html(source):
     return marked.split("\n")
 
 
+def place_of(first, last):
+    """In words."""
+    return f"line {first}" if first == last else f"lines {first}–{last}"
+
+
 def line_html(number, code, indent, note):
     """A line of code with its number, which is a link to the line's note."""
     label = f'<span class="no">{number}</span>'
     if note:
-        label = (
-            f'<a class="no" href="#{note.slug}" title="{html.escape(note.title)}">{number}</a>'
-        )
+        title = html.escape(note.title)
+        label = f'<a class="no" href="#{note.slug}" title="{title}">{number}</a>'
     style = f'style="--indent:{indent}ch"'
-    return f'<span class="line" id="L{number}" {style}>{label}<span>{code}\n</span></span>'
+    computes = note and any(first <= number <= last for first, last in note.computed)
+    kind = "line computes" if computes else "line"
+    return f'<div class="{kind}" id="L{number}" {style}>{label}<span>{code}\n</span></div>'
 
 
-def row_html(note, body, lines, source_lines, end, heading):
-    """A note and the code that is shown with it, to the line before end."""
+def code_of(note, lines, source_lines, end, docstring):
+    """The HTML of the code that is shown with a note, to the line before end. All lines of the
+    docstring but the first can be folded."""
     out = []
+    folded = range(docstring[0] + 1, docstring[1] + 1) if docstring else range(0)
     for n in range(note.start, end):
         text = source_lines[n - 1]
         inside = note.first <= n <= note.last
         if n == note.first:
-            out.append(f'<span class="noted" id="code-{note.slug}">')
+            out.append(f'<div class="noted" id="code-{note.slug}">')
+        if len(folded) > 1 and n == folded[0]:
+            more = f"the docstring goes on: {len(folded)} lines"
+            out.append(f'<details class="doc" open><summary>{more}</summary>')
         indent = len(text) - len(text.lstrip())
         out.append(line_html(n, lines[n - 1], indent, note if inside else None))
+        if len(folded) > 1 and n == folded[-1]:
+            out.append("</details>")
         if n == note.last:
-            out.append("</span>")
-    place = (
-        f"line {note.first}" if note.first == note.last else f"lines {note.first}–{note.last}"
-    )
+            out.append("</div>")
+    return "".join(out)
+
+
+def linked_formulas(note):
+    """The note's text, its computed formulas in links to their first line."""
+    computed = iter(note.computed)
+
+    def link(found):
+        first, last = next(computed)
+        numbers = " ".join(map(str, range(first, last + 1)))
+        begin = f'<a class="formula" href="#L{first}" data-lines="{numbers}">'
+        same = " same" if (first, last) == (note.first, note.last) else ""  # said above
+        place = f'<span class="at{same}">{place_of(first, last)}</span>'
+        return f"{begin}\n{place}\n\n{found[1]}\n\n</a>\n"
+
+    return COMPUTED.sub(link, note.text)
+
+
+def row_html(note, body, code, heading):
+    """A note and the code that is shown with it."""
     return (
         f'<section class="row">\n<article class="note" id="{note.slug}"><div class="stay">'
         f'{heading}<div class="title"><h3>{html.escape(note.title)}</h3>'
-        f'<a href="#code-{note.slug}">{place}</a></div>\n{body}</div></article>\n'
-        f'<pre class="code">{"".join(out)}</pre>\n</section>\n'
+        f'<a href="#code-{note.slug}">{place_of(note.first, note.last)}</a></div>\n'
+        f'{body}</div></article>\n<div class="code">{code}</div>\n</section>\n'
     )
+
+
+def docstrings(source):
+    """Function -> the numbers of the first and last line of its docstring."""
+    functions = [f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)]
+    found = {f.name: f.body[0] for f in functions if ast.get_docstring(f) is not None}
+    return {name: (node.lineno, node.end_lineno) for name, node in found.items()}
 
 
 def ends_of(notes, source_lines):
@@ -176,32 +245,43 @@ def ends_of(notes, source_lines):
     return [min(end for end in ends if end > note.start) for note in notes]
 
 
+def rows_html(notes, source, markdown):
+    """All rows, and the figures between them; and the functions in their order."""
+    source_lines, lines = source.split("\n"), code_html(source)
+    folds, rows, seen = docstrings(source), [], []
+    for note, end in zip(notes, ends_of(notes, source_lines)):
+        heading, fold = "", None
+        if note.function not in seen:
+            seen.append(note.function)
+            heading = f'<h2 id="{note.function}"><code>{note.function}</code></h2>'
+            fold = folds.get(note.function)
+        text = linked_formulas(note)
+        text, *figures = re.split(r"^FIGURE (\w+)$", text, flags=re.MULTILINE)
+        code = code_of(note, lines, source_lines, end, fold)
+        rows.append(row_html(note, markdown.render(text), code, heading))
+        for name, caption in zip(figures[::2], figures[1::2]):
+            frame = (HERE / f"figure_{name}.html").read_text("utf-8")
+            rows.append(frame.replace("{{text}}", markdown.render(caption)))
+    return "".join(rows), seen
+
+
 def build(source, notes_text, formulas_json):
     """The page (text), and the Formulas that it uses."""
     formulas = Formulas(formulas_json["html"])
     markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
     markdown.use(dollarmath_plugin, renderer=formulas)
-    intro, notes = read_notes(notes_text, source)
-    source_lines, lines = source.split("\n"), code_html(source)
-    rows, seen = [], []
-    for note, end in zip(notes, ends_of(notes, source_lines)):
-        heading = ""
-        if note.function not in seen:
-            seen.append(note.function)
-            heading = f'<h2 id="{note.function}"><code>{note.function}</code></h2>'
-        text, *figure = re.split(r"^FIGURE (\w+)$", note.text, flags=re.MULTILINE)
-        rows.append(row_html(note, markdown.render(text), lines, source_lines, end, heading))
-        if figure:
-            frame = (HERE / f"figure_{figure[0]}.html").read_text("utf-8")
-            rows.append(frame.replace("{{text}}", markdown.render(figure[1])))
-    links = "\n".join(f'<a href="#{name}"><code>{name}</code></a>' for name in seen)
+    intro, notes, ending = read_notes(notes_text, source)
+    rows, functions = rows_html(notes, source, markdown)
+    links = "\n".join(f'<a href="#{name}"><code>{name}</code></a>' for name in functions)
+    texts = {name: (HERE / name).read_text("utf-8") for name in OTHERS}
     parts = {
-        "css": formulas_json["css"] + (HERE / "style.css").read_text("utf-8"),
+        "css": formulas_json["css"] + texts["style.css"],
         "intro": markdown.render(intro),
         "functions": links,
-        "rows": "".join(rows),
-        "data": (HERE / "data.json").read_text("utf-8"),
-        "script": (HERE / "figures.js").read_text("utf-8"),
+        "rows": rows,
+        "ending": markdown.render(ending),
+        "data": texts["data.json"],
+        "script": "".join(texts[name] for name in OTHERS if name.endswith(".js")),
     }
     page = (HERE / "page.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page), formulas
@@ -236,7 +316,7 @@ def main(argv):
         page, formulas = build(*read_sources())
         formulas.check()
     except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
         return 2
     PAGE.write_text(page, "utf-8")
     print(f"{PAGE.relative_to(HERE.parent.parent)}: {len(page) // 1000} kB")

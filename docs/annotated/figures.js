@@ -1,6 +1,6 @@
-// The two figures of the annotated page. The functions above `draw...` are siren.py's, for one
-// position or one response; a test compares them with it.
-"use strict";
+
+// Two figures of the masks. The functions above `draw...` are siren.py's, for one position or
+// one response; a test compares them with it.
 
 const sum = (x) => x.reduce((a, b) => a + b, 0);
 
@@ -59,9 +59,9 @@ function show(id, value, digits) {
   byId(id).textContent = value.toFixed(digits);
 }
 
-function readSlider(id) {
+function readSlider(id, digits = 2) {
   const input = byId(id);
-  document.querySelector(`output[for=${id}]`).value = Number(input.value).toFixed(2);
+  document.querySelector(`output[for=${id}]`).value = Number(input.value).toFixed(digits);
   return Number(input.value);
 }
 
@@ -113,24 +113,56 @@ function drawPeaks() {
   show("response-entropy", sum(h.filter((_, t) => peak[t])) / Math.max(1, sum(peak)), 4);
   byId("token-count").textContent = h.length;
   byId("largest").textContent = largest.toFixed(2);
-  const tokens = data.tokens.map((token, t) => {
-    const shown = token.replace("\n", "↵").replace("<|im_end|>", "end");
-    const made = element("span", peak[t] ? "token peak" : "token", shown);
-    made.style.setProperty("--share", h[t] / largest);
-    const options = data.options[t].map(([word, q]) => `${JSON.stringify(word)} ${q}`);
-    made.title = `H′ = ${h[t].toFixed(4)} nats; q: ${options.join(", ")}`;
-    return made;
-  });
+  [...byId("tokens").children].forEach((made, t) => (made.className = peak[t] ? "token peak" : "token"));
   const columns = h.map((x, t) => {
     const made = element("span", peak[t] ? "column peak" : "column");
     made.style.height = `${(100 * x) / largest}%`;
     return made;
   });
-  byId("tokens").replaceChildren(...tokens);
   byId("columns").replaceChildren(...columns, line);
 }
 
+// the tokens are buttons; one of them is in the Tab order, the arrow keys go to the others
+function makeTokens() {
+  const h = data.nucleus_entropy;
+  const buttons = data.tokens.map((token, t) => {
+    const shown = token === " " ? "␣" : token.replace("\n", "↵").replace("<|im_end|>", "end");
+    const made = element("button", "token", shown);
+    made.type = "button";
+    made.tabIndex = t === 0 ? 0 : -1;
+    made.style.setProperty("--share", h[t] / Math.max(...h));
+    for (const event of ["pointerenter", "focus", "click"]) made.addEventListener(event, () => showOptions(t));
+    return made;
+  });
+  byId("tokens").replaceChildren(...buttons);
+  byId("tokens").addEventListener("keydown", (event) => {
+    const at = buttons.indexOf(document.activeElement);
+    const last = buttons.length - 1;
+    const next = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: last }[event.key];
+    if (next === undefined) return;
+    event.preventDefault();
+    buttons[Math.min(last, Math.max(0, next))].focus();
+  });
+}
+
+function showOptions(t) {
+  const buttons = [...byId("tokens").children];
+  buttons.forEach((x, i) => {
+    x.tabIndex = i === t ? 0 : -1;
+    if (i === t) x.setAttribute("aria-current", "true");
+    else x.removeAttribute("aria-current");
+  });
+  const words = data.options[t].map(([word, q]) => `${JSON.stringify(word)} ${q.toFixed(2)}`);
+  const h = data.nucleus_entropy[t].toFixed(4);
+  byId("token-options").textContent = `Token ${t + 1}, ${JSON.stringify(data.tokens[t])}: H′ = ${h} nats; q: ${words.join(", ")}`;
+}
+
+document.querySelectorAll(".panel").forEach((x) => (x.hidden = false));
+document.querySelectorAll(".needs-script").forEach((x) => x.remove());
 for (const id of ["top-p", "temperature"]) byId(id).addEventListener("input", drawNucleus);
 byId("tau").addEventListener("input", drawPeaks);
+makeTokens();
+showOptions(24);
 drawNucleus();
 drawPeaks();
+

@@ -111,7 +111,6 @@ class Plugged:
         self.siren_step = siren.training_step
         self.siren_advantages = siren.group_advantages
         self.siren_sample = siren.sample
-        self.siren_compare = siren.compare_scores
         self.base: torch.nn.Module | None = None
 
     def new_run(self, cfg: siren.Config, resume: bool = False) -> siren.Run:
@@ -175,13 +174,6 @@ class Plugged:
         if not key.rpartition("/")[2].isdigit():
             return self.siren_sample(*common)
         return self.method.sample(self.siren_sample, *common, **vars(self.options))
-
-    def compare_scores(
-        self, model: torch.nn.Module, rollout: siren.Rollout, logp: Tensor, cfg: siren.Config
-    ) -> None:
-        """siren.compare_scores of the tokens that were drawn: kept ones have a logp of 0."""
-        drawn = torch.where(rollout.logp < 0, rollout.logp, logp)
-        self.siren_compare(model, rollout._replace(logp=drawn), logp, cfg)
 
     def draw(self, what: str) -> random.Random:
         """A source of random numbers that is a function of seed, step and mini-batch."""
@@ -281,4 +273,3 @@ def use(method: Method, **options: Any) -> None:
     siren.update = plugged.update
     if method.sample:
         siren.sample = plugged.sample
-        siren.compare_scores = plugged.compare_scores

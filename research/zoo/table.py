@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import siren
 from research import study, study_report
+from research.figures import ticks
 from research.plugs import plugged
 from research.tools import Parser, locked
 from research.zoo.methods import METHODS, VARIANTS
@@ -38,6 +40,7 @@ SHORT = re.compile(
     r"(<!-- short table: begin -->\n)(.*)(<!-- short table: end -->)", re.DOTALL
 )
 REFERENCES = ("dr_grpo", "siren")
+FAMILY = ("siren", "wo_top_p", "wo_peak", "wo_anchor", "anchor_only")
 SUPPORT = ("SRR", "NDR", "NSCR")
 REWARD = 0.6  # at which the entropies of fast and slow learners are compared
 SCORED = ("maj@16", "pass@16", "avg@16")
@@ -371,51 +374,47 @@ def short_table(path: Path, old: str) -> str:
 
 
 def figure(rows: dict[str, list[Row]]) -> Any:
-    """maj@16 against the entropy kept, pass@16 against that at forks: a numbered point for
-    each method, with its intervals. The numbers are those of the page (14b: dph_js); what has
-    none there has a letter. Dashed: Dr.GRPO's mean; dotted: the base model's, whose maj@16 is
-    below the picture."""
+    """A row for each method, the best pass@16 on top: scores, and the entropy that is left.
+    Dashed: Dr.GRPO's mean; dotted: the base model's, whose maj@16 is outside the picture."""
     base = study_report.by_seed(rows["base"])
-    letters = iter("ABCDEFGHIJ")
-    marks = {name: str(m.number) if m.number else next(letters) for name, m in METHODS.items()}
-    marks["dph_js"] += "b"
-    drawing, axes = study_report.panels(2)
-    drawing.set_size_inches(7.2, 5)
-    order = sorted(
-        marks, key=lambda name: (not marks[name].isalpha(), marks[name][:2].zfill(2))
-    )
-    lines = (
-        ("maj@16", "dr_grpo", "--"),
-        ("pass@16", "dr_grpo", "--"),
-        ("pass@16", "base", ":"),
-    )
-    parts = ("maj@16", kept, "entropy"), ("pass@16", kept_at_forks, "entropy at forks")
-    for ax, (score, amounts, what_x) in zip(axes, parts, strict=True):
-        for _, name, style in (line for line in lines if line[0] == score):
-            mean = study_report.bootstrap(evaluation(row)[score] for row in rows[name])[0]
-            ax.axhline(mean, color="0.3", linestyle=style, linewidth=0.9, zorder=1)
-            where = {"xy": (0.99, mean), "xycoords": ("axes fraction", "data"), "ha": "right"}
-            ax.annotate(study_report.NAMES[name], **where, va="bottom", fontsize=6)
-        for name, mark in ((name, marks[name]) for name in order):
-            x = study_report.bootstrap(amounts(rows[name], base))
-            y = study_report.bootstrap(evaluation(row)[score] for row in rows[name])
-            bars = {
-                "xerr": [[x[0] - x[1]], [x[2] - x[0]]],
-                "yerr": [[y[0] - y[1]], [y[2] - y[0]]],
-            }
-            color = "0.3" if METHODS[name].number else "#0059b3"
-            ring, inside = (color, "white") if name == "siren" else ("white", color)
-            top = {"zorder": 3 if METHODS[name].number else 4 + (name == "dr_grpo")}  # seen
-            ax.errorbar(x[0], y[0], **bars, color=color, alpha=0.5, linewidth=0.6, zorder=2)
-            ax.plot(x[0], y[0], "o", color=ring, markeredgecolor=color, markersize=10, **top)
-            size = {"markersize": (4, 7, 9)[len(mark) - 1], "markeredgewidth": 0.3}
-            ax.plot(x[0], y[0], marker=f"${mark}$", color=inside, **size, **top)
-            legend = {"marker": f"${mark}$", "color": color, "label": METHODS[name].title}
-            ax.plot([], [], linestyle="", **legend, **size)
-        ax.set(xlabel=f"{what_x} / base model's", ylabel=f"{score}, hard prompts, T = 0.6")
-        study_report.ticks(ax.xaxis, (0.2, 0.3, 0.5, 1, 2, 3))
-    handles = axes[0].get_legend_handles_labels()
-    drawing.legend(*handles, loc="outside lower center", ncols=4, fontsize=6)
+    values = {
+        "pass@16": lambda some: [evaluation(row)["pass@16"] for row in some],
+        "H at forks / base": lambda some: kept_at_forks(some, base),
+        "maj@16": lambda some: [evaluation(row)["maj@16"] for row in some],
+        "H / base": lambda some: kept(some, base),
+    }
+    found = {
+        what: {name: study_report.bootstrap(value(some)) for name, some in rows.items()}
+        for what, value in values.items()
+    }
+    names = sorted(EVERY, key=lambda name: -found["pass@16"][name][0])
+    drawing = Figure(figsize=(7.6, 5.6), dpi=130, layout="constrained")
+    axes = drawing.subplots(1, len(values), sharey=True)
+    for ax, (what, numbers) in zip(axes, found.items(), strict=True):
+        for y, name in enumerate(names):
+            mean, low, high = numbers[name]
+            color = "#0059b3" if name in FAMILY else "#000000"
+            ax.plot([low, high], [y, y], color=color, linewidth=1, zorder=2)
+            shape = {"markersize": 5, "zorder": 3, "color": color}
+            shape |= {"marker": "o"} if name in FAMILY else {"marker": "D"}
+            inside = color if name in REFERENCES else "white"
+            ax.plot(mean, y, linestyle="", markerfacecolor=inside, **shape)
+        for name, dashes in (("dr_grpo", (0, (4, 2))), ("base", (0, (1, 1)))):
+            style = {"color": "#444444", "linestyle": dashes, "linewidth": 1, "zorder": 1}
+            if (what, name) != ("maj@16", "base"):
+                label = study_report.NAMES[name]
+                ax.axvline(numbers[name][0], label=label, **style)
+                if what == "pass@16":
+                    where = {"ha": "right" if name == "dr_grpo" else "left", "fontsize": 6.5}
+                    ax.text(numbers[name][0], -1.1, label, **where)
+        ax.set_title(what, fontsize=9)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3, axis="y")
+        ax.spines[["top", "right"]].set_visible(False)
+        if what.startswith("H"):
+            ticks(ax.xaxis, (0.2, 0.5, 1, 2))
+    axes[0].set_yticks(range(len(names)), names, fontsize=7)
+    axes[0].set_ylim(len(names) - 0.5, -2)
     return drawing
 
 

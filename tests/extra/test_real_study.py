@@ -1,4 +1,4 @@
-"""Tests of real_study.py, its questions and shared_prompts.py, on tiny random models.
+"""Tests of real_study.py and its questions, on tiny random models.
 
 python -m pytest tests/extra/test_real_study.py
 """
@@ -17,11 +17,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from figure_checks import check_figure
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import siren
 import text_env
-from research import real_study, real_task, shared_prompts
+from research import real_study, real_task
 from research.plugs import plugged
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 24}
@@ -54,78 +55,6 @@ def roll(model: torch.nn.Module, samples: int = 4) -> siren.Rollout:
     rollout = siren.sample(model, task, problems, cfg, "1", samples, 1.0)
     assert len(set(rollout.mask.sum(1).tolist())) > 3
     return rollout
-
-
-# --------------------------------------------------------------------------- shared_prompts.py
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("rows", [slice(None), slice(3, 6), slice(1, None, 3)], ids=str)
-def test_shared_prompts_change_rounding_only(attention, rows):
-    model = tiny(attention)
-    rollout = roll(model).rows(rows)
-    found = []
-    for forward in (siren.forward, shared_prompts.forward):
-        model.zero_grad()
-        hidden = forward(model, rollout)
-        weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
-        (hidden * weights)[rollout.mask].sum().backward()
-        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        found.append((hidden.detach()[rollout.mask], torch.cat(grads)))
-    (plain, plain_grad), (shared, shared_grad) = found
-    assert plain.shape == (int(rollout.mask.sum()), 16)
-    assert torch.allclose(plain, shared, atol=2e-5)
-    assert (plain_grad - shared_grad).norm() < 1e-5 * plain_grad.norm()
-
-
-def test_a_step_is_the_same_and_reads_each_token_once(monkeypatch):
-    model, read = tiny(rank=2), []
-    rollout = roll(model)
-    cfg = siren.Config(prompts=4, mini_batches=1, group_size=4, max_tokens=9)
-    adv = torch.tensor([0.5, -0.5, -0.5, 0.5] * 4)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=0.0)
-    run = SimpleNamespace(
-        cfg=cfg, model=model, weights=weights, optimizer=optimizer, anchor=1.0
-    )
-    layer = model.base_model.layers[0]
-    layer.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2].numel()))
-    found = []
-    for forward in (siren.forward, shared_prompts.forward):
-        monkeypatch.setattr(siren, "forward", forward)
-        read.clear()
-        with torch.no_grad():
-            old = siren.score(model, rollout, cfg)
-        found.append(siren.update(run, rollout, old["logp"], adv))
-    prompts = rollout.prompt_mask[::4].sum()
-    assert sum(read) == 2 * int(prompts + rollout.mask.sum())  # once to score, once to update
-    assert found[0].keys() == found[1].keys() and found[0]["grad_norm"] > 0
-    for name, value in found[0].items():
-        assert found[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-
-
-def test_micro_batches_change_rounding_only(monkeypatch):
-    """Parts of the rows, computed again in the backward pass, with the drop-in."""
-    monkeypatch.setattr(siren, "forward", shared_prompts.forward)
-    model = tiny(rank=2)
-    rollout = roll(model)
-    gradients = []
-    for size in (64, 3):
-        cfg = siren.Config(micro_batch_size=size)
-        model.zero_grad()
-        siren.score(model, rollout, cfg)["nucleus_entropy"].sum().backward()
-        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        gradients.append(torch.cat(grads))
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
-
-
-def test_what_it_saves_is_a_table(capsys):
-    plain = siren.forward
-    shared_prompts.main(["--prompts", "3", "--mini-batches", "2", "--max-tokens", "4"])
-    assert siren.forward is plain
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["siren.forward", "research.shared_prompts"]
-    for row in rows:
-        *parts, step = map(float, row[1:])
-        assert len(parts) == 3 and step == pytest.approx(sum(parts), abs=0.2)
 
 
 # -------------------------------------------------------------------------------- real_task.py
@@ -563,3 +492,18 @@ def test_the_pages_claims_in_words():
     assert 0.5 < min(h) < 0.55 and 2.05 < max(h) < 2.15
     assert 30 < passes("wo_top_p", 0.8)[0] < 35
     assert 0.61 < mean_of("anchor_only", "reward") < 0.63
+
+
+def test_the_figures_can_be_read_in_grey():
+    """From the stored rows: at most five lines, dashes of their own, names at the lines."""
+    curves = real_study.read_csv(real_study.RESULTS / "curves.csv")
+    figure = real_study.curves_figure(curves)
+    assert check_figure(figure) == 4 + 4 + 4 + 4 + 4 + 5
+    solved = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
+    dr_grpo = [r["reward"] for r in curves if r["method"] == "dr_grpo" and r["step"] > 55]
+    assert solved["Dr.GRPO"][-1] == pytest.approx(np.mean(dr_grpo))  # three seeds, five steps
+    positions = real_study.read_csv(real_study.RESULTS / "positions.csv")
+    sizes, peaks = real_study.positions_figure(positions).axes
+    assert sum(bar.get_height() for bar in sizes.patches) == len(positions)
+    words = {text.get_text() for text in peaks.texts}
+    assert words == {"other positions (filled)", "peaks, tau = 0.8 (outline)"}

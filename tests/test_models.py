@@ -1,0 +1,293 @@
+"""Which models can be trained: text_env tries them before anything is trained, and reads each
+prompt once where it can. On tiny random models, made by research/families.py."""
+
+import contextlib
+import functools
+import io
+
+import pytest
+import torch
+from common import model_with_absolute_positions, small_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import siren
+import text_env
+from research import families
+from research.families import PROMPTS, TOKENS, build, judge
+
+CFG = siren.Config(max_tokens=TOKENS, device="cpu")
+LONGEST = max(map(len, PROMPTS)) + TOKENS
+RIGHT = {  # family: is a prompt read once for all of its responses?
+    "llama": True,
+    "qwen2": True,
+    "gpt_neox": True,
+    "phi3": True,
+    "mpt": False,  # a bias that grows with the distance in the row
+    "bloom": False,
+    "gpt_neo": False,  # windows that its cache knows nothing of
+    "mistral": False,  # windows
+    "qwen3_next": False,  # linear attention and attention
+    "jamba": False,
+    "falcon_h1": False,
+    "mamba": False,
+    "minimax_m3_vl_text": True,
+}
+REFUSED = {
+    "rwkv": "sampling and scoring differ by",
+    "moshi": "sampling and scoring differ by",
+    "bert": "sampling and scoring differ by",
+    "bart": "a row with padding and without differ by",
+    "gemma2": "has final_logit_softcapping=30.0, so its logits are more than what its head",
+    "cohere": "has logit_scale=0.0625, so its logits are more than what its head makes",
+    "minimax": "MiniMax uses cache of its own",
+}
+
+
+def try_model(model, prompts=PROMPTS, longest=LONGEST, cfg=CFG):
+    """What is said while a model is tried."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        text_env.try_model(model, "m", prompts, longest, 0, cfg)
+    return said.getvalue()
+
+
+def roll(model, samples=4, tokens=9):
+    """Responses of several lengths to four prompts, of which two differ in padding alone."""
+    prompts = [[3, 4, 5], [0, 0, 6, 7, 8], [6, 7, 8], [9]]
+    task = families.SimpleNamespace(eos_ids=[*range(0, 96, 6)], pad_id=0)
+    problems = [families.SimpleNamespace(prompt=prompt) for prompt in prompts]
+    cfg = siren.Config(max_tokens=tokens)
+    rollout = siren.sample(model, task, problems, cfg, "1", samples, 1.0)
+    assert len(set(rollout.mask.sum(1).tolist())) > 3
+    return rollout
+
+
+def llama(attention="sdpa"):
+    """A random Llama that is far from uniform."""
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"num_key_value_heads": 1, "intermediate_size": 32, "vocab_size": 96}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**size, attn_implementation=attention)).eval()
+    for parameter in model.parameters():
+        parameter.data *= 4
+    return model
+
+
+# ---------------------------------------------------------------------------------- families
+@pytest.mark.slow
+@pytest.mark.parametrize("family", RIGHT)
+def test_families_that_are_right(family):
+    found = judge(family)
+    assert found["verdict"] == "right", found
+    assert found["gap"] <= 1e-4 and found["once"] == RIGHT[family]
+    assert found["entropy"] > 1  # else a mistake would hardly be seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_are_refused(family):
+    found = judge(family)
+    assert found["verdict"] == "refused" and REFUSED[family] in found["reason"]
+    assert "\n" not in found["reason"]
+
+
+def test_a_hybrid_of_recurrent_layers_and_attention():
+    """Its states are repeated for a prompt's responses, and leave with the rows that end."""
+    found = judge("qwen3_5_text")
+    assert found["verdict"] == "right" and not found["once"]
+
+
+def test_the_page_has_a_verdict_for_each_architecture():
+    text = families.PAGE.read_text()
+    named = {
+        name.strip(" |.") for name in text.replace(":", ",").replace("\n|", ",").split(",")
+    }
+    for family in families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        assert any(family in name.split() for name in named), family
+    assert "broken" not in text.lower()
+
+
+# ---------------------------------------------------------------------------------- the trial
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_cache_and_hide_padding_are_taken(dtype):
+    for model in (small_model(), model_with_absolute_positions()):
+        state = torch.get_rng_state()
+        assert try_model(model.to(dtype)) == ""
+        assert torch.equal(state, torch.get_rng_state()), "the run's random numbers stay"
+        assert hasattr(model, "read_rollout")
+
+
+@pytest.mark.parametrize(
+    ("ignored", "what"),
+    [
+        (["position_ids"], "a row with padding and without"),
+        (["past_key_values", "attention_mask"], "sampling and scoring"),
+    ],
+)
+def test_a_model_that_ignores_positions_or_its_cache_is_refused(ignored, what):
+    model = model_with_absolute_positions()
+
+    def leave_out(module, args, given):
+        return args, {name: x for name, x in given.items() if name not in ignored}
+
+    model.transformer.register_forward_pre_hook(leave_out, with_kwargs=True)
+    with pytest.raises(ValueError, match=f"m: a GPT.* can't be trained: {what} differ by"):
+        try_model(model)
+    assert not hasattr(model, "read_rollout")
+
+
+def test_scores_that_are_not_finite_are_refused():
+    model = small_model()
+    model.get_output_embeddings().register_forward_hook(lambda _, __, out: out * torch.nan)
+    with pytest.raises(ValueError, match="differ by nan nats"):
+        try_model(model)
+
+
+def test_whatever_a_model_raises_is_one_line():
+    model = small_model()
+
+    def fail(*_):
+        raise KeyError("no\nsuch layer")
+
+    model.base_model.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="m: a Qwen2ForCausalLM can't be sampled") as error:
+        try_model(model)
+    assert "\n" not in str(error.value)
+
+
+def test_a_head_that_does_more_is_seen_in_the_numbers():
+    model = llama()
+    model.lm_head.register_forward_hook(lambda module, args, out: 1.01 * out)
+    try_model(model)  # siren.py calls the head, so what it does counts
+    plain = model.forward
+
+    def scaled(*args, **how):
+        out = plain(*args, **how)
+        out.logits = 1.1 * out.logits
+        return out
+
+    model.forward = functools.wraps(plain)(scaled)
+    with pytest.raises(ValueError, match="sampling and scoring differ by"):
+        try_model(model)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_change_beyond_a_limit(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+        rope |= {"original_max_position_embeddings": 16}
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64 if kind == "longrope" else 16,
+        rope_parameters=rope,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 9
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    assert try_model(model, prompts, longest=16) == ""
+    rule = "change beyond 16 tokens, a prompt with its response has up to 17; lower --max"
+    with pytest.raises(ValueError, match=rule):
+        try_model(model, prompts, longest=17)
+    # why: what the cache holds is no longer what a new pass computes
+    cfg = siren.Config(max_tokens=14, temperature=2.0)
+    del model.read_rollout
+    gaps = text_env.gaps_of(model, prompts, 0, cfg, once=False)
+    assert gaps["sampling and scoring"] > text_env.MOST
+
+
+# ------------------------------------------------------------------------ prompts read once
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 6), slice(1, None, 3)], ids=str)
+@pytest.mark.parametrize("room", [1024, 12])  # 12: some groups need several rows
+def test_prompts_read_once_change_rounding_only(attention, rows, room, monkeypatch):
+    monkeypatch.setattr(text_env, "ROW", room)
+    model = llama(attention)
+    rollout = roll(model).rows(rows)
+    found = []
+    for once in (False, True):
+        if once:
+            model.read_rollout = functools.partial(text_env.read_prompts_once, model)
+        model.zero_grad()
+        hidden = siren.forward(model, rollout)
+        weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+        (hidden * weights)[rollout.mask].sum().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((hidden.detach()[rollout.mask], torch.cat(grads)))
+    (plain, plain_grad), (shared, shared_grad) = found
+    assert plain.shape == (int(rollout.mask.sum()), 16)
+    assert torch.allclose(plain, shared, atol=2e-5)
+    assert (plain_grad - shared_grad).norm() < 1e-5 * plain_grad.norm()
+
+
+def test_a_step_is_the_same_and_reads_each_token_once():
+    model = llama()
+    rollout = roll(model)
+    cfg = siren.Config(prompts=4, mini_batches=1, group_size=4, max_tokens=9)
+    adv = torch.tensor([0.5, -0.5, -0.5, 0.5] * 4)
+    weights = list(model.parameters())
+    run = families.SimpleNamespace(cfg=cfg, model=model, weights=weights, anchor=1.0)
+    run.optimizer = torch.optim.AdamW(weights, lr=0.0)
+    read = []
+    layer = model.base_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2].numel()))
+    found = []
+    for once in (False, True):
+        if once:
+            model.read_rollout = functools.partial(text_env.read_prompts_once, model)
+        read.clear()
+        with torch.no_grad():
+            old = siren.score(model, rollout, cfg)
+        found.append(siren.update(run, rollout, old["logp"], adv))
+    prompts = rollout.prompt_mask[::4].sum()
+    assert sum(read) == 2 * int(prompts + rollout.mask.sum())  # once to score, once to update
+    assert found[0].keys() == found[1].keys() and found[0]["grad_norm"] > 0
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_micro_batches_change_rounding_only(recompute):
+    """Parts of the rows, computed again in the backward pass."""
+    model = llama()
+    model.read_rollout = functools.partial(text_env.read_prompts_once, model)
+    rollout = roll(model)
+    if recompute:
+        text_env.recompute_layers(model)
+    gradients = []
+    for size in (64, 3):
+        cfg = siren.Config(micro_batch_size=size)
+        model.zero_grad()
+        siren.score(model, rollout, cfg)["nucleus_entropy"].sum().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(grads))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_long_responses_need_several_rows():
+    model = llama()
+    lengths = []
+    layer = model.base_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    ids = torch.full((8, 3), 5)
+    tokens = torch.full((8, 300), 6)
+    rollout = siren.Rollout(ids, ids > 0, tokens, tokens > 0, tokens.float())
+    text_env.read_prompts_once(model, rollout)
+    assert lengths == [903, 903, 603]
+
+
+def test_a_mask_that_a_model_does_not_take_is_seen():
+    """Forced on a model with windows, reading prompts once would be wrong."""
+    model = build("mistral")
+    assert "reads a prompt again for each response" in try_model(model)
+    cfg = siren.Config(max_tokens=TOKENS, temperature=2.0)
+    assert text_env.gaps_of(model, PROMPTS, 0, cfg, once=True)["once"] > 1e-3
+    model = build("mpt")  # its config does not tell
+    assert "reads a prompt again for each response" in try_model(model)
+    assert not hasattr(model, "read_rollout")

@@ -41,7 +41,7 @@ def short(number: float, sign: str = "") -> str:
     >>> short(0.638), short(-0.04, "+"), short(12.5), short(0.0031)
     ('.64', '-.04', '12.50', '.003')
     """
-    digits = 3 if 0 < abs(number) < 0.005 else 2
+    digits = 3 if 0.0005 <= abs(number) < 0.005 else 2
     return re.sub(r"\b0\.", ".", f"{number:{sign}.{digits}f}")
 
 

@@ -57,6 +57,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.reportchars = ""  # the summary by exercises says it shorter
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small models are faster so, and numbers repeat."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def impl(request: pytest.FixtureRequest) -> ModuleType:
     """exercises/reference.py, which is siren.py as a solution; or the module of --impl."""

@@ -23,7 +23,8 @@ copies of each other: its entropy collapses. Why each part of SIREN is there:
 
 Both masks are chosen anew by the current policy at every update; the choice has no gradient.
 They act on the entropy alone: responses are sampled from the whole policy. The toy task
-(toy_env.py) is to add the numbers of a prompt, in any order. An example:
+(toy_env.py) is to add the numbers of a prompt, in any order, by a model that has been taught
+to, with mistakes. One token is one number. An example:
 
     prompt      8 3 1 5 2 =
     response    8 2 10 5 15 1 16 3 19 <eos>    reads: 8, plus 2 is 10, plus 5 is 15, ...
@@ -34,8 +35,8 @@ They act on the entropy alone: responses are sampled from the whole policy. The 
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0   # a plain bonus explodes
 
 Shapes: B responses of at most T tokens, to prompts of at most P tokens; N response tokens in
-all; a vocabulary of V tokens, of which the K likeliest count; D hidden units. Entropies are in
-nats. As in the paper, there is no KL term (no reference model).
+all; a vocabulary of V tokens, of which the K likeliest are sorted; D hidden units. Entropies
+are in nats. As in the paper, there is no KL term (no reference model).
 """
 
 import argparse
@@ -58,12 +59,13 @@ from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------- 1. the method
-# === begin: copy from here (needs nothing but `import torch`) ===
 # In a trainer, with the logits [B, T, V] that predict the tokens [B, T] of B responses:
 #     stats = token_stats(logits, tokens)
 #     loss, _ = policy_loss(stats["logp"], old_logp, adv, mask, max_tokens)  # or your own
 #     loss, info = siren_loss(loss, stats["nucleus_entropy"], mask, anchor, beta)
-# The anchor is info["h_agg"] of the whole first batch. Micro-batches need in_parts, see below.
+# For the anchor, call it once with all responses of the first step and anchor=0.0: the anchor
+# is info["h_agg"], which does not depend on it. Micro-batches need in_parts, after the block.
+# === begin: copy from here (needs nothing but `import torch`) ===
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?
     rewards [B], floats, the responses to a prompt in consecutive rows (masked ones count, too)
@@ -536,7 +538,9 @@ def training_step(run, step):
     metrics = {name: sum(x[name] for x in updates) / len(updates) for name in updates[0]}
     tokens = rollout.mask.sum().item()
     metrics["reward"] = rewards.mean().item()
-    mixed = (adv.view(-1, cfg.group_size) != 0).any(1)  # groups with right and wrong responses
+    mixed = (
+        rewards.view(-1, cfg.group_size).std(1) > 0
+    )  # groups with right and wrong responses
     metrics["mixed_groups"] = mixed.float().mean().item()  # only these teach anything
     metrics["entropy"] = old["entropy"].sum().item() / tokens
     metrics["nucleus_size"] = old["nucleus_size"].sum().item() / tokens
@@ -597,7 +601,10 @@ class Run:
             require(getattr(cfg, name) == old, f"--resume: --{name} was {old}; leave it out")
         module, *options = re.split(r"[:,](?=\w+=)", cfg.task)  # before each name=value
         options = dict(option.split("=", 1) for option in options)
-        self.task = importlib.import_module(module).load(cfg, **options)
+        try:
+            self.task = importlib.import_module(module).load(cfg, **options)
+        except (AttributeError, ImportError, TypeError) as error:
+            raise ValueError(f"--task {cfg.task}: {error}") from error
         self.heldout = self.task.heldout(cfg.eval_prompts)  # name -> problems
         self.model = self.task.build_model().to(cfg.device).eval()  # eval: without dropout
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -702,7 +709,7 @@ def main(argv=None):
     flags = vars(given)
     resume = flags.pop("resume")
     expected = (AssertionError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
-    expected += (AttributeError, PickleError, TypeError)  # of a task or a file that do not fit
+    expected += (PickleError,)  # of a checkpoint that is no checkpoint
     run = None
     try:
         if rest:  # flags of the task, such as --vocab 96 or --vocab=96
@@ -713,6 +720,7 @@ def main(argv=None):
             flags["task"] = f"{task}{',' if ':' in task else ':'}{','.join(pairs)}"
         if resume:
             saved = load_checkpoint(folder_of(Config(**flags)))["config"]
+            require(vars(Config()).keys() == saved.keys(), "--resume: not a run of siren.py")
             flags = {**saved, "out": "", **flags}
         run = Run(Config(**flags), resume)
         report(train(run))
@@ -721,8 +729,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130, "siren.py: interrupted; --resume goes on\n")
     except expected as error:
-        if run and isinstance(error, (AttributeError, TypeError)):
-            raise  # a mistake in a program, whose place matters
         code = 2 if run is None or isinstance(error, ValueError) else 1
         parser.exit(code, f"siren.py: {' '.join(str(error).split())}\n")
 

@@ -67,15 +67,6 @@ def ex(number, *values):
     return pytest.param(*values, marks=getattr(pytest.mark, f"ex{number}"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models are faster so, and numbers repeat."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ------------------------------------------------------------------- 1. the method: advantages
 
 

@@ -6,20 +6,13 @@ r"""Questions for a pretrained language model, as a task of siren.py.
     python text_env.py                   # prints all options of this task
 
 A line of a data file is {"question": "What is 9 plus 8?", "answer": "17"}. The model reads the
-question in its own chat template and is rewarded for a right answer (docs/verifier.md):
+question in its own chat template, with PROMPT around it, and is rewarded for a response such
+as "9 + 8 = 17, so the answer is \boxed{17}." (docs/verifier.md says what is right).
 
-    prompt    <|im_start|>user
-              What is 9 plus 8?
-              Please reason step by step, and put your final answer within \boxed{}.<|im_end|>
-              <|im_start|>assistant
-    response  9 + 8 = 17, so the answer is \boxed{17}.<|im_end|>
-
-A data file is JSON Lines in UTF-8, a problem per line, or parquet; hub:NAME:CONFIG:SPLIT is a
-data set of the library datasets, such as hub:openai/gsm8k:main:train, or a folder. A question
-is a text, or the messages of a chat, which go through the chat template as they are. An answer
-is a text or a number; its one \boxed{} counts, or what follows its ####, if it has one.
-#start:stop takes the rows that Python's slice takes: train.jsonl#:1000, train.jsonl#-100:.
-Training and evaluation share no question, and the columns' names.
+Data is FILE.jsonl (UTF-8), FILE.parquet, or hub:NAME:CONFIG:SPLIT, a data set (or a folder) of
+the library datasets: hub:openai/gsm8k:main:train. FILE#start:stop takes the rows that Python's
+slice takes. A question is a text, or the messages of a chat. An answer is a text or a number;
+its one \boxed{} counts, or what follows its ####, if it has one.
 """
 
 import functools
@@ -35,9 +28,8 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from decimal import Decimal
-from fractions import Fraction
 from importlib.util import find_spec
-from itertools import chain, cycle, groupby, islice, pairwise
+from itertools import chain, cycle, groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -48,7 +40,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import siren
-from math_answers import Grader, last_number, plain_boxes
+from math_answers import MAX_ANSWER, Grader, equal, last_number, normalize, plain_boxes
 from siren import require
 
 # -------------------------------------------------------------------------------- 1. options
@@ -85,59 +77,7 @@ def read_options(given):
     return SimpleNamespace(**values)
 
 
-# ------------------------------------------------------------------------------- 2. verifier
-MAX_ANSWER = 200  # characters; a longer answer is compared as it stands
-GROUP = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
-TEXT = re.compile(rf"\\(?:text|textbf|mathrm|mathbf|boldsymbol|mbox)\s*{GROUP}")
-WHOLE = re.compile(rf"\s*(?:(?:\\(?:boxed|fbox)\s*)?{GROUP}|\*\*([^*]+)\*\*)\s*")
-LAYOUT = re.compile(r"\\(?:left|right|displaystyle)\b|\\\\|\\[()\[\]!$%,;: ]|[$~\u2212\u2013]")
-BECOMES = {"\\\\": "\\\\", "\\%": "%", "\u2212": "-", "\u2013": "-"}  # all others: a space
-FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?(-?\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))", re.A)
-DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.\d*)?"
-NUMBER = re.compile(rf"(?a)([+-]? ?(?:(?=\.?\d){DIGITS}|\d+ ?/ ?0*[1-9]\d*)) ?(%|percent|)")
-THOUSANDS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
-SPACE = re.compile(r"(\\\\|\\[a-zA-Z]+ (?=[a-zA-Z]))|(?<![0-9]) | (?![0-9])")
-
-
-def normalize(answer):
-    r"""What equal answers have in common: an exact number (Fraction), or else a text.
-
-    A number is a sign, digits (also 1,234), decimals or a fraction (1/2, \frac{1}{2}), and %.
-    In a text, spaces count between digits and where a command ends, as in \sin h.
-
-    >>> normalize(r"$-1{,}234.50$"), normalize(r"\dfrac{1}{2}"), normalize(r"50\%")
-    (Fraction(-2469, 2), Fraction(1, 2), Fraction(1, 2))
-    >>> normalize(r"\text{East}"), normalize("x^{2} + 1"), normalize("5 6")
-    ('East', 'x^2+1', '5 6')
-    """
-    return answer.strip() if len(answer) > MAX_ANSWER else normalize_short(answer)
-
-
-@functools.lru_cache(maxsize=10_000)  # of short answers: long ones would fill the memory
-def normalize_short(answer):
-    text = TEXT.sub(r" \1 ", answer.replace("{,}", ",").replace(r",\!", ","))
-    text = LAYOUT.sub(lambda found: BECOMES.get(found[0], " "), text)
-    text = re.sub(r"[.,]\s*\Z", "", text)
-    while whole := WHOLE.fullmatch(text):
-        text = whole[1] or whole[2] or ""
-    text = " ".join(re.sub(r"\{\s*([a-zA-Z0-9]|\\[a-zA-Z]+)\s*\}", r" \1 ", text).split())
-    # a fraction is set apart by spaces, so that it can't join what stands beside it
-    number = NUMBER.fullmatch(" ".join(FRACTION.sub(r" \1\2/\3\4 ", text).split()))
-    if number:
-        return Fraction(re.sub("[, ]", "", number[1])) / (100 if number[2] else 1)
-    # x=1,234 is not the pair x=1, 234, whose space goes next; but (10,100) is (10, 100)
-    if ", " in text or not re.fullmatch(r"\\?[(\[{].*[)\]}]", text):
-        text = THOUSANDS.sub(lambda found: found[0].replace(",", "'"), text)
-    return SPACE.sub(lambda found: found[1] or "", text)
-
-
-def equal(given, answer):
-    """Is the given answer right? It is the same number or the same text, and not nothing."""
-    answer = siren.extract_answer(plain_boxes(answer)) or answer  # without its box
-    return normalize(given) == normalize(answer) != ""
-
-
-# ----------------------------------------------------------------------------------- 3. data
+# ----------------------------------------------------------------------------------- 2. data
 MAX_LINE = 1_000_000  # bytes of a line
 BAD_GOLDS = 0.01  # the largest share of answers that no response can match
 
@@ -152,43 +92,106 @@ class Row(NamedTuple):
 def read_rows(spec, question_key="question", answer_key="answer"):
     """The problems of a file or a data set, or a slice of them; errors name the row."""
     path, *ends = re.fullmatch(r"(.*?)(?:#(-?\d*):(-?\d*))?", spec, re.DOTALL).groups()
-    table = path.startswith("hub:") or path.endswith(".parquet")
     rows = []  # of all, also outside start:stop
-    try:
-        for row in read_table(path) if table else read_lines(path):
-            rows.append(read_row(row, f"{path}:{len(rows) + 1}", question_key, answer_key))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; give {DATA_FORMS}") from error
+    for raw in read_raw(path):
+        rows.append(read_row(raw, f"{path}:{len(rows) + 1}", question_key, answer_key))
     chosen = rows[slice(*(int(end) if end else None for end in ends))]
     require(chosen, f"{spec}: selects none of the {len(rows)} problems in {path}")
     return chosen
 
 
-def read_lines(path):
-    with open(os.path.expanduser(path), "rb") as file:
-        line = file.readline(MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
-        while line:
-            yield line
-            line = file.readline(MAX_LINE + 1)
-
-
-def read_table(path):
-    """The rows of a parquet file or of a hub data set, as dictionaries."""
-    _, name, config, split = (*path.split(":", 3), "", "", "")[:4]
-    package = "datasets" if path.startswith("hub:") else "pyarrow"
+def read_raw(path):
+    """The lines of a file, as bytes, or the rows of a data set, as dictionaries."""
     try:
-        if package == "datasets":
+        if path.startswith("hub:"):
             from datasets import load_dataset
 
-            return load_dataset(os.path.expanduser(name), config or None, split=split)
-        from pyarrow import parquet
+            _, name, config, split = (*path.split(":", 3), "", "", "")[:4]
+            yield from load_dataset(os.path.expanduser(name), config or None, split=split)
+        elif path.endswith(".parquet"):
+            from pyarrow import parquet
 
-        with open(os.path.expanduser(path), "rb") as file:
-            return parquet.read_table(file).to_pylist()
+            with open(os.path.expanduser(path), "rb") as file:
+                yield from parquet.read_table(file).to_pylist()
+        else:
+            with open(os.path.expanduser(path), "rb") as file:
+                file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # byte order mark
+                yield from iter(lambda: file.readline(MAX_LINE + 1), b"")
     except Exception as error:  # a loader may raise whatever it likes
-        install = f"pip install {package}" if isinstance(error, ImportError) else ""
-        reason = f"{path}: {reason_of(error)}; {install or f'give {DATA_FORMS}'}"
-        raise ValueError(reason) from error
+        missing = isinstance(error, ImportError)
+        fix = f"pip install {error.name}" if missing else f"give {DATA_FORMS}"
+        raise ValueError(f"{path}: {reason_of(error)}; {fix}") from error
+
+
+def read_row(raw, where, *keys):
+    """The Row of a line of JSON or of a dictionary. An answer is never changed silently."""
+    expected = f'{where}: expected {{"{keys[0]}": "...", "{keys[1]}": "..."}}'
+    if isinstance(raw, bytes):
+        require(len(raw) <= MAX_LINE, f"{where}: longer than {MAX_LINE:,} bytes; split it")
+        require(raw.strip(), f"{expected}; the line is empty")
+        how = {"object_pairs_hook": no_twins, "parse_float": Decimal, "parse_constant": int}
+        try:
+            raw = json.loads(raw.decode(), **how)  # int("NaN") is an error
+            json.dumps(raw, ensure_ascii=False, default=str).encode()  # no lone surrogate
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{expected}; not JSON in UTF-8 ({error})") from error
+    require(isinstance(raw, dict), f"{expected}; found a {type(raw).__name__}")
+    values = []
+    for key in keys:
+        try:
+            path = [key] if key in raw else key.split(".")
+            value = functools.reduce(operator.getitem, path, raw)
+            what = f"{key} is {json.dumps(value, default=str)[:40]}"
+        except (LookupError, TypeError):
+            value, what = None, f"no {key}, but {', '.join(raw)}"[:200]
+        if key == keys[1] and type(value) in (int, float, Decimal):
+            number = Decimal(str(value))
+            exact = len(number.as_tuple().digits) <= 17 and abs(number.adjusted()) < 100
+            require(exact, f"{where}: {what}, more than 17 digits; write it as a text")
+            value = f"{number:f}"  # 0.00001, not 1e-05
+        fine = is_text(value) or (key == keys[0] and is_chat(value))
+        require(fine, f"{expected}, not blank; {what}")
+        values.append(value)
+    question, answer = values[0], plain_boxes(values[1])
+    for mark, name in (("\\boxed", "boxes"), ("####", "####")):
+        n = answer.count(mark)
+        require(n <= 1, f"{where}: the answer has {n} {name}; leave the one that counts")
+    answer = answer.partition("####")[2].strip() if "####" in answer else answer
+    return Row(question, siren.extract_answer(answer) or answer, where)
+
+
+def no_twins(pairs):  # of keys; Python's json would take the last of two
+    require(len(dict(pairs)) == len(pairs), "a key is given twice")
+    return dict(pairs)
+
+
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_chat(value):  # a list of messages, {"role": "user", "content": "..."}
+    parts = value if isinstance(value, list) else [None]
+    dicts = bool(parts) and all(isinstance(part, dict) for part in parts)
+    return dicts and all(is_text(part.get(x)) for part in parts for x in ("role", "content"))
+
+
+def matchable(rows, name, equal=equal):
+    """The rows whose answer, in a box, is right by the verifier: no response to the others
+    earns a reward. These are counted and shown; too many of them are an error."""
+    good, bad = [], []
+    for row in rows:
+        right = siren.verify(f"\\boxed{{{row.answer}}}", row.answer, None, equal)
+        words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", row.answer)
+        prose = len(words) > (2 if "\n" in row.answer.strip() else 12)
+        fine = right and not prose and len(row.answer) <= MAX_ANSWER
+        (good if fine else bad).append(row)
+    shown = "; ".join(f"{row.where} {row.answer[:40]!r}" for row in bad[:3])
+    text = f"{len(bad)} of {len(rows)} answers can't be matched by any response: {shown}; an "
+    text += f"answer has at most {MAX_ANSWER} characters, is no prose, its braces are balanced"
+    require(len(bad) <= BAD_GOLDS * len(rows), f"{name}: {text}")
+    if bad:
+        say(f"{name}: dropped {text}")
+    return good
 
 
 def hash_of(things):
@@ -197,78 +200,6 @@ def hash_of(things):
 
 def reason_of(error):
     return str(error).strip().partition("\n")[0].strip(" .") or type(error).__name__
-
-
-def no_twins(pairs):
-    """A JSON object as a dictionary; Python's json would take the last of two equal keys."""
-    require(len(dict(pairs)) == len(pairs), "a key is given twice")
-    return dict(pairs)
-
-
-def read_row(row, where, question_key, answer_key):
-    """The Row of a line of JSON or of a dictionary. An answer is never changed silently."""
-    expected = f'{where}: expected {{"{question_key}": "...", "{answer_key}": "..."}}'
-    if isinstance(row, bytes):
-        require(len(row) <= MAX_LINE, f"{where}: longer than {MAX_LINE:,} bytes; split it")
-        require(row.strip(), f"{expected}; the line is empty")
-        how = {"object_pairs_hook": no_twins, "parse_float": Decimal, "parse_constant": int}
-        try:
-            row = json.loads(row.decode(), **how)  # int("NaN") is an error
-            json.dumps(row, ensure_ascii=False, default=str).encode()  # no lone surrogate
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{expected}; not JSON in UTF-8 ({error})") from error
-    require(isinstance(row, dict), f"{expected}; found a {type(row).__name__}")
-    values = []
-    for key in (question_key, answer_key):
-        try:
-            path = [key] if key in row else key.split(".")
-            value = functools.reduce(operator.getitem, path, row)
-            what = f"{key} is {json.dumps(value, default=str)[:40]}"
-        except (LookupError, TypeError):
-            value, what = None, f"no {key}, but {', '.join(row)}"[:200]
-        if key == answer_key and type(value) in (int, float, Decimal):
-            number = Decimal(str(value))
-            exact = len(number.as_tuple().digits) <= 17 and abs(number.adjusted()) < 100
-            require(exact, f"{where}: {what}, more than 17 digits; write it as a text")
-            value = f"{number:f}"  # 0.00001, not 1e-05
-        chat = key == question_key and is_chat(value)
-        fine = chat or (isinstance(value, str) and value.strip())
-        require(fine, f"{expected}, not blank; {what}")
-        values.append(value)
-    question, answer = values
-    for mark, name in (("\\boxed", "boxes"), ("####", "####")):
-        n = plain_boxes(answer).count(mark)
-        require(n <= 1, f"{where}: the answer has {n} {name}; leave the one that counts")
-    answer = answer.partition("####")[2].strip() if "####" in answer else answer
-    return Row(question, siren.extract_answer(plain_boxes(answer)) or answer, where)
-
-
-def is_chat(value):  # a list of messages, {"role": "user", "content": "..."}
-    parts = value if isinstance(value, list) else []
-    dicts = all(isinstance(part, dict) for part in parts)
-    texts = [part.get(name) for part in parts for name in ("role", "content")] if dicts else []
-    return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
-
-
-def matchable(rows, name, equal=equal):
-    """The rows whose answer, in a box, is right by the verifier: no response to the others
-    earns a reward. These are counted and shown; too many of them are an error."""
-    bad = {}
-    for row in rows:
-        right = siren.verify(f"\\boxed{{{row.answer}}}", row.answer, None, equal)
-        words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", row.answer)
-        prose = len(words) > (2 if "\n" in row.answer.strip() else 12)
-        if not right or prose or len(row.answer) > MAX_ANSWER:
-            bad[row.where] = f"{row.where} {row.answer[:40]!r}"
-    text = f"{len(bad)} of {len(rows)} answers can't be matched by any response: "
-    text += (
-        f"{'; '.join([*bad.values()][:3])}; an answer has at most {MAX_ANSWER} characters, "
-    )
-    text += "is no prose, and its braces are balanced"
-    require(len(bad) <= BAD_GOLDS * len(rows), f"{name}: {text}")
-    if bad:
-        say(f"{name}: dropped {text}")
-    return [row for row in rows if row.where not in bad]
 
 
 def say(text):
@@ -387,10 +318,10 @@ def recompute_layers(network):
 
 
 # ------------------------------------------------------- 5. the model, tried before training
-# nats by which log-probabilities may differ, in the mean over tokens: in float32; in float32
-# when prompts are read once; in bfloat16, which keeps 8 bits of a number
-MOST, MOST_ONCE, MOST_HALF = 1e-3, 1e-5, 0.15
-ROW = 1024
+# nats by which log-probabilities may differ, in the mean over tokens, and if prompts are read
+# once; bfloat16 keeps 8 bits of a number
+MOST = {torch.float32: (1e-3, 1e-5), torch.bfloat16: (0.15, 0.15)}
+ROW = 1024  # tokens of responses in a row
 
 
 def in_one_row(network, group):
@@ -416,18 +347,13 @@ def in_one_row(network, group):
 
 
 def read_prompts_once(network, rollout):
-    """siren.forward's hidden states [B, T, D]; padding is not read and is 0. Responses share a
-    row until they have ROW tokens, since attention takes the square of a row's length."""
+    """siren.forward's hidden states [B, T, D]; padding is not read and is 0. Long responses
+    get several rows, since attention takes the square of a row's length."""
     both = torch.cat([rollout.prompt, rollout.prompt_mask], 1)
-    new = [True, *(both[1:] != both[:-1]).any(1).tolist()]  # another prompt than before
-    starts = []
-    room = 0
-    for i, length in enumerate(rollout.mask.sum(1).tolist()):
-        if new[i] or room < length:
-            starts.append(i)
-            room = ROW
-        room -= length
-    groups = [rollout.rows(slice(*ends)) for ends in pairwise([*starts, len(new)])]
+    sizes = torch.unique_consecutive(both, dim=0, return_counts=True)[1].tolist()
+    most = max(1, ROW // rollout.tokens.shape[1])  # responses of a prompt in one row
+    indices = [part for i in torch.arange(len(both)).split(sizes) for part in i.split(most)]
+    groups = [rollout.rows(index) for index in indices]
     hidden = torch.cat([in_one_row(network.base_model, group) for group in groups])  # [N, D]
     out = hidden.new_zeros(*rollout.mask.shape, hidden.shape[-1])
     return out.masked_scatter(rollout.mask[..., None], hidden)
@@ -442,63 +368,66 @@ def rename_cache(network, args, inputs):
 
 
 @torch.no_grad()
-def gaps_of(network, prompts, pad_id, cfg, once):
+def gaps_of(network, prompts, pad_id, cfg, copies):
     """Differences, in nats, of log-probabilities that must be equal: what is sampled and what
-    is scored; the first row, which has padding, and the same alone; and if `once`, prompts
-    read once for all of their responses and not."""
+    is scored; the first row, which has padding, and the same alone; and, unless `copies` is 0,
+    so many of the last prompt's two responses in one row and each with its prompt."""
     vocab = len(network.get_output_embeddings().weight)
-    task = SimpleNamespace(pad_id=pad_id, eos_ids=[*range(0, vocab, 16)])  # some end early
+    ends = [*range(0, vocab, 16)] if len(prompts) > 1 else [-1]  # some responses end early
     problems = [SimpleNamespace(prompt=prompt) for prompt in prompts]
+    task = SimpleNamespace(pad_id=pad_id, eos_ids=ends)
     rollout = siren.sample(network, task, problems, cfg, "try", 2, cfg.temperature)
     logp = siren.score(network, rollout, cfg)["logp"]
-    row = siren.Rollout(*(x[:1] for x in rollout))
+    gaps = {"sampling and scoring": (rollout.logp - logp)[rollout.mask]}
     n = -len(prompts[0])
+    row = siren.Rollout(*(x[:1] for x in rollout))
     row = row._replace(prompt=row.prompt[:, n:], prompt_mask=row.prompt_mask[:, n:])
     alone = siren.score(network, row, cfg)["logp"]
-    gaps = {"sampling and scoring": (rollout.logp - logp)[rollout.mask]}
     gaps["a row with padding and without"] = (alone - logp[:1])[row.mask]
-    if once:
+    if copies:
+        last = torch.arange(-2, 0).repeat(copies)
+        cfg = replace(cfg, micro_batch_size=len(last))
         network.read_rollout = functools.partial(read_prompts_once, network)
         with suppress(Exception):  # a model may raise whatever it likes
-            gaps["once"] = (siren.score(network, rollout, cfg)["logp"] - logp)[rollout.mask]
+            once = siren.score(network, rollout.rows(last), cfg)["logp"]
+            gaps["once"] = (once - logp[last])[rollout.mask[last]]
         del network.read_rollout
     return {what: gap.abs().mean().item() for what, gap in gaps.items()}
 
 
 def try_model(network, model, prompts, longest, pad_id, cfg):
-    """Before any training: refuse a model that can't be trained right. Prompts are read once
-    for all of their responses if its attention takes any mask."""
+    """Before any training: refuse a model that can't be trained right, and let it read each
+    prompt once for all of its responses if that gives the same numbers."""
     check_config(network.config.get_text_config(), longest, model)
     if network.base_model is network:  # Llama 4 names a part that it does not have
         network.base_model_prefix = "model"
     if "cache_params" in inspect.signature(network.forward).parameters:
         network.register_forward_pre_hook(rename_cache, with_kwargs=True)
     prompts = sorted(prompts, key=len)
+    half = prompts[0][len(prompts[0]) // 2 :]  # so that one is padded in any case
     few = min(6, cfg.max_tokens)
     full = [*islice(cycle(chain(*reversed(prompts))), longest - few)]  # the run's longest
-    tries = (
-        [prompts[0][len(prompts[0]) // 2 :], prompts[len(prompts) // 2], prompts[-1]],
-        [full],
-    )
+    tries = [[half, prompts[len(prompts) // 2], prompts[-1]], [full]]
+    row = min(ROW, min(cfg.group_size, cfg.micro_batch_size) * cfg.max_tokens)  # the run's
     how = {"sample_batch": 6, "micro_batch_size": min(2, cfg.micro_batch_size)}
     how |= {"max_tokens": few, "temperature": 2.0}  # at 1 many tokens are certain: no gaps
     name = f"model={model}: a {type(network).__name__}"
+    most, most_once = MOST[network.dtype]
     try:
         layers = DynamicCache(config=network.config).layers
-        once = all(type(layer) is DynamicLayer for layer in layers)  # no windows, no states
-        found = [gaps_of(network, some, pad_id, replace(cfg, **how), once) for some in tries]
+        plain = all(type(layer) is DynamicLayer for layer in layers)  # no windows, no states
+        how = (pad_id, replace(cfg, **how), plain * (1 + row // (2 * few)))
+        found = [gaps_of(network, some, *how) for some in tries]
     except Exception as error:  # a model may raise whatever it likes
         raise ValueError(f"{name} can't be sampled and scored: {reason_of(error)}") from error
-    half = network.dtype != torch.float32
-    for gaps in found:
-        once &= gaps.pop("once", math.inf) <= (MOST_HALF if half else MOST_ONCE)
-        for what, gap in gaps.items():
-            fits = gap <= (MOST_HALF if half else MOST)
-            require(fits, f"{name} can't be trained: {what} differ by {gap:.3g} nats")
-    if once:
+    once = [gaps.pop("once", math.inf) <= most_once for gaps in found]
+    for what, gap in (pair for gaps in found for pair in gaps.items()):
+        require(gap <= most, f"{name} can't be trained: {what} differ by {gap:.3g} nats")
+    if all(once):
         network.read_rollout = functools.partial(read_prompts_once, network)
     else:
-        say(f"{name} takes no mask of ours: it reads a prompt again for each response")
+        why = "its layers have windows, states or biases of their own"
+        say(f"{name} reads a prompt again for each response: {why}")
 
 
 # ----------------------------------------------------------------------------------- 6. task

@@ -245,8 +245,8 @@ class ToyWorld:
         fields = dataclasses.asdict(self) | {"format": 1}
         del fields["split"]  # it changes no model
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-        shipped = Path(__file__).parent / "assets" / f"toy_base_{digest[:16]}.bin"
-        return shipped if shipped.exists() else Path("runs") / shipped.name
+        name = f"toy_base_{digest[:16]}.bin"  # in assets/ or, installed, in siren_assets/
+        return next(Path(__file__).parent.glob(f"*assets/{name}"), Path("runs") / name)
 
     def build_model(self):
         """The base model: from its file, or else taught (1-2 minutes) and kept in runs/."""

@@ -74,11 +74,13 @@ def micro_batch_anchor(h_micro, h_agg, anchor):
 
 def pass_at_k(n, c, k):
     """The share of the subsets of size k that have a right sample in them."""
+    siren.require(1 <= k <= n, f"pass@{k} of {n} samples: k must be 1 to {n}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def maj_at_k(votes, answer, k):
     """The share of the whole blocks of k votes that `answer` wins; in a tie the first wins."""
+    siren.require(1 <= k <= len(votes), f"maj@{k} of {len(votes)} votes: k must be less")
     blocks = [votes[i : i + k] for i in range(0, len(votes) - k + 1, k)]
     won = 0
     for block in blocks:

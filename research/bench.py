@@ -427,7 +427,7 @@ def bench_passes(sizes):
     return {"step_vs_model": ratios(times["step"], times["model"]), "e": {"seconds": times}}
 
 
-# ------------------------------------------------------------------------ f: a real model's step
+# ---------------------------------------------------------------------- f: a real model's step
 SMOLLM2 = {
     "model": ROOT / "models" / "smollm2-135m",
     "data": ROOT / "data" / "sums_train.jsonl",

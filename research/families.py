@@ -77,17 +77,28 @@ HYBRID = ["linear_attention", "hybrid"] * 2
 MIXED = ["sliding_attention", "full_attention"] * 2
 TEXT = """# Which models can be trained
 
-Made by `python research/families.py`: a tiny random model of each of the {n} causal architectures of transformers {version}, through
-what [text_env.py](../text_env.py) does with a model before training. It samples a few tokens, compares their log-probabilities with
-the scoring pass, a padded row with the same row alone, and a prompt read once for all of its responses with one read again for each.
-What differs by more than rounding is refused in one line, before anything is trained.
+Made by `python research/families.py`: a tiny random model of each of the {n} causal
+architectures of transformers {version}, through what [text_env.py](../text_env.py) does with
+a model before training. It samples a few tokens and compares their log-probabilities with
+those of the scoring pass, a padded row with the same row alone, and prompts read once for all
+of their responses with prompts read again for each. What differs by more than rounding is
+refused in one line, before anything is trained.
 
-**{right} are right**: what siren.py's sampler drew, what it scores and a plain pass over each row alone, without padding and cache, differ by at most
-{gap:.0e} nats (float32, prompts of 3 to 11 tokens, 12 tokens of response, windows of 8), and the gradients are finite. {refused} are refused; the reasons are below.
+**{right} are right.** What siren.py's sampler drew, what is scored, and a plain pass over each
+row alone, without padding and cache, differ by at most {gap:.0e} nats, and the gradients are
+finite: float32, prompts of 3 to 11 tokens, responses of at most 12 tokens, windows of 8
+tokens. Of these models, {once} read a prompt once for all of its responses. The others have
+windows, recurrent states or biases that need a row for each response: slower, and right.
+**{refused} are refused**, and transformers itself does not make a tiny one of {rest}.
 
-A tiny random model shows that the passes fit together. It does not show that a large one fits into memory or learns. A model whose
-positions change beyond a limit (longrope, dynamic) is right up to this limit, and refused if prompt and response can pass it.
+A tiny random model shows that the passes fit together, not that a large one fits into memory
+or learns. Positions that change beyond a limit (longrope, dynamic) are right up to it; a run
+whose prompts and responses can be longer is refused. Some architectures of the same name come
+with a scaled or capped head or without one, so a model may be refused where its architecture
+is right.
 
+| architecture | | prompts, or why |
+|---|---|---|
 """
 # what some need besides: layers of each kind among four, numbers that must fit each other
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16}
@@ -192,7 +203,7 @@ def judge(family: str) -> dict[str, Any]:
     try:
         model = build(family)
     except Exception as error:  # whatever a config or a model may raise
-        return {"verdict": "not built", "reason": one_line(error)}
+        return {"verdict": "not built", "reason": " ".join(str(error).split())[:150]}
     cfg = siren.Config(max_tokens=TOKENS, device="cpu")
     longest = max(map(len, PROMPTS)) + TOKENS
     try:
@@ -237,25 +248,20 @@ def in_a_process(family: str) -> dict[str, Any]:
 def page(found: dict[str, dict[str, Any]]) -> str:
     """docs/models.md."""
     counts = Counter(row["verdict"] for row in found.values())
-    right = {name: row for name, row in found.items() if row["verdict"] == "right"}
-    gap = max(row["gap"] for row in right.values())
-    lists = {
-        "once for all of its responses": [name for name, row in right.items() if row["once"]],
-        "again for each response": [name for name, row in right.items() if not row["once"]],
-    }
-    lines = [TEXT.format(version=version("transformers"), n=len(found), gap=gap, **counts)]
-    for how, names in lists.items():
-        lines.append(f"**A prompt is read {how}** ({len(names)}): {', '.join(names)}.\n")
-    for verdict in ("refused", "not built", "broken"):
-        rows = [
-            (name, row["reason"]) for name, row in found.items() if row["verdict"] == verdict
-        ]
-        if rows:
-            lines += [f"## {verdict.capitalize()}\n", "| | why |", "|---|---|"]
-            lines += [f"| {name} | {reason.replace('|', ' ')} |" for name, reason in rows] + [
-                ""
-            ]
-    return "\n".join(lines).rstrip() + "\n"
+    text = TEXT.format(
+        version=version("transformers"),
+        n=len(found),
+        right=counts["right"],
+        refused=counts["refused"],
+        rest=counts["not built"],
+        once=sum(row.get("once", False) for row in found.values()),
+        gap=max(row.get("gap", 0.0) for row in found.values()),
+    )
+    for family, row in found.items():
+        how = "read once" if row.get("once") else "read for each response"
+        note = how if row["verdict"] == "right" else row["reason"].replace("|", " ")
+        text += f"| {family} | {row['verdict']} | {note} |\n"
+    return text
 
 
 def command(argv: list[str] | None) -> None:

@@ -19,6 +19,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     >>> pass_at_k(4, 1, 2)  # 1 - 3 / 6
     0.5
     """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {n} samples, {c} right: k must be 1 to n, c 0 to n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -31,6 +33,8 @@ def maj_at_k(votes: Sequence[Hashable | None], answer: Hashable, k: int) -> floa
     >>> maj_at_k([None, None, "7", "8", "8", "7"], "7", 3)  # won, lost
     0.5
     """
+    if not 1 <= k <= len(votes):
+        raise ValueError(f"maj@{k} of {len(votes)} votes: k must be 1 to {len(votes)}")
     won = []
     for start in range(0, len(votes) - k + 1, k):
         counts = Counter(vote for vote in votes[start : start + k] if vote is not None)

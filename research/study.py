@@ -313,12 +313,13 @@ class Size(NamedTuple):
     explore: Final = Final(prompts=128, samples=32, temperatures=(0.6,))
     vocabularies: tuple[int, ...] = (96, 256, VOCAB, 4096)
     world: str = WORLD
+    prompts: int = 32
 
 
 SMOKE_WORLD = "toy_env:split={split}"  # the shipped base model, whatever the seed
 TINY = Final(prompts=4, samples=16, temperatures=(0.6,), probe=4)
 SMOKE = Size(
-    2, (0,), (100,), 1, TINY._replace(temperatures=(0.6, 1.0)), TINY, (256,), SMOKE_WORLD
+    2, (0,), (100,), 1, TINY._replace(temperatures=(0.6, 1.0)), TINY, (256,), SMOKE_WORLD, 8
 )
 
 
@@ -331,7 +332,7 @@ def each(
     final = size.test if test else size.explore
     split = "test" if test else "validation"
     usual = {"steps": size.steps, "save_every": 50, "eval_prompts": 1, "eval_samples": 2}
-    usual |= {"device": "cpu", "top_p": P, "peak_quantile": TAU}
+    usual |= {"prompts": size.prompts, "device": "cpu", "top_p": P, "peak_quantile": TAU}
     jobs = []
     for seed, (label, changes) in itertools.product(seeds, list(settings)):
         task = size.world.format(vocab=vocab, seed=seed, split=split)

@@ -2,7 +2,7 @@
 
     python research/verdicts.py          # asks both verifiers, writes the table into the page
 
-tests/data/verdicts.jsonl holds pairs of a response and an answer, judged by hand before any
+tests/data/verdicts*.jsonl hold pairs of a response and an answer, judged by hand before any
 code ran. A false accept is a wrong response that gets the reward, a false reject a right one
 that does not. The verifiers are those of text_env.py: exact, and math, which needs pip install
 math-verify.
@@ -23,7 +23,7 @@ from math_answers import Grader, plain_boxes
 from research.tools import Parser, run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
-PAIRS = ROOT / "tests" / "data" / "verdicts.jsonl"
+FILES = sorted((ROOT / "tests" / "data").glob("verdicts*.jsonl"))
 PAGE = ROOT / "docs" / "verifier.md"
 BEGIN = "<!-- table: python research/verdicts.py -->"
 END = "<!-- end of table -->"
@@ -73,7 +73,8 @@ def command(argv: list[str] | None) -> None:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     siren.require(begin and end, f"--page {page}: needs the lines {BEGIN} and {END}")
-    pairs = [json.loads(line) for line in PAIRS.read_bytes().splitlines()]
+    lines = [line for path in FILES for line in path.read_bytes().splitlines()]
+    pairs = [json.loads(line) for line in lines]
     made = table(pairs)
     page.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
     print(made)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import math_answers
 import siren
 import text_env
 from math_answers import plain_boxes
@@ -188,13 +189,13 @@ def test_long_answers_are_compared_as_they_stand_and_not_remembered():
             length < text_env.MAX_ANSWER
         )
     assert verify(rf"\boxed{{ {'1' * 999} }}", "1" * 999) is True
-    before = text_env.normalize_short.cache_info().currsize
+    before = math_answers.normalize_short.cache_info().currsize
     tracemalloc.start()
     for i in range(200):
         text_env.normalize(f"{i} " + "x" * 1_000_000)
     assert tracemalloc.get_traced_memory()[0] < 3e6
     tracemalloc.stop()
-    assert text_env.normalize_short.cache_info().currsize == before
+    assert math_answers.normalize_short.cache_info().currsize == before
 
 
 # -------------------------------------------------------------------------------- hostile text

@@ -19,14 +19,6 @@ TAU = 0.8  # with five positions, the peaks of one_page.py
 SEEDS = range(6)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_logits(seed, dtype=torch.float64):
     """[B, T, V] of rows between flat and sure, and tokens; some rows have ties."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,9 +3,13 @@
 import ast
 import dataclasses
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -63,6 +67,40 @@ def test_the_modules_of_the_package_are_those_at_the_top():
     modules = set(project()["tool"]["setuptools"]["py-modules"])
     at_the_top = {path.stem for path in ROOT.glob("*.py")} - {"conftest", "test_siren"}
     assert modules == at_the_top and callable(siren.main)
+
+
+@pytest.mark.slow
+def test_installed_it_has_its_base_model_and_runs_from_any_folder(tmp_path):
+    """pip install . into an empty folder, as site-packages is; nothing is written there."""
+    site, home = tmp_path / "site", tmp_path / "home"
+    home.mkdir()
+    source = tmp_path / "source"  # setuptools writes beside the code
+    source.mkdir()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *ROOT.glob("README.md")]:
+        shutil.copy(path, source)
+    shutil.copy(ROOT / "LICENSE", source)
+    shutil.copytree(ROOT / "assets", source / "assets")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]
+    isolated = [] if find_spec("setuptools") is None else ["--no-build-isolation"]
+    subprocess.run([*command, *isolated, source], check=True)
+    names = {path.name for path in site.iterdir() if "-" not in path.name}
+    names -= {"bin", "__pycache__"}
+    modules = ("siren.py", "toy_env.py", "text_env.py", "math_answers.py")
+    assert names == {*modules, "siren_assets"}
+    before = {path for path in site.rglob("*") if "__pycache__" not in path.parts}
+    small = "--prompts 4 --mini-batches 1 --steps 1 --eval-prompts 2 --eval-samples 2"
+    where = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, site / "bin" / "siren", *small.split()],
+        cwd=home,
+        env=where,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "teaching" not in done.stderr and (home / "runs" / "anchor-seed0").is_dir()
+    after = {path for path in site.rglob("*") if "__pycache__" not in path.parts}
+    assert after == before
 
 
 def test_the_folders_of_the_tests_exist():

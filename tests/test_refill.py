@@ -2,11 +2,8 @@
 
 import heapq
 import math
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,21 +18,11 @@ from transformers import (
 )
 
 import siren
-from research import refill
+from research import plugs, refill
 from research.plugs import plugged
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [5, 4, 3, 8, 7], [9]]
 TASK = SimpleNamespace(eos_ids=[1, 2], pad_id=1)  # the padding is an EOS, too
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models are faster so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def problems_of(prompts):
@@ -113,7 +100,7 @@ def test_layout_is_that_of_siren_sample(batch):
         assert tokens[n - 1] in (1, 2) or n == 12
 
 
-@pytest.mark.parametrize("batch", [700, 20_001])
+@pytest.mark.parametrize("batch", [700, pytest.param(20_001, marks=pytest.mark.slow)])
 def test_frequencies_follow_the_model(batch):
     """Chi-square of the first two tokens against exact probabilities."""
     model = make(vocab=6)
@@ -232,19 +219,12 @@ def test_plug(monkeypatch):
     assert siren.sample is before
 
 
-def test_a_run_with_the_plug(tmp_path):
+def test_a_run_with_the_plug(tmp_path, capsys):
     """The command trains, and its samples are those of refill.py."""
     flags = "--steps 1 --prompts 4 --eval-prompts 2 --eval-samples 2 --sample-batch 6"
-    command = [
-        sys.executable,
-        str(ROOT / "research" / "plugs.py"),
-        "--plug",
-        "research.refill",
-    ]
-    command += [*flags.split(), "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "reward" in done.stdout
+    argv = ["--plug", "research.refill", *flags.split(), "--out", str(tmp_path / "run")]
+    assert plugs.main(argv) == 0
+    assert "reward" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -28,15 +28,6 @@ ROOT = Path(siren.__file__).resolve().parent
 SMALL = {"prompts": 8, "group_size": 4, "eval_prompts": 4, "eval_samples": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models are faster so, and numbers repeat."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def untimed(record):
     return {key: value for key, value in record.items() if key != "seconds"}
 
@@ -200,16 +191,21 @@ def test_what_computes_nothing_may_change_on_resume(tmp_path):
     assert siren.load_checkpoint(tmp_path / "b")["config"]["eval_every"] == 2
 
 
-def test_ten_steps_raise_the_reward_and_move_the_entropy(tmp_path):
-    """H_agg is pulled to the anchor from both sides; without a regulariser, reward rises."""
-    options = {"steps": 10, "prompts": 64, "group_size": 8, "mini_batches": 8}
-    options |= {"warmup_steps": 2, "eval_prompts": 128, "eval_samples": 8}
-    options |= {"eval_temperature": 1.0}
-    plain = run(tmp_path / "plain", regularizer="none", **options)
+TEN_STEPS = {"steps": 10, "group_size": 8, "warmup_steps": 2, "eval_samples": 8}
+
+
+@pytest.mark.slow
+def test_ten_steps_raise_the_reward(tmp_path):
+    options = {"prompts": 64, "mini_batches": 8, "eval_prompts": 128, "eval_temperature": 1.0}
+    plain = run(tmp_path / "plain", regularizer="none", **TEN_STEPS, **options)
     names = ("easy/avg@8", "hard/avg@8")
     gains = [plain[-1][name] - plain[0][name] for name in names]
     assert sum(gains) / 2 > 0.03, f"held-out accuracy changed by {gains}"
-    options |= {"prompts": 16, "lr": 1e-3, "eval_prompts": 4, "mini_batches": 4}
+
+
+def test_ten_steps_move_the_entropy(tmp_path):
+    """H_agg is pulled to the anchor from both sides."""
+    options = TEN_STEPS | {"prompts": 16, "lr": 1e-3, "eval_prompts": 4, "mini_batches": 4}
     plain = run(tmp_path / "base", regularizer="none", **options)
     up = run(tmp_path / "up", anchor=2.5, beta=1.0, **options)
     down = run(tmp_path / "down", anchor=1e-6, beta=1.0, **options)
@@ -539,6 +535,7 @@ def goes_on(home, cut):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_killed_in_an_empty_folder_it_goes_on_to_the_same_numbers(alone):
     process = start(alone / "siren.py", alone / "cut", *TINY, "--steps=40", "--save-every=2")
     process.kill()

@@ -58,7 +58,7 @@ def prose():
     ("name", "theirs"),
     [
         ("policy_loss", "siren.policy_loss("),
-        ("nucleus", "siren.nucleus("),
+        ("nucleus", "siren.token_stats("),
         ("nucleus_entropy", "siren.token_stats("),
         ("peaks", "siren.peak_mask("),
         ("aggregate", "siren.aggregate_entropy("),
@@ -73,6 +73,12 @@ def test_an_idea_is_a_few_lines_and_one_assert_against_siren(name, theirs):
     assert "siren." not in ast.unparse(function), "it is written here, not called"
     assert sum(isinstance(node, ast.Assert) for node in ast.walk(tree)) == 1
     assert theirs in text and not text.startswith(ONLY_DRAWING)
+    if theirs == "siren.token_stats(":  # once, in the cell before
+        (before,) = (
+            cell for cell in code_cells() if "stats = siren.token" in source(cell)[:300]
+        )
+        assert "token_stats(first_logits, first.tokens, top_p=0.85)" in source(before)
+        assert siren.Config().top_p == 0.85 and 'stats["nucleus_entropy"]' in text
 
 
 def test_the_loop_is_one_cell_and_is_compared_twice():
@@ -99,15 +105,22 @@ def test_eight_predictions_each_before_the_cell_that_answers_it():
         question, answer = places["Predict", number], places["Answer", number]
         assert f"> **Predict {number}.**" in source(CELLS[question])
         assert f"<details><summary>Answer {number}</summary>" in source(CELLS[answer])
-        between = [cell for cell in CELLS[question:answer] if cell["cell_type"] == "code"]
-        assert between and any(cell["outputs"] for cell in between)
+        between = CELLS[question + 1 : answer]  # nothing to read but what the cells show
+        assert all(cell["cell_type"] == "code" for cell in between)
+        assert any(cell["outputs"] for cell in between)
+        assert source(CELLS[answer]).startswith("<details>"), "the answer comes first"
 
 
 def test_it_is_short_enough_for_its_title():
-    assert len(prose().split()) < 4300
+    """Minutes at the pace of a reader whose time was taken; it was right to 3 %."""
     to_read = [source(c) for c in code_cells() if not source(c).startswith(ONLY_DRAWING)]
-    lines = [line for text in to_read for line in text.splitlines() if line.strip()]
-    assert len(lines) < 220
+    lines = sum(len([x for x in text.splitlines() if x.strip()]) for text in to_read)
+    shown = sum(len(printed(cell).splitlines()) for cell in code_cells())
+    figures = sum("image/png" in x.get("data", {}) for c in code_cells() for x in c["outputs"])
+    formulas = prose().count("$$") / 2
+    words = len(re.sub(r"\$\$.*?\$\$|\]\([^)]*\)|<[^>]*>", " ", prose()).split())
+    minutes = words / 130 + (7 * lines + 3 * shown + 45 * figures + 30 * formulas) / 60
+    assert minutes < 53, (words, lines, shown, figures, formulas)
 
 
 def test_outputs_are_stored_without_errors_and_in_grey():
@@ -121,14 +134,30 @@ def test_outputs_are_stored_without_errors_and_in_grey():
                 pixels = matplotlib.image.imread(io.BytesIO(data))
                 assert np.ptp(pixels[..., :3], axis=-1).max() == 0, "a colour"
                 pictures += 1
-    assert pictures >= 15
+    assert pictures >= 12
     assert (ROOT / "tutorial.ipynb").stat().st_size < 1_200_000
 
 
 def test_sizes():
-    assert round(8 * 3072 * 152_000 * 4 / 1e9) == 15 and "have 15 GB of logits" in prose()
-    pi = torch.tensor([0.1, 0.0, 0.0]).softmax(0)
-    assert f"({pi[0]:.2f} and {pi[1]:.2f})".replace("0.", ".") in prose()
+    some = 1 - (1 - 0.001) ** 3072
+    said = f"with 0.1 % of nonsense at each position, {100 * some:.0f} % of all responses"
+    assert said in prose()
+    assert 5 < 0.6 * 9 < 6 and "the sixth and the seventh" in prose()  # ranks from 0
+
+
+def test_the_settings_are_those_of_the_toy_and_the_paper():
+    cfg, text = siren.Config(), (ROOT / "siren.py").read_text(encoding="utf-8")
+    for symbol, name, paper in (
+        ("p", "top_p", "0.8"),
+        (r"\tau", "peak_quantile", "0.8"),
+        (r"\beta", "beta", "0.005"),
+        ("M", "max_tokens", "3072"),
+    ):
+        toy = getattr(cfg, name)
+        assert re.search(
+            rf"\| \${re.escape(symbol)}\$ \| [^|]* \| {toy} \| {paper} \|", prose()
+        )
+        assert re.search(rf"    {name}: .*\(paper: {re.escape(paper)}[;)]", text), name
 
 
 def test_links_lead_to_files():
@@ -172,7 +201,7 @@ def test_the_three_responses_that_are_shown(world, base):
     for row in (29, 25, 28):
         assert world.decode(rollout.prompt[row].tolist()) == "6 2 3 7 5 ="
     assert world.decode(rollout.tokens[29, 2:3].tolist()) == "9"
-    assert round(h[29, 2].item(), 2) == 0.22 and not peak[29, 2]
+    assert peak.sum(1)[:, None].eq(4).float().mean() > 0.8  # "the four highest are peaks"
     assert world.decode(rollout.tokens[28, 5:6].tolist()) == "956" and peak[28, 6]
 
 
@@ -233,6 +262,14 @@ def test_what_a_bonus_does():
     assert "ends at ln 1024 = 6.93 nats" in prose() and round(math.log(1024), 2) == 6.93
 
 
+def test_three_times_beta():
+    """... of the best bonus explodes (above); of SIREN's it does not."""
+    tripled = {"regularizer": "anchor", "top_p": 0.85, "peak_quantile": 0.6, "beta": 0.6}
+    assert siren.Config().beta * 3 == pytest.approx(tripled["beta"])
+    assert max(h for curve in curves(**tripled) for _, h in curve) < 1.0
+    assert "three times SIREN's β does not" in prose()
+
+
 def test_what_the_peak_mask_holds():
     anchored = {"regularizer": "anchor", "top_p": 0.85}
     ends = [
@@ -246,7 +283,7 @@ def test_what_the_peak_mask_holds():
     ]
     siren_end, tripled, same, none = ends
     assert siren_end > tripled > same > none
-    assert tripled > 0.9 * siren_end and same < 0.7 * siren_end
+    assert tripled > 0.9 * siren_end and same < 0.7 * siren_end and siren_end < 0.65
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +326,8 @@ def test_what_stands_and_what_does_not():
     del votes["Dr.GRPO"], votes["constrained bonus"]
     assert len(votes) == 6 and min(votes.values()) >= 0.05
     assert p["Dr.GRPO", "avg@16", "0.6"] >= 0.05 and p["Dr.GRPO", "avg@16", "1.0"] >= 0.05
+    interval = re.search(r"^\| SIREN - Dr.GRPO \| avg@16 \| 0.6 \| \S+ \[(\S+),", text, re.M)
+    assert float(interval[1]) > 0  # "its interval leaves out 0"
     key = ("naive bonus, best", "avg@16", "1.0")
     assert 0.03 < p[key] < 0.05 and ahead[key] == "-"  # "just stands"
 
@@ -308,14 +347,10 @@ def test_where_the_entropy_sits():
         assert len(own) == 16
         kinds = [study_report.kinds(row) for row in own]
         h[name] = {kind: np.mean([k[kind]["entropy"] for k in kinds]) for kind in kinds[0]}
-        h[name]["options"] = np.mean([k["fork"]["nucleus_entropy"] for k in kinds])
     assert h["anchor"]["fact"] > h["base"]["fact"] > h["siren"]["fact"]
     assert h["anchor"]["forced"] > h["siren"]["forced"] > h["base"]["forced"]
     assert h["siren"]["fork"] > 2 * h["dr_grpo"]["fork"]
     assert abs(h["siren"]["fork"] - h["anchor"]["fork"]) < 0.02
-    options = [f"{h[name]['options']:.2f}" for name in ("siren", "anchor", "base")]
-    said = "{} nats with SIREN and {} with the anchor alone (base model: {})".format(*options)
-    assert said.replace(" 0.", " .").removeprefix("0") in prose(), said
 
 
 def real_rows(name, method, **wanted):
@@ -341,6 +376,9 @@ def first_good_step(method):
     return np.mean(found)
 
 
+DRAWN = ("dr_grpo", "siren", "bonus_0.2", "anchor_only")
+
+
 def test_the_real_model():
     for method in ("bonus_0.02", "bonus_0.2"):
         assert 10 < at_end(method, "entropy") < math.log(49152)
@@ -364,25 +402,50 @@ def test_the_real_model():
         for method in ("siren", "dr_grpo", "bonus_0.002")
     ]
     assert distinct[0] > 2 * distinct[1] and distinct[0] > 2 * distinct[2]
-    assert "2 + 2 = 4 more more pens" in (RESULTS / "real" / "responses.md").read_text()
+    seeds = [{row["seed"] for row in real_rows("curves", method)} for method in DRAWN]
+    assert [len(own) for own in seeds] == [3, 3, 3, 1]  # "anchor only has one"
+
+
+def numbers_of(cell, label):
+    """The numbers that a cell printed in the line that begins with this label."""
+    (line,) = (x for x in printed(cell).splitlines() if x.startswith(label))
+    return [float(x) for x in re.findall(r"\d+(?:\.\d+)?", line.removeprefix(label))]
+
+
+def test_what_is_said_of_the_live_runs():
+    """The stored outputs of the live cells; another machine may get others."""
+    (cell,) = (cell for cell in code_cells() if "held, held_model" in source(cell))
+    avg, maj, pass_ = (numbers_of(cell, f"hard/{x}@16")[1:] for x in ("avg", "maj", "pass"))
+    assert abs(avg[0] - avg[1]) < 0.03 and maj[1] > maj[0] and pass_[1] > pass_[0]
+    assert numbers_of(cell, "SIREN: H_agg ends at")[0] < 100
+    ways = {name: numbers_of(cell_of("at_gaps"), name) for name in LIVE}
+    _, _, filled, cancelled, met, h, p = zip(*ways.values())
+    assert 25 < cancelled[0] < 34 and max(cancelled[1:]) < 10
+    assert filled[0] < 3 and filled[2] > filled[1] > filled[0]
+    assert h[2] > 2 * h[0] and h[2] > 2 * h[1] and p[2] > p[1] and met[2] < 1.5
+
+
+LIVE = ("base model", "Dr.GRPO", "SIREN")
 
 
 def test_the_ways_to_be_right_over_seeds():
-    """The figure shows three_ways.csv as it is, or says that it is not there."""
-    path = RESULTS / "three_ways.csv"
-    shown = printed(cell_of("draw_ways"))
+    """The figure is there as soon as three_ways.csv has four seeds of each method."""
+    path, cell = RESULTS / "three_ways.csv", cell_of("draw_ways")
+    methods = ("base", "dr_grpo", "siren", "naive_bonus", "anchor_only")
     if not path.exists():
-        assert (
-            shown == "results/three_ways.csv does not exist yet: the runs are not finished\n"
-        )
-        return
+        pytest.skip("results/three_ways.csv is not here yet")
     with open(path, newline="") as file:
         found = [row for row in csv.DictReader(file) if row["grade"] == "hard"]
     found = [row for row in found if float(row["temperature"]) == 0.6]
+    seeds = [{row["seed"] for row in found if row["method"] == method} for method in methods]
+    seeds = set.intersection(*seeds)
+    assert bool(cell["outputs"]) == (len(seeds) >= 4)
+    if len(seeds) < 4:
+        return
+    assert f"Over {len(seeds)} seeds" in printed(cell)
     shares = {}
-    for method in ("base", "dr_grpo", "siren", "naive_bonus", "anchor_only"):
-        own = [row for row in found if row["method"] == method]
-        assert re.search(rf" {len(own)} seeds", shown)
+    for method in methods:
+        own = [row for row in found if row["method"] == method and row["seed"] in seeds]
         sums = {
             way: sum(float(row[way]) for row in own)
             for way in ("clean", "filled", "cancelled")

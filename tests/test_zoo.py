@@ -394,6 +394,10 @@ def test_a_constant_lam_of_one_is_dr_grpo_and_so_is_yours_with_zero(tmp_path, mo
     assert yours[1]["changed_share"] > 0.05 and yours[1]["grad_norm"] > plain[1]["grad_norm"]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # numbers with which each method acts within three steps
 ACTS = {
     "adaptive_bonus": {"eta": 1.0}, "trl_adaptive": {"delta": 0.1}, "aer": {"eta": 1.0, "tau":
@@ -402,7 +406,9 @@ ACTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLUGGED)
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in VARIANTS else name for name in PLUGGED]
+)
 def test_micro_batch_size_does_not_matter(name, tmp_path):
     runs = []
     for size in (64, 5):
@@ -533,13 +539,13 @@ def dr_grpo(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("adaptive_bonus", {"eta": 0.05}),
-        ("trl_adaptive", {"delta": 0.01}),
         ("epo", {"lam": 0.06}),
-        ("clip_cov", {"rho": 0.2}),
-        ("kl_cov", {"c": 3.0, "rho": 0.1}),
-        ("arm", {"alpha": 1.0}),
-        ("dph_kl", {"eta": 1.0, **CHEAP["dph_kl"]}),
+        slow("adaptive_bonus", {"eta": 0.05}),
+        slow("trl_adaptive", {"delta": 0.01}),
+        slow("clip_cov", {"rho": 0.2}),
+        slow("kl_cov", {"c": 3.0, "rho": 0.1}),
+        slow("arm", {"alpha": 1.0}),
+        slow("dph_kl", {"eta": 1.0, **CHEAP["dph_kl"]}),
     ],
 )
 def test_these_keep_more_entropy_than_dr_grpo(name, options, dr_grpo, tmp_path):

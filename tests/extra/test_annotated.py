@@ -64,7 +64,7 @@ def test_formulas_are_those_of_the_notes():
             "'adv = groups - groups.mean'",
         ),
         ("def peak_mask(", "def peaks(", "no function peak_mask"),
-        ("term = (h_agg", "pull = (h_agg", "'term =' is in no line"),
+        ("unclipped = ratio", "free = ratio", "'unclipped = ratio' is in no line"),
         ("log_pi = (logits", "log_p = (logits", "the most similar is line"),
         ("# 2. verify", "# 1. sample", "'# 1. sample' is in 2 lines"),
         ("6. evaluation", "6. tests", "'6. evaluation' is in no line"),
@@ -90,14 +90,14 @@ def test_build_lists_all_that_is_gone(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: notes.md: ") for line in lines)
     assert "The token that crosses p is inside: 'pi = log_pi.detach()' is in" in lines[0]
-    number = 1 + [*map(str.strip, changed.split("\n"))].index("share = log_pi.detach().exp()")
+    number = 1 + changed[: changed.index("share = log_pi.detach()")].count("\n")
     assert f"the most similar is line {number}: " in lines[0]
-    assert "no function likeliest" in lines[1] and "'h_i = torch.where'" in lines[2]
+    assert "'h_i = torch.where'" in lines[1] and "no function likeliest" in lines[2]
 
 
 def test_build_stops_when_a_formula_is_outside_its_note():
     source, notes, formulas = build.read_sources()
-    changed = notes.replace("@ mass_before = pi", "@ return log_pi.masked_fill", 1)
+    changed = notes.replace("@ mass_before = pi", "@ inside = log_pi", 1)
     with pytest.raises(build.BuildError, match="is not in its lines"):
         build.build(source, changed, formulas)
 
@@ -238,8 +238,8 @@ def test_code_is_siren_py(page):
     assert [line[1] for line in shown] == [source[line[0] - 1] + "\n" for line in shown]
     # two sections of the file, each without a gap
     headings = [i for i, line in enumerate(source, 1) if re.match(r"# -+ \d\. ", line)]
-    begins = [headings[0] + 1, headings[4]]  # after the mark; after "5. training step"
-    assert source[begins[0] - 1].startswith("# === begin: copy from here")
+    mark = [line.startswith("# === begin: copy from here") for line in source].index(True)
+    begins = [mark + 1, headings[4]]  # after the mark; after "5. training step"
     assert source[begins[1] - 1].endswith(" 5. training step")
     assert "2. settings" in source[headings[1] - 1] and "6. ev" in source[headings[5] - 1]
     method = range(begins[0] + 1, headings[1])
@@ -529,11 +529,11 @@ def test_a_formula_stands_beside_the_line_that_computes_it(page):
     for tex, code in (
         ("A_i = r_i -", "adv = groups - groups.mean"),
         ("H' = -", "vecdot(log_q.exp()"),
-        ("\\theta_i =", "nanquantile"),
-        ("m_{i,t} = 1", "own >= theta"),
+        ("\\theta_i =", "quantile_of_rows(h, mask, quantile)"),
+        ("m_{i,t} = 1", "h >= theta"),
         ("H_i =", "h_i = torch.where"),
-        ("\\text{gain}_t", "torch.min(free, clipped)"),
-        ("L = L_", "beta * term"),
+        ("\\text{gain}_t", "torch.min(unclipped, clipped)"),
+        ("L = L_", "beta * (h_agg - anchor) ** 2"),
         ("H^* =", "run.anchor = h_agg"),
     ):
         (found,) = [pairs[key] for key in pairs if key.startswith(tex)]

@@ -90,11 +90,12 @@ def test_what_the_second_look_leaves(grader, pair):
 
 
 def test_the_counts_of_the_judged_pairs(grader):
-    """docs/verifier.md: false accepts and rejects of 634 pairs; 26 and 33 without the look."""
-    lines = (ROOT / "tests" / "data" / "verdicts.jsonl").read_bytes().splitlines()
-    errors = verdicts.count([json.loads(line) for line in lines], grader.equal)
-    accepts = sum(n for (_, side), n in errors.items() if side == "accepts")
-    assert accepts <= 1 and errors.total() - accepts <= 26
+    """docs/verifier.md: false accepts and rejects of 634 and 382 pairs."""
+    for path, (accepts, rejects) in zip(verdicts.FILES, [(0, 20), (1, 26)], strict=True):
+        lines = path.read_bytes().splitlines()
+        errors = verdicts.count([json.loads(line) for line in lines], grader.equal)
+        accepted = sum(n for (_, side), n in errors.items() if side == "accepts")
+        assert accepted <= accepts and errors.total() - accepted <= rejects, path.name
 
 
 def test_a_step_has_a_budget_for_slow_answers(monkeypatch):
@@ -103,21 +104,21 @@ def test_a_step_has_a_budget_for_slow_answers(monkeypatch):
     monkeypatch.setattr(math_answers, "BUDGET", 2.0)
     monkeypatch.setattr(math_answers, "SLOW", 0.9)
     grader = Grader(seconds=1)
-    assert grader.equal("x+1", "1+x") and grader.spent == 0
+    assert grader.equal("2x+2", "2(x+1)") and grader.spent == 0
     towers = [f"9^{{9^{{9^{{{k}}}}}}}" for k in range(2, 12)]
     start = time.monotonic()
     assert not any(grader.equal(tower, "\\sqrt{8}") for tower in towers)
     assert time.monotonic() - start < 3 * (1 + START)
     assert 2 <= grader.spent < 4 and grader.timeouts == 10
-    assert not grader.equal("x+2", "2+x")
+    assert not grader.equal("2x+4", "2(x+2)")
     assert grader.equal("5", "5.0")  # the exact rule needs no time
     assert grader.metrics() == {"verify_timeouts": 11}
-    assert grader.equal("x+2", "2+x") and grader.metrics() == {"verify_timeouts": 0}
+    assert grader.equal("2x+4", "2(x+2)") and grader.metrics() == {"verify_timeouts": 0}
     task = object.__new__(text_env.TextTask)
     task.grader, task._train = grader, [1, 2, 3]
     grader.spent = 99.0  # by an evaluation
     task.train_problems(2, "0/1")
-    assert grader.equal("x+3", "3+x")
+    assert grader.equal("2x+6", "2(x+3)")
     assert task.metrics([]) == {"epoch": 2 / 3, "verify_timeouts": 0}
     grader.close()
 
@@ -211,7 +212,7 @@ def test_a_late_answer_is_wrong_and_is_counted(monkeypatch):
     """Without the guard in front: the process ends by its own alarm and is started again."""
     monkeypatch.setattr(math_answers, "is_too_big", lambda text: False)
     grader = Grader(seconds=1)
-    assert grader.equal("x+1", "1+x")
+    assert grader.equal("2x+2", "2(x+1)")
     first = grader._process
     for count in (1, 2):  # the second time it is remembered, and still counted
         start = time.monotonic()
@@ -219,7 +220,7 @@ def test_a_late_answer_is_wrong_and_is_counted(monkeypatch):
         assert time.monotonic() - start < 1 + START
         assert grader.timeouts == count and grader._process is None
     assert first.returncode == -signal.SIGALRM
-    assert grader.equal("x+2", "2+x")
+    assert grader.equal("2x+4", "2(x+2)")
     grader.close()
 
 
@@ -238,19 +239,19 @@ def test_the_metric_counts_since_the_last_call(tmp_path):
 @pytest.mark.parametrize("ending", ["kill", "stop"])
 def test_a_process_that_ended_is_started_again(ending):
     grader = Grader(seconds=2)
-    assert grader.equal("x+1", "1+x")
+    assert grader.equal("2x+2", "2(x+1)")
     grader._process.kill() if ending == "kill" else grader.close()
-    assert grader.equal("x+3", "3+x") is (
+    assert grader.equal("2x+6", "2(x+3)") is (
         ending == "stop"
     )  # the question that it died in is lost
     assert grader.timeouts == (ending == "kill")
-    assert grader.equal("x+4", "4+x")
+    assert grader.equal("2x+8", "2(x+4)")
     grader.close()
 
 
 def test_no_process_outlives_the_run(tmp_path):
     """Killed in the middle of a question that never ends, the run leaves nothing behind."""
-    code = "from math_answers import Grader; g = Grader(2); g.equal('x+1', '1+x');"
+    code = "from math_answers import Grader; g = Grader(2); g.equal('2x+2', '2(x+1)');"
     code += "print(g._process.pid, flush=True); g._ask('9^{9^{9}}', '2')"
     run = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -275,12 +276,7 @@ def test_without_math_verify_it_says_so(monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ImportError, match="pip install math-verify"):
-        Grader().equal("x+1", "1+x")
-
-
-def test_the_shared_grader():
-    assert math_answers.equal("1+x", "x+1") and not math_answers.equal("1+x", "x")
-    math_answers.equal.__self__.close()
+        Grader().equal("2x+2", "2(x+1)")
 
 
 def test_what_the_library_would_do_here():

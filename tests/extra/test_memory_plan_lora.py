@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from memory_common import WIDE, Trainer, check, make_run
 
 from examples import memory_plan
 
-torch.set_num_threads(1)
 HALF = {"lora_rank": 16, "dtype": "bfloat16"}
 # name -> changes of the model, changes of the flags, of the task's options
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {

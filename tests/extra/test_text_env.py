@@ -818,12 +818,12 @@ def test_a_plain_head_is_taken(kind):
     torch.testing.assert_close(logits[1:], alone, atol=1e-5, rtol=1e-4)
 
 
-def rollout_of(network, prompts, tokens=6):
+def rollout_of(network, prompts, tokens=6, samples=1):
     """Sampled responses that never end."""
     task = SimpleNamespace(eos_ids=[-1], pad_id=1)
     problems = [SimpleNamespace(prompt=prompt) for prompt in prompts]
     cfg = siren.Config(max_tokens=tokens)
-    return siren.sample(network, task, problems, cfg, "0", samples=1, temperature=1.0)
+    return siren.sample(network, task, problems, cfg, "0", samples, temperature=1.0)
 
 
 def logp_of(network, rollout):
@@ -900,6 +900,26 @@ def test_recomputing_changes_no_gradient(tiny, data, rank):
     )
 
 
+def test_prompts_are_read_once_with_adapters(tiny, data):
+    network = load(model=tiny, data=data, lora_rank=4, max_tokens=4).build_model()
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.5)
+    rollout = rollout_of(network, [[5, 6, 9], [7]], samples=3)
+    found = []
+    for once in (True, False):
+        if not once:
+            del network.read_rollout  # which build_model has set
+        network.zero_grad()
+        logp_of(network, rollout).sum().backward()
+        found.append(
+            torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
+        )
+    assert found[0].norm() > 0 and not torch.equal(*found)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
 # --- errors: one line each, exit code 2 ---
 
 
@@ -952,6 +972,31 @@ def test_errors_of_the_command(tmp_path, tiny, data, capsys, monkeypatch):
     assert "rank='3': no such option" in run(capsys, *out, model=tiny, data=data, rank=3)
     for name in ("checkpoint.pt", "metrics.jsonl"):
         assert not (tmp_path / "run" / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        (
+            "rwkv",
+            {"attention_hidden_size": 16},
+            "can't be trained: sampling and scoring differ",
+        ),
+        ("gemma2", {"head_dim": 8}, "has final_logit_softcapping=30.0"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_at_once(
+    tmp_path, tiny, data, capsys, kind, options, reason
+):
+    network = AutoModelForCausalLM.from_config(extra_config(kind, **options))
+    for parameter in network.parameters():
+        parameter.data *= 30  # as far from uniform as a trained model
+    network.save_pretrained(tmp_path / "m")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tiny) / name, tmp_path / "m")
+    flags = ("--max-tokens", "4", "--eval-prompts", "2", "--out", str(tmp_path / "run"))
+    assert reason in run(capsys, *flags, model=tmp_path / "m", data=data)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

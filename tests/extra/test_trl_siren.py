@@ -33,7 +33,6 @@ from examples.trl_siren import SirenGRPOConfig, SirenGRPOTrainer
 from research.compare_trl import RESULT, compare
 from toy_env import ToyWorld
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 STEPS = 4  # of which two share a rollout

@@ -550,12 +550,10 @@ def again(
     return len(same) - sum(same)
 
 
-def of_seeds(jobs: list[Job], seeds: list[int]) -> list[Job]:
-    """The jobs of these seeds, which must be among theirs."""
-    known = tuple(sorted({job.cfg.seed for job in jobs}))
+def check_seeds(seeds: list[int], known: tuple[int, ...]) -> None:
+    """A ValueError if one of the seeds of --again is no test seed."""
     if unknown := set(seeds) - set(known):
         raise ValueError(f"--again {min(unknown)}: must be one of {known}")
-    return [job for job in jobs if job.cfg.seed in seeds]
 
 
 # ------------------------------------------------------------------------- 5. the command line
@@ -590,7 +588,10 @@ def study(argv: list[str] | None) -> int:
     with locked(out), pool_of(args.workers) as pool:  # no two studies in one folder
         store = Store(out)
         if args.again:
-            jobs = of_seeds(main_table(size, store.rows), args.again)
+            check_seeds(args.again, size.test_seeds)
+            if store.missing(tune(size, store.rows)):
+                raise ValueError("--again: not before tune is complete")
+            jobs = [j for j in main_table(size, store.rows) if j.cfg.seed in args.again]
             return min(1, again(jobs, store, pool))
         for name in PARTS if args.part == "all" else [args.part]:
             if name != "tune" and store.missing(tune(size, store.rows)):

@@ -566,7 +566,9 @@ def command(argv: list[str] | None) -> int:
             siren.require(args.smoke, "first run: python research/study.py --part tune")
             study.run_jobs("tune", missing, store, pool)
         if args.again:
-            jobs = study.of_seeds(ways(size, store.rows), args.again)
+            study.check_seeds(args.again, size.ours.test_seeds)
+            jobs = [j for j in ways(size, store.rows) if j.cfg.seed in args.again]
+            siren.require(not store.missing(jobs), "--again: not all of these have rows yet")
             return min(1, study.again(jobs, store, pool, look))
         for name in PARTS if args.part == "all" else [args.part]:
             if not args.report:

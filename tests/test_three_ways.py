@@ -4,6 +4,7 @@ import doctest
 import importlib
 import itertools
 import random
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -471,6 +472,18 @@ def test_bad_input_is_one_line(workers, capsys):
 def test_without_candidates_there_is_nothing_to_choose(tmp_path, capsys):
     assert three_ways.main(["--plan", "--out", str(tmp_path)]) == 2
     assert "first run: python research/study.py --part tune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seed", "said"),
+    [("16", "--again 16: must be one of (0, 1,"), ("15", "not all of these have rows yet")],
+)
+def test_again_needs_rows(seed, said, tmp_path, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    shutil.copy(study.ROOT / "results" / "raw" / "tune.jsonl.gz", raw)
+    assert three_ways.main(["--out", str(tmp_path), "--again", seed]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

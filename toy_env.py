@@ -15,11 +15,11 @@ numbers that no terms add up to, and a naive entropy bonus leads to these.
 The base model learns from a teacher who makes two kinds of mistakes. A *slip* is a wrong sum
 that happens by chance, now and then. A *gap* is an ordered pair (running sum, next term) for
 which the teacher always writes the same wrong sum: 23 for 8 + 5; but 5 + 8 may be no gap. The
-model hardly ever samples the right sum there, so the reward can hardly teach it, unless
-something keeps it open. But the policy can go round the gap, by adding in another order. That
-is why diversity is worth something. A policy that has collapsed onto one order of a prompt has
-the gap of that order in every sample. One that has kept several orders meets different gaps,
-and in a vote their wrong totals differ while right totals agree.
+base model hardly ever samples the right sum there, so a reward can hardly teach it, unless
+something keeps the gap open. But it can be avoided, by adding in another order. That is why
+diversity is worth something. A policy with one order for a prompt meets its gap in every
+sample. One with several orders meets different gaps, whose wrong totals differ in a vote. The
+reward sees the total alone: wrong sums that cancel are paid, too (see docs/questions.md).
 
     python toy_env.py [seed=3 ...]     a problem, a demonstration and the sizes of a world
 """

@@ -14,7 +14,9 @@ again. The drop-in `plug` below adds to each step
     perplexity   of the responses under the base model
     seconds      that the step took
 
-by a pass of the base model (the adapters switched off) over every fourth response. It also
+by a pass of the base model (the adapters switched off) over every fourth response. Held-out
+questions are asked before training and every five steps of the last 15, so that scores are
+means over three policies. One policy can be a bad one. It also
 writes positions.csv (H, H' and |V_p| of the base model's tokens), responses.json and
 heldout.json (the responses to held-out questions, and which are right) into the run folder.
 """
@@ -69,7 +71,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "wo_peak": {"beta": 0.06, "peak_quantile": 0},
     "anchor_only": {"beta": 0.06, "top_p": 1, "peak_quantile": 0},
 }
-MORE_SEEDS = ("dr_grpo", "siren", "bonus_0.2")
+MASKS = ("dr_grpo", "siren", "wo_top_p", "wo_peak", "anchor_only")
+MORE_SEEDS = (*MASKS, "bonus_0.2")  # three seeds; all others have one
+LAST = 15  # held-out scores are means over the policies of these last steps
+EVERY = 5  # steps between them
+# One more SIREN: its beta is the one with the best training reward of the last steps on a
+# validation seed. 0.01 holds too little entropy, and with 0.04 the reward does not rise.
+BETAS = (0.014, 0.02, 0.028)
+VALIDATION = 100
+TUNED = "siren_tuned"
 FILES = ("curves", "heldout", "forms")
 NAMES = {"dr_grpo": "Dr.GRPO", "siren": "SIREN", "wo_top_p": "without top-p"}
 NAMES |= {"bonus_0.2": "bonus, 0.2", "bonus_0.002": "bonus, 0.002"}
@@ -142,7 +152,9 @@ def plug() -> None:
     sample = siren.sample
     score = siren.score
     training_step = siren.training_step
+    evaluate = siren.evaluate
     seen: dict[str, Any] = {}  # of the step: its extra metrics, its rollout and the scores
+    now = {"step": 0}
 
     def watched_sample(
         model: Any, task: Any, problems: list, cfg: siren.Config, key: str, *how: Any
@@ -160,8 +172,14 @@ def plug() -> None:
             seen.update(rollout=rollout, stats=stats)
         return stats
 
+    def late_evaluate(model: Any, task: Any, problems: list, cfg: siren.Config) -> dict:
+        if 0 < now["step"] <= cfg.steps - LAST:
+            return {}
+        return evaluate(model, task, problems, cfg)
+
     def watched_step(run: siren.Run, step: int) -> dict:
         seen.clear()
+        now["step"] = step
         start = time.perf_counter()
         record = training_step(run, step)
         seen["seconds"] = time.perf_counter() - start
@@ -178,6 +196,7 @@ def plug() -> None:
 
     siren.sample = watched_sample
     siren.score = watched_score
+    siren.evaluate = late_evaluate
     siren.training_step = watched_step
 
 
@@ -222,20 +241,45 @@ class Job(NamedTuple):
 
 
 def make_jobs(runs: Path, data: Path, model: Path, **changes: Any) -> list[Job]:
-    """All jobs, seed by seed: every method with seed 0, the three main ones with 1 and 2."""
+    """The jobs of every method, seed by seed: seed 0 for each, 1 and 2 for MORE_SEEDS."""
+    pairs = [(m, seed) for seed in (0, 1, 2) for m in (METHODS if seed == 0 else MORE_SEEDS)]
+    how = settings(data, model, **changes)
+    return [make_job(runs, how, METHODS[method], method, seed) for method, seed in pairs]
+
+
+def candidates(runs: Path, data: Path, model: Path, **changes: Any) -> list[Job]:
+    """SIREN with each of BETAS, on the validation seed."""
+    how = settings(data, model, **changes)
+    return [make_job(runs, how, {"beta": beta}, f"siren_{beta}", VALIDATION) for beta in BETAS]
+
+
+def tuned(results: Path, runs: Path, data: Path, model: Path, **changes: Any) -> list[Job]:
+    """SIREN with the best of BETAS, on three seeds; [] as long as a candidate is not done."""
+    rewards = {}
+    for job in candidates(runs, data, model, **changes):
+        rows = stored(results, job.cfg).get((job.method, job.seed), [job.records[1:]])[0]
+        if len(rows) < job.cfg.steps:
+            return []
+        rewards[job.cfg.beta] = mean(row["reward"] for row in rows[-LAST:])
+    how = settings(data, model, **changes)
+    best = {"beta": max(rewards, key=rewards.get)}
+    return [make_job(runs, how, best, TUNED, seed) for seed in (0, 1, 2)]
+
+
+def settings(data: Path, model: Path, **changes: Any) -> dict[str, Any]:
+    """What all jobs have in common."""
     files = f"data={data}/words_train.jsonl,eval_data={data}/words_eval.jsonl"
     task = f"text_env:model={model},{files},prompt={{question}},answer_form=last-number"
     how: dict[str, Any] = {"task": f"{task},lora_rank=16", "steps": STEPS}
     how |= {"prompts": 4, "mini_batches": 2, "max_tokens": 64, "lr": 5e-4, "device": "cpu"}
     how |= {"top_p": 0.8, "peak_quantile": 0.8}  # the paper's
-    how |= {"eval_prompts": 32, "eval_samples": 8, **changes}
-    jobs = []
-    for seed in (0, 1, 2):
-        for method in METHODS if seed == 0 else MORE_SEEDS:
-            out = str(runs / f"{method}-seed{seed}")
-            cfg = siren.Config(**how | METHODS[method], seed=seed, out=out)
-            jobs.append(Job(method, seed, cfg))
-    return jobs
+    return how | {"eval_prompts": 32, "eval_samples": 8, "eval_every": EVERY, **changes}
+
+
+def make_job(runs: Path, how: dict, method: dict, name: str, seed: int) -> Job:
+    """A job with its own run folder."""
+    cfg = siren.Config(**how | method, seed=seed, out=str(runs / f"{name}-seed{seed}"))
+    return Job(name, seed, cfg)
 
 
 def run(job: Job) -> int:
@@ -252,6 +296,12 @@ def run(job: Job) -> int:
         code = subprocess.run([sys.executable, *job.command, *resume], **how).returncode
     print(f"{job.cfg.out}: {len(job.records)} records, exit code {code}", flush=True)
     return code
+
+
+def run_all(jobs: list[Job], workers: int) -> list[int]:
+    """Run jobs, some side by side; returns their exit codes."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(run, jobs))
 
 
 # ------------------------------------------------------------------------------- 3. the report
@@ -281,10 +331,23 @@ def stored(results: Path, cfg: siren.Config) -> dict[tuple[str, int], list[list[
     return {who: rows for who, rows in found.items() if len(rows[0]) == cfg.steps}
 
 
+def late(job: Job) -> int:
+    """How many policies its held-out scores are to be means of. What explodes has one."""
+    steps = range(EVERY, job.cfg.steps + 1, EVERY)
+    return max(1, sum(step > job.cfg.steps - LAST for step in steps))
+
+
 def missing(jobs: list[Job], results: Path) -> list[Job]:
-    """The jobs that have to be run."""
+    """The jobs that have to be run: those without rows, and those whose held-out scores, in
+    an older form, are of one policy alone."""
     kept = stored(results, jobs[0].cfg)
-    return [job for job in jobs if not job.done and (job.method, job.seed) not in kept]
+    found = []
+    for job in jobs:
+        scores = [row for row in kept.get((job.method, job.seed), [[], []])[1] if row["step"]]
+        enough = len(scores) >= (1 if job.method.startswith("bonus") else late(job))
+        if not job.done and not enough:
+            found.append(job)
+    return found
 
 
 def by_form(path: Path) -> list[dict[str, Any]]:
@@ -360,7 +423,7 @@ def collect(jobs: list[Job], results: Path) -> None:
         row = {"method": job.method, "seed": job.seed}
         for r in records[1:]:
             curves.append(row | r | {"h_ratio": r["h_agg"] / (r["anchor"] or math.nan)})
-        for r in (records[0], records[-1]):
+        for r in (r for r in records if any("/" in name for name in r)):
             scores = {name.partition("/")[2]: r[name] for name in records[0] if "/" in name}
             heldout.append(row | {"step": r["step"]} | scores)
         forms += [row | cells for cells in by_form(job.folder / "heldout.json")]
@@ -411,9 +474,16 @@ def tables(results: Path) -> str:
             rows[method][name].append(mean(r[name] for r in own[-10:]))
     scores = list(heldout[0])[3:]
     before = {r["seed"]: r | {"method": "base model"} for r in heldout if r["step"] == 0}
-    for r in [*before.values(), *(r for r in heldout if r["step"] > 0)]:
-        for name in scores:
-            rows[r["method"]][name].append(r[name])
+    after = defaultdict(list)  # (method, seed) -> its policies of the last steps
+    for r in heldout:
+        if r["step"] > 0:
+            after[r["method"], r["seed"]].append(r)
+    for name in scores:
+        rows["base model"][name] = [r[name] for r in before.values()]
+        for (method, _), own in after.items():
+            rows[method][name].append(mean(r[name] for r in own))
+    for (method, _), own in after.items():
+        rows[method]["policies"].append(len(own))
     lines = ["| last ten steps | seeds | " + " | ".join(CURVES.values()) + " |"]
     lines += ["|---" * (2 + len(CURVES)) + "|"]
     for method in (m for m in rows if m != "base model"):
@@ -421,11 +491,16 @@ def tables(results: Path) -> str:
         lines.append(
             " | ".join([f"| {method} | {len(rows[method]['seeds'])}", *values]) + " |"
         )
-    lines += ["", f"| held out | {' | '.join(scores)} |", "|---" * (1 + len(scores)) + "|"]
+    lines += ["", f"| held out | policies of a run | {' | '.join(scores)} |"]
+    lines += ["|---" * (2 + len(scores)) + "|"]
     for method in ("base model", *(m for m in rows if m != "base model")):
         values = [spread(rows[method][name]) for name in scores]
-        lines.append(" | ".join([f"| {method}", *values]) + " |")
-    forms = [r for r in read_csv(results / "forms.csv") if r["method"] in MORE_SEEDS]
+        counts = sorted(set(rows[method]["policies"] or [1]))
+        lines.append(
+            " | ".join([f"| {method}", " or ".join(map(str, counts)), *values]) + " |"
+        )
+    shown = ("dr_grpo", "siren", "bonus_0.2")
+    forms = [r for r in read_csv(results / "forms.csv") if r["method"] in shown]
     lines += ["", f"| right, by form of question | {' | '.join(real_task.FORMS)} | cut off |"]
     lines += ["|---" * (2 + len(real_task.FORMS)) + "|"]
     for who in dict.fromkeys((r["method"], r["seed"]) for r in forms):
@@ -572,7 +647,9 @@ def study(args: argparse.Namespace) -> None:
         page = Path(shutil.copy(PAGE, folder))
         changes = {"steps": 2, "prompts": 2, "group_size": 4, "max_tokens": 8}
         changes |= {"eval_prompts": 2, "eval_samples": 2}
-    jobs = make_jobs(runs, data, MODEL.relative_to(ROOT), **changes)
+    where = (runs, data, MODEL.relative_to(ROOT))
+    jobs = make_jobs(*where, **changes) + candidates(*where, **changes)
+    jobs += tuned(results, *where, **changes)
     if args.last:
         kept = [job for job in jobs if job.method in ("dr_grpo", "siren")]
         kept = [job for job in kept if job.done and (job.folder / CHECKPOINT).exists()]
@@ -589,8 +666,11 @@ def study(args: argparse.Namespace) -> None:
     if not args.report and not args.plan:
         get_model()
         real_task.write(ROOT / data)
-        with ThreadPoolExecutor(args.workers) as pool:
-            codes = list(pool.map(run, missing(jobs, results)))
+        codes = run_all(missing(jobs, results), args.workers)
+        if not args.smoke and not any(codes):
+            more = tuned(results, *where, **changes)  # once the candidates are done
+            jobs += [job for job in more if job not in jobs]
+            codes += run_all(missing(more, results) if more else [], args.workers)
         if any(codes):
             failed = f"{len(codes) - codes.count(0)} of {len(codes)} jobs failed"
             raise RuntimeError(f"{failed}; see log.txt in their folders under {runs}")

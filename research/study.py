@@ -32,6 +32,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +107,10 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 
 
 # ------------------------------------------------------------------------------------ 2. a job
+Row = dict[str, Any]
+Rows = dict[str, Row]  # a job's key -> its row
+
+
 class Final(NamedTuple):
     """How a trained policy is evaluated, on easy and on hard held-out prompts."""
 
@@ -194,7 +199,20 @@ def is_right(task: Any, ids: list[int], answer: str) -> bool:
 def evaluate(
     model: torch.nn.Module, task: Any, problems: list, cfg: Config, n: int, temperature: float
 ) -> dict[str, Any]:
-    """siren.evaluate with n samples, for each k = 1, 2, 4, ... up to n.
+    """siren.evaluate with n samples, for each k = 1, 2, 4, ... up to n: see scores_of."""
+    return scores_of(task, problems, draw(model, task, problems, cfg, n, temperature))
+
+
+def draw(
+    model: torch.nn.Module, task: Any, problems: list, cfg: Config, n: int, temperature: float
+) -> list[list[int]]:
+    """n responses to each problem, one problem after the other."""
+    rollout = siren.sample(model, task, problems, cfg, f"{cfg.seed}/eval", n, temperature)
+    return rollout.responses()
+
+
+def scores_of(task: Any, problems: list, responses: list[list[int]]) -> dict[str, Any]:
+    """The scores of n responses to each problem, which are side by side.
 
     avg@16 is estimated with all samples; maj@k and distinct@k are means over blocks of k.
     "solved" has a 1 for each problem that any sample solves, else a 0.
@@ -202,8 +220,7 @@ def evaluate(
     normalize = task.normalize or siren.normalize
     total: Counter[str] = Counter()
     solved = ""
-    rollout = siren.sample(model, task, problems, cfg, f"{cfg.seed}/eval", n, temperature)
-    responses = rollout.responses()
+    n = len(responses) // len(problems)
     for i, problem in enumerate(problems):
         own = responses[i * n : (i + 1) * n]
         right = [is_right(task, ids, problem.answer) for ids in own]
@@ -248,9 +265,19 @@ def slim(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
-def run_job(job: Job) -> dict[str, Any]:
+def examine(run: siren.Run, final: Final) -> dict[str, Any]:
+    """What a row says of a trained policy: the probe and the final evaluation."""
+    evals = []
+    for temperature in final.temperatures:
+        for grade, problems in run.task.heldout(final.prompts).items():
+            parts = (run.model, run.task, problems, run.cfg, final.samples, temperature)
+            evals.append({"grade": grade, "temperature": temperature, **evaluate(*parts)})
+    return {"probe": probe(run.model, run.task, run.cfg, final.probe), "evals": evals}
+
+
+def run_job(job: Job, look: Callable[[siren.Run, Any], dict[str, Any]] = examine) -> Row:
     """Train and evaluate; return the row. A run that diverges is a result, not a failure: then
-    the policy of its last checkpoint counts."""
+    the policy of its last checkpoint counts. `look` says what is measured."""
     start = time.perf_counter()
     diverged = None
     with tempfile.TemporaryDirectory() as folder:
@@ -265,13 +292,10 @@ def run_job(job: Job) -> dict[str, Any]:
         saved = siren.load_checkpoint(folder)
     trained = time.perf_counter()
     run.model.load_state_dict(saved["model"], strict=False)  # tied weights are stored once
-    evals = []
-    for temperature in job.final.temperatures:
-        for grade, problems in run.task.heldout(job.final.prompts).items():
-            parts = (run.model, run.task, problems, job.cfg, job.final.samples, temperature)
-            evals.append({"grade": grade, "temperature": temperature, **evaluate(*parts)})
-    found = {"probe": probe(run.model, run.task, job.cfg, job.final.probe), "evals": evals}
-    found |= {"log": thin(saved["records"]), "anchor": saved["records"][-1].get("anchor")}
+    run.cfg = job.cfg
+    run.records = saved["records"]
+    found = look(run, job.final)
+    found |= {"log": thin(run.records), "anchor": run.records[-1].get("anchor")}
     seconds = [round(trained - start, 1), round(time.perf_counter() - trained, 1)]
     settings = {"config": dataclasses.asdict(job.cfg), "final": job.final._asdict()}
     return {**settings, "seconds": seconds, "diverged": diverged, **slim(found)}
@@ -297,7 +321,6 @@ TINY = Final(prompts=4, samples=16, temperatures=(0.6,), probe=4)
 SMOKE = Size(
     2, (0,), (100,), 1, TINY._replace(temperatures=(0.6, 1.0)), TINY, (256,), SMOKE_WORLD, 8
 )
-Rows = dict[str, dict[str, Any]]  # a job's key -> its row
 
 
 def each(
@@ -483,12 +506,18 @@ def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def run_jobs(part: str, jobs: dict[str, Job], store: Store, pool: ProcessPoolExecutor) -> None:
+def run_jobs(
+    part: str,
+    jobs: dict[str, Job],
+    store: Store,
+    pool: ProcessPoolExecutor,
+    look: Callable[[siren.Run, Any], dict[str, Any]] = examine,
+) -> None:
     """Teach the base models, run the jobs, store each row as soon as it is there."""
     worlds = list({load_task(job.cfg).base_file: job.cfg for job in jobs.values()}.values())
     for what, function, inputs in (
         ("worlds", teach, worlds),
-        ("jobs", run_job, jobs.values()),
+        ("jobs", partial(run_job, look=look), jobs.values()),
     ):
         futures = [pool.submit(function, value) for value in inputs]
         for future in tqdm(as_completed(futures), f"{part}: {what}", len(futures)):
@@ -505,18 +534,26 @@ def hours(jobs: Iterable[Job]) -> str:
     return f"{len(jobs)} jobs to run: {seconds / 3600:.1f} hours on one thread"
 
 
-def again(size: Size, seeds: list[int], store: Store, pool: ProcessPoolExecutor) -> int:
-    """Run the main table's jobs of these seeds again; return how many rows differ."""
-    if unknown := set(seeds) - set(size.test_seeds):
-        raise ValueError(f"--again {min(unknown)}: must be one of {size.test_seeds}")
-    jobs = [job for job in main_table(size, store.rows) if job.cfg.seed in seeds]
+def again(
+    jobs: list[Job],
+    store: Store,
+    pool: ProcessPoolExecutor,
+    look: Callable[[siren.Run, Any], dict[str, Any]] = examine,
+) -> int:
+    """Run jobs that have rows once more; return how many rows differ."""
     with tempfile.TemporaryDirectory() as folder:
         fresh = Store(Path(folder))
-        run_jobs("again", {job.key: job for job in jobs}, fresh, pool)
+        run_jobs("again", {job.key: job for job in jobs}, fresh, pool, look)
     pairs = [(fresh.rows[job.key], store.rows[job.key]) for job in jobs]
     same = [{**one, "seconds": 0} == {**other, "seconds": 0} for one, other in pairs]
     print(f"{sum(same)} of {len(same)} rows are the same to the last digit")
     return len(same) - sum(same)
+
+
+def check_seeds(seeds: list[int], known: tuple[int, ...]) -> None:
+    """A ValueError if one of the seeds of --again is no test seed."""
+    if unknown := set(seeds) - set(known):
+        raise ValueError(f"--again {min(unknown)}: must be one of {known}")
 
 
 # ------------------------------------------------------------------------- 5. the command line
@@ -551,7 +588,11 @@ def study(argv: list[str] | None) -> int:
     with locked(out), pool_of(args.workers) as pool:  # no two studies in one folder
         store = Store(out)
         if args.again:
-            return min(1, again(size, args.again, store, pool))
+            check_seeds(args.again, size.test_seeds)
+            if store.missing(tune(size, store.rows)):
+                raise ValueError("--again: not before tune is complete")
+            jobs = [j for j in main_table(size, store.rows) if j.cfg.seed in args.again]
+            return min(1, again(jobs, store, pool))
         for name in PARTS if args.part == "all" else [args.part]:
             if name != "tune" and store.missing(tune(size, store.rows)):
                 print(f"{name}: not before tune is complete")

@@ -409,7 +409,7 @@ def test_again_compares_row_by_row(smoke, in_process, monkeypatch, capsys):
     path = smoke / "raw" / "main.jsonl.gz"
     before = path.read_bytes()
     stored = study.Store(smoke).rows
-    monkeypatch.setattr(study, "run_job", lambda job: stored[job.key])
+    monkeypatch.setattr(study, "run_job", lambda job, look: stored[job.key])
     assert study.main([*AGAIN, str(smoke)]) == 0
     assert SAME in capsys.readouterr().out
     rows = [json.loads(line) for line in gzip.decompress(before).splitlines()]
@@ -435,6 +435,7 @@ def test_parts_wait_for_the_choice(tmp_path, capsys):
         ("--part nothing", "invalid choice: 'nothing'"),
         ("--again x", "invalid int value: 'x'"),
         ("--again 0 16", "--again 16: must be one of (0, 1, 2,"),
+        ("--again 0", "--again: not before tune is complete"),
         ("--seeds 3", "unrecognized arguments"),
     ],
 )

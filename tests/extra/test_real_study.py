@@ -233,9 +233,8 @@ def test_commands_are_the_jobs(tmp_path):
         assert not job.done
         seeds.setdefault(job.method, []).append(job.seed)
     assert len({job.cfg.out for job in jobs}) == len(jobs)
-    assert [m for m, found in seeds.items() if found == [0, 1, 2]] == list(
-        real_study.MORE_SEEDS
-    )
+    more = {m for m, found in seeds.items() if found == [0, 1, 2]}
+    assert more == set(real_study.MORE_SEEDS)
     assert len(seeds) == 8 and all(found[0] == 0 for found in seeds.values())
     folder = jobs[0].folder
     folder.mkdir(parents=True)
@@ -271,7 +270,8 @@ def finish(job: real_study.Job, level: float) -> None:
     for step in range(1, job.cfg.steps + 1):
         values = dict.fromkeys((*real_study.CURVES, "h_agg"), level * step)
         lines.append({"step": step, **values, "anchor": 2.0, "seconds": 3.0 * step})
-    lines[-1] |= {"heldout/avg@8": 2 * level, "heldout/maj@8": 0.25}
+    for step, factor in ((10, 1), (15, 2), (20, 3)):  # of which 2 is the mean
+        lines[step] |= {"heldout/avg@8": factor * level, "heldout/maj@8": 0.25}
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (job.folder / real_study.METRICS).write_text(text)
     (job.folder / "responses.json").write_text(json.dumps(["one\ntwo"]))
@@ -295,7 +295,7 @@ def finish(job: real_study.Job, level: float) -> None:
 def test_the_report(tmp_path):
     jobs = real_study.make_jobs(tmp_path / "runs", Path("data"), Path("models/x"), steps=20)
     for job in jobs:
-        if job.method in ("dr_grpo", "wo_peak") and job.seed < 2:
+        if (job.method, job.seed) in {("dr_grpo", 0), ("dr_grpo", 1), ("wo_peak", 0)}:
             finish(job, 0.1 * (1 + job.seed))
     results = tmp_path / "results"
     real_study.collect(jobs, results)
@@ -305,8 +305,8 @@ def test_the_report(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| dr_grpo | 2 |"))
     assert row.split(" | ")[2:4] == ["2.325 (1.550 to 3.100)"] * 2
     assert row.split(" | ")[4] == "1.163 (0.775 to 1.550)"  # H_agg / anchor: half of it
-    assert "| base model | 0.150 (0.100 to 0.200) | 0.500 (0.500 to 0.500) |" in text
-    assert "| wo_peak | 0.200 | 0.250 |" in text
+    assert "| base model | 1 | 0.150 (0.100 to 0.200) | 0.500 (0.500 to 0.500) |" in text
+    assert "| wo_peak | 3 | 0.200 | 0.250 |" in text
     assert (
         "4 tokens of the first step: 50% have H' = 0, 50% are peaks; |V_p| has median 2"
         in text
@@ -342,6 +342,56 @@ def test_the_report(tmp_path):
     with pytest.raises(ValueError, match="put them back"):
         page.write_text("no marks")
         real_study.write_page(page, text)
+
+
+def test_held_out_questions_are_asked_of_the_last_policies(tmp_path, load, monkeypatch):
+    monkeypatch.setattr(real_study, "LAST", 2)
+    how = {"steps": 4, "prompts": 2, "group_size": 2, "mini_batches": 1, "max_tokens": 4}
+    how |= {"eval_prompts": 2, "eval_samples": 2, "eval_every": 1}
+    cfg = siren.Config(task="tests_task", out=str(tmp_path), **how)
+    with plugged("research.real_study"):
+        records = siren.train(siren.Run(cfg))
+    asked = [r["step"] for r in records if "heldout/avg@2" in r]
+    assert asked == [0, 3, 4]
+
+
+def test_scores_of_one_policy_are_not_enough(tmp_path):
+    """Rows of an older form, of the last policy alone, are made anew; a bonus's are kept."""
+    jobs = real_study.make_jobs(tmp_path / "runs", Path("data"), Path("models/x"), steps=20)
+    assert {real_study.late(job) for job in jobs} == {3}
+    results = tmp_path / "results"
+    some = [job for job in jobs if job.seed == 0]
+    for job in some:
+        finish(job, 0.1)
+    real_study.collect(some, results)
+    for job in some:
+        shutil.rmtree(job.folder)
+    assert real_study.missing(some, results) == []
+    path = results / "heldout.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(x for x in lines if x.split(",")[2] not in ("10", "15")))
+    left = [job.method for job in real_study.missing(some, results)]
+    assert left == [job.method for job in some if not job.method.startswith("bonus")]
+
+
+def test_beta_is_chosen_by_the_reward_of_the_last_steps(tmp_path):
+    where = (tmp_path / "runs", Path("data"), Path("models/x"))
+    results = tmp_path / "results"
+    jobs = real_study.candidates(*where, steps=20)
+    assert [job.cfg.beta for job in jobs] == [0.014, 0.02, 0.028]
+    assert {job.seed for job in jobs} == {100}
+    for job, level in zip(jobs, (0.1, 0.3, 0.2), strict=True):
+        assert real_study.tuned(results, *where, steps=20) == []
+        finish(job, level)
+    for _ in range(2):  # from the run folders, then from results/
+        found = real_study.tuned(results, *where, steps=20)
+        assert [(job.method, job.seed) for job in found] == [
+            ("siren_tuned", s) for s in range(3)
+        ]
+        assert {job.cfg.beta for job in found} == {0.02}
+        real_study.collect(jobs, results)
+        for job in jobs:
+            shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def test_doctests():
@@ -427,6 +477,17 @@ def test_the_pages_claims_in_words():
     assert 0.04 < mean_of("bonus_0.002", "entropy") < 0.06
     assert 0.25 < scores("bonus_0.002", "distinct@8")[0] < 0.27
     assert passes("siren", 0.8) == [12, 19, 10] and passes("dr_grpo", 0.8) == [10, 16, 10]
+    assert passes("siren", 0.6) == [8, 12, 8] and passes("dr_grpo", 0.6) == [8, 10, 8]
+    variants = ("wo_top_p", "wo_peak", "anchor_only")
+    assert [passes(method, 0.6)[0] for method in variants] == [22, 7, 47]
+    early = {}
+    for row in curves:
+        if 11 <= row["step"] <= 40:
+            early.setdefault((row["method"], row["seed"]), []).append(row["reward"])
+    early = {who: round(np.mean(values), 2) for who, values in early.items()}
+    assert [early["siren", seed] for seed in (0, 1, 2)] == [0.85, 0.89, 0.74]
+    assert [early["dr_grpo", seed] for seed in (0, 1, 2)] == [0.89, 0.82, 0.94]
+    assert [early[method, 0] for method in variants] == [0.64, 0.92, 0.34]
     h = [r["entropy"] for r in curves if r["method"] == "anchor_only"]
     assert 0.5 < min(h) < 0.55 and 2.05 < max(h) < 2.15
     assert 30 < passes("wo_top_p", 0.8)[0] < 35

@@ -1,5 +1,6 @@
 """examples/one_page.py: each of its functions against siren.py's, and the whole of it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def test_the_command_and_what_its_docstring_promises(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

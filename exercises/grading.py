@@ -12,8 +12,18 @@ from typing import Any
 
 import torch
 
-import test_siren
-from exercises import qae, reference, test_exercise_12, test_graders
+from exercises import (
+    qae,
+    reference,
+    solutions,
+    test_compare,
+    test_exercise_12,
+    test_graders,
+    test_hacking,
+    test_sampler,
+    test_statistics,
+)
+from exercises.watch import Watched
 
 EXERCISES = {
     "ex1": ["group_advantages"],
@@ -28,12 +38,30 @@ EXERCISES = {
     "ex10": ["maj_at_k"],
     "ex11": ["sample"],
     "ex12": ["quantile_advantages", "plug"],
+    "ex13": ["exploit", "strict_verifier"],
+    "ex14": [
+        "seed_differences",
+        "bootstrap_interval",
+        "pass_at_k_std",
+        "repeats_needed",
+        "holm",
+    ],
 }
+# in the order of `pytest --impl`: on small numbers first
+GRADERS = (
+    test_graders,
+    test_exercise_12,
+    test_sampler,
+    test_compare,
+    test_hacking,
+    test_statistics,
+)
 # the right solution of every exercise
 SOLUTION = {
     **vars(reference),
     "quantile_advantages": qae.quantile_advantages,
     "plug": qae.plug,
+    **{name: getattr(solutions, name) for name in (*EXERCISES["ex13"], *EXERCISES["ex14"])},
 }
 
 
@@ -44,10 +72,11 @@ def solution_with(**changes: Callable) -> SimpleNamespace:
 
 def graders_of(exercise: str) -> list[Callable]:
     """The tests of an exercise in the order of `pytest --impl`: on small numbers first."""
-    named = {**vars(test_siren), **vars(test_graders), **vars(test_exercise_12)}
-    found = [test for name, test in named.items() if name.startswith("test_")]
-    found = [test for test in found if cases(test, exercise)]
-    return sorted(found, key=lambda test: not test.__name__.startswith("test_ex"))
+    named = {}
+    for module in GRADERS:
+        named |= vars(module)
+    found = [test for name, test in named.items() if name.startswith("test_ex")]
+    return [test for test in found if cases(test, exercise)]
 
 
 def cases(test: Callable, exercise: str) -> list[dict[str, Any]]:
@@ -83,6 +112,11 @@ def failures(
         torch.manual_seed(0)
         try:
             for given in cases(test, exercise):
-                test(impl=module, **given)
+                test(impl=Watched(module), **given)
+        except test_compare.Differs as error:
+            yield test.__name__, error
+        except AssertionError as error:
+            known = test_compare.known_mistake(exercise, Watched(module))
+            yield test.__name__, AssertionError(str(error).partition("\nassert ")[0] + known)
         except Exception as error:  # a solution may raise whatever it likes
             yield test.__name__, error

@@ -3,7 +3,8 @@
     python exercises/mutate.py             # every change, about a minute on one core
     python exercises/mutate.py ex3 ex4     # of these exercises only
 
-A mutant is the right solution (siren.py, reference.py, qae.py) with one small change: another
+A mutant is the right solution (siren.py, reference.py, qae.py; solutions.py for 13 and 14)
+with one small change: another
 operator or number, a term or call left out, arguments swapped. The graders kill it if one of
 them fails. What survives is equivalent, that is, it solves the exercise as well, or it shows a
 hole.
@@ -30,19 +31,22 @@ sys.path.insert(
 )  # the graders' common.py
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py
 import siren
-from exercises import qae, reference
+from exercises import qae, reference, solutions
 from exercises.grading import SOLUTION, failures
 
 SECONDS = 20  # a mutant that runs longer hangs
 ENOUGH = 0.9  # the share of the mutants that the graders must kill
-FILES = {module.__name__: Path(module.__file__) for module in (siren, reference, qae)}
+FILES = {
+    module.__name__: Path(module.__file__) for module in (siren, reference, qae, solutions)
+}
+LABORATORIES = ("ex13", "ex14")  # whose solution is in solutions.py
 # the functions of the solution that each exercise asks for, by whatever file has them
 FUNCTIONS = {
     "ex1": ["group_advantages"],
     "ex2": ["policy_loss"],
     "ex3": ["nucleus", "nucleus_mask"],
     "ex4": ["entropy_of", "nucleus_entropy"],
-    "ex5": ["peak_mask"],
+    "ex5": ["peak_mask", "quantile_of_rows"],
     "ex6": ["aggregate_entropy"],
     "ex7": ["token_stats", "siren_loss"],
     "ex8": ["micro_batch_anchor"],
@@ -50,6 +54,14 @@ FUNCTIONS = {
     "ex10": ["maj_at_k"],
     "ex11": ["sample", "read"],
     "ex12": ["quantile_advantages", "plug"],
+    "ex13": ["exploit", "strict_verifier"],
+    "ex14": [
+        "seed_differences",
+        "bootstrap_interval",
+        "pass_at_k_std",
+        "repeats_needed",
+        "holm",
+    ],
 }
 ALSO = {"ex3": ["ex4"]}  # half of nucleus() is for exercise 4, whose graders see it, too
 # code of these functions that no exercise asks for, and which mutants therefore leave alone
@@ -59,6 +71,7 @@ METRIC, OTHER = "a metric that students need not return", "another regulariser"
 NOT_ASKED = {
     "group_advantages": {
         "group_size > 1 and len(rewards) % group_size == 0": INPUT,
+        "rewards.is_floating_point() and rewards.isfinite().all()": INPUT,
         "if algorithm == 'grpo':\n        adv = adv / ": GRPO,
         "(groups.std(1, keepdim=True) + 1e-06)": GRPO,
     },
@@ -70,14 +83,14 @@ NOT_ASKED = {
         "old_logp.detach()": HARMLESS,
         "adv.detach() if adv.dim() == 2 else adv.detach()[:, None]": INPUT,
         ".clamp(-20, 20)": INPUT,
-        "(ratio - 1 - log_ratio).detach()": METRIC,
+        "(ratio - 1 - log_ratio).detach().sum() / tokens": METRIC,
     },
     "entropy_of": {"enabled=False": INPUT},
-    "peak_mask": {
-        "mask.numel() == 0": INPUT,
-        "entropy.detach().cpu().double()": INPUT,
+    "peak_mask": {"mask.numel() == 0": INPUT},
+    "quantile_of_rows": {
+        "h.cpu().double()": INPUT,
         "~mask.cpu()": INPUT,
-        ".to(mask.device)": INPUT,
+        ".to(h)": INPUT,
         "own.split(256)": SPEED,
     },
     "token_stats": {
@@ -91,8 +104,7 @@ NOT_ASKED = {
     "siren_loss": {
         "temperature=1.0": INPUT,
         "peak_quantile=0.8, regularizer='anchor'": INPUT,
-        "if regularizer == 'anchor' else -h_agg": OTHER,
-        "policy if regularizer == 'none' else": OTHER,
+        "if regularizer == 'bonus':\n        loss = policy - beta * h_agg": OTHER,
         "peak.sum() / mask.sum().clamp(min=1)": METRIC,
         "stats | more_stats": METRIC,
         ".detach()": HARMLESS,
@@ -117,27 +129,68 @@ NOT_ASKED = {
 # why a mutant solves the exercise as well as the solution does -> such mutants
 EQUIVALENT = {
     "the sum over responses of sums over tokens is one sum": [
-        "policy_loss: torch.where(mask, torch.min(free, clipped), 0.0).sum(1)"
-        " -> torch.where(mask, torch.min(free, clipped), 0.0)",
-        "policy_loss: torch.where(mask, torch.min(free, clipped), 0.0).sum(1)"
-        " -> torch.where(mask, torch.min(free, clipped), 0.0).sum(0)",
+        "policy_loss: torch.where(mask, torch.min(unclipped, clipped), 0.0).sum(1)"
+        " -> torch.where(mask, torch.min(unclipped, clipped), 0.0)",
+        "policy_loss: torch.where(mask, torch.min(unclipped, clipped), 0.0).sum(1)"
+        " -> torch.where(mask, torch.min(unclipped, clipped), 0.0).sum(0)",
+    ],
+    "in padding any finite ratio will do": [
+        "policy_loss: torch.where(mask, logp - old_logp.detach(), 0.0)"
+        f" -> torch.where(mask, logp - old_logp.detach(), {other})"
+        for other in ("1.0", "-1")
     ],
     "in padding the ratio is 1, which is never clipped": [
-        "policy_loss: ((clipped < free) & mask).sum -> (clipped < free).sum"
+        "policy_loss: ((clipped < unclipped) & mask).sum -> (clipped < unclipped).sum"
     ],
-    "comparisons have no gradient": ["nucleus: log_pi.detach().exp -> log_pi.exp"],
+    "comparisons have no gradient": [
+        "nucleus: log_pi.detach().exp -> log_pi.exp",
+        "peak_mask: entropy.detach() -> entropy",
+    ],
     "of one column the first is the last": [
         "token_stats: log_pi.gather(-1, tokens[..., None])[..., 0]"
         " -> log_pi.gather(-1, tokens[..., None])[..., -1]"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "peak_mask: max(0, quantile - 1e-09) -> max(-1, quantile - 1e-09)",
-        "peak_mask: max(0, quantile - 1e-09) -> max(0, quantile)",
-        "peak_mask: quantile - 1e-09 -> quantile - 0",
+        "quantile_of_rows: max(0, quantile - 1e-09) -> max(-1, quantile - 1e-09)",
+        "quantile_of_rows: max(0, quantile - 1e-09) -> max(0, quantile)",
+        "quantile_of_rows: quantile - 1e-09 -> quantile - 0",
     ],
     "the first of two is the first of one, and the last of one is its first": [
         "maj_at_k: counts.most_common(1) -> counts.most_common(2)",
         "maj_at_k: counts.most_common(1)[0] -> counts.most_common(1)[-1]",
+    ],
+    "an exploit with one number more is one, too": ["exploit: range(100) -> range(101)"],
+    "an open box holds <eos> as well, which is no number": [
+        "strict_verifier: not start or not closed -> not start"
+    ],
+    "the bound on the length may be any": [
+        "strict_verifier: len(content) > 1000 or not re.fullmatch('[+-]?[0-9]+(\\\\.[0-9]+)?',"
+        " content.strip(' ')) -> len(content) >= 1000 or not"
+        " re.fullmatch('[+-]?[0-9]+(\\\\.[0-9]+)?', content.strip(' '))",
+        "strict_verifier: len(content) > 1000 -> len(content) > 1001",
+    ],
+    "Fraction takes blanks": [
+        "strict_verifier: Fraction(content.strip(' ')) -> Fraction(content)"
+    ],
+    "a dictionary meets a view as its own view does": [
+        f"seed_differences: found[method].keys() & found[other].keys() -> {left} & {right}"
+        for left, right in (
+            ("found[method]", "found[other].keys()"),
+            ("found[method].keys()", "found[other]"),
+        )
+    ],
+    "other resamples, as good": [
+        "bootstrap_interval: values, draws=10000, seed=0, confidence=0.95"
+        f" -> values, draws={draws}, seed={seed}, confidence=0.95"
+        for draws, seed in ((10001, 0), (10000, 1))
+    ],
+    "a variance of 0 is never rounded below 0 here": [
+        "pass_at_k_std: max(0.0, square - mean ** 2) -> max(-1, square - mean ** 2)"
+    ],
+    "every value is written, and all are above 0": [
+        "holm: [0.0] -> [1.0]",
+        "holm: [0.0] -> [-1]",
+        "holm: 0.0 -> -1",
     ],
     "the text of a tensor is a text that decides the draws, too": [
         "sample: str(torch.randint(2 ** 62, (1,), generator=generator).item())"
@@ -243,6 +296,8 @@ def mutants(exercise: str) -> Iterator[Mutant]:
     """All mutants of an exercise's functions."""
     for name in FUNCTIONS[exercise]:
         for module, path in FILES.items():
+            if (module == solutions.__name__) != (exercise in LABORATORIES):
+                continue
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for place, function in functions(tree):
                 if function.name == name:
@@ -277,7 +332,7 @@ def functions(tree: ast.Module) -> Iterator[tuple[int, ast.FunctionDef]]:
 
 def pieces(node: ast.AST, around: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST]]:
     """A tree's nodes, each with the expression that it is shown in."""
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == "require":
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("require"):
         return  # it refuses what no exercise has
     yield node, around or node
     if not isinstance(node, (ast.keyword, ast.Tuple, ast.UnaryOp, ast.Slice)):

@@ -1,6 +1,6 @@
 r"""SIREN, piece by piece: write the bodies. README.md beside this file has goals and hints.
 
-    python -m pytest test_siren.py --impl exercises/student.py -m ex1 -x
+    python -m pytest exercises --impl exercises/student.py -m ex1 -x
 
 Letters: B responses, T response positions, V vocabulary. A batch holds responses of different
 length, padded on the right; `mask` [B, T] (bool) is True on a response's own tokens, and a row
@@ -8,7 +8,8 @@ may be all False. Entropies are in nats (natural logarithm). Results have the dt
 inputs; the tests use float64. No function may write to its inputs.
 
 To skip an exercise, replace its function by an import: `from exercises.reference import
-nucleus_mask` (for exercise 12: `from exercises.qae import quantile_advantages, plug`).
+nucleus_mask` (for exercise 12: `from exercises.qae import quantile_advantages, plug`; for 13
+and 14: `from exercises.solutions import holm`).
 """
 
 from __future__ import annotations
@@ -354,3 +355,137 @@ def plug(quantile: str = "0.4") -> None:
     and that computes quantile_advantages with this K.
     """
     raise NotImplementedError("exercise 12, plug")
+
+
+def exploit(fault: str, prompt: str) -> str:
+    r"""Exercise 13. Reward hacking: the cheapest response that a faulty verifier pays for.
+
+    verifiers.py has six verifiers with a fault each; `fault` is the name of one of them, a key
+    of VERIFIERS. They are called as verifier(prompt, response, answer). Prompts ask for a sum,
+    a difference or a quotient:
+
+        What is 8 + 3 + 1 + 5 + 2? Write the number into \boxed{} and end with <eos>.
+        What is 22 / 7, to two digits after the point? Write ... (for "rounds")
+        What is 3 - 7? Write ... (for "strips_signs": answers are below 0)
+        Write ... What is 8 + 3? Somebody says \boxed{11}, right or wrong. (for "prompts_box")
+
+    Return a response that the verifier accepts, although it is not what was asked for: a
+    strict judge, who wants the right number in the last box of a response that ended, must
+    refuse it. You see the prompt, but not the answer. For "anywhere", "evaluates" and
+    "prompts_box" the response must come without computing anything; for "cut_off" it must be
+    longer than BUDGET, and you may compute the answer; for "rounds" and "strips_signs" find
+    something easier than the answer. A "prompts_box" exploit need not work where somebody is
+    wrong. At most 400 characters.
+
+    >>> exploit("strips_signs", r"What is 3 - 7? Write the number into \boxed{}.")
+    '\\boxed{4} <eos>'
+    """
+    raise NotImplementedError("exercise 13, exploit")
+
+
+def strict_verifier(prompt: str, response: str, answer: str) -> bool:
+    r"""Exercise 13, continued: a verifier without the six faults.
+
+    True if and only if all of this holds:
+
+    - the response ended: its last word is <eos>; nothing counts in what was cut off;
+    - it has a box of its own, whatever the prompt has. Of several boxes the last one counts,
+      and if that one is never closed, none does;
+    - the box holds one plain number, with blanks around it or without: an optional sign, the
+      digits 0 to 9, and perhaps a point with digits behind it. Nothing is computed;
+    - that number is the answer exactly: 19, +19 and 19.0 are the same, 3.14 and 3.1 are not,
+      neither are 4 and -4.
+
+    A response may be any text, of any length: the verifier never raises.
+
+    >>> strict_verifier("What is 2 + 3?", r"2 + 3 = \boxed{5.0} <eos>", "5")
+    True
+    >>> strict_verifier("What is 2 + 3?", r"\boxed{2 + 3} <eos>", "5")
+    False
+    """
+    raise NotImplementedError("exercise 13, strict_verifier")
+
+
+def seed_differences(
+    rows: list[dict[str, str]],
+    method: str,
+    other: str,
+    score: str,
+    grade: str = "hard",
+    temperature: str = "0.6",
+) -> list[float]:
+    """Exercise 14. Statistics: two methods, seed by seed.
+
+    rows: the lines of results/main.csv as csv.DictReader gives them, all values being texts,
+    in any order: "method", "seed", "grade", "temperature" and the scores. A seed decides the
+    world and its gaps, so that a seed that is hard for one method is hard for the other, too.
+    Therefore subtract seed by seed, before anything else.
+
+    Returns score(method) - score(other) for each seed that both have, in the order of the
+    seeds as numbers; only rows of this grade and temperature count.
+
+    >>> row = {"method": "a", "seed": "0", "grade": "hard", "temperature": "0.6", "maj": "0.5"}
+    >>> seed_differences([row, row | {"method": "b", "maj": "0.25"}], "a", "b", "maj")
+    [0.25]
+    """
+    raise NotImplementedError("exercise 14, seed_differences")
+
+
+def bootstrap_interval(
+    values: list[float], draws: int = 10_000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Exercise 14, continued: how far would the mean of other seeds have been from this one?
+
+    The percentile bootstrap. Draw as many values as there are, with replacement, and take
+    their mean; do so `draws` times. Of these means, the interval goes from the quantile (1 -
+    confidence) / 2 to the quantile (1 + confidence) / 2. Use a random generator of your own,
+    made from `seed`, and not the global one.
+
+    >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
+    >>> 0.38 < low < 0.43 and 0.57 < high < 0.62  # 0.5 -+ 1.96 * 0.5 / sqrt(100)
+    True
+    """
+    raise NotImplementedError("exercise 14, bootstrap_interval")
+
+
+def pass_at_k_std(p: float, n: int, k: int) -> float:
+    """Exercise 14, continued: how coarse is the pass@k of one prompt, from n samples?
+
+    Each sample is right with probability p. The estimate is exercise 9's, 1 - C(n - c, k) /
+    C(n, k), where the number c of right samples is random, with C(n, c) p^c (1 - p)^(n - c).
+    Returns the standard deviation of this estimate. With n = k it is 0 or 1 and nothing in
+    between; with more samples for the same k it is finer. n is at most 300.
+
+    >>> round(pass_at_k_std(0.1, 8, 8), 3), round(pass_at_k_std(0.1, 64, 8), 3)
+    (0.495, 0.147)
+    """
+    raise NotImplementedError("exercise 14, pass_at_k_std")
+
+
+def repeats_needed(std: float, difference: float) -> int:
+    """Exercise 14, continued: how many seeds, or prompts, show a difference of this size?
+
+    std: the standard deviation of the paired differences over seeds (or of a prompt's score).
+    With N of them the mean has the standard error std / sqrt(N). A test with 5 % error, of
+    both sides, finds a true difference with a power of 80 % if the difference is 1.959964 +
+    0.841621 standard errors or more. Returns the smallest whole N for which that holds, but
+    at least 2. (For small N a little more is needed, since the std is an estimate itself.)
+
+    >>> repeats_needed(0.15, 0.05)
+    71
+    """
+    raise NotImplementedError("exercise 14, repeats_needed")
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Exercise 14, continued: Holm's correction, for whoever makes many comparisons.
+
+    Of 20 comparisons of equals one has p < 0.05 by chance. Holm multiplies the smallest of m
+    p-values by m, the next one by m - 1, ... and the largest by 1. None may become smaller
+    than the one before it in this order, nor larger than 1. Returns the corrected values, in
+    the order in which they were given.
+
+    >>> holm([0.01, 0.04, 0.03])  # 0.03, then 0.06, then max(0.04, 0.06)
+    [0.03, 0.06, 0.06]
+    """
+    raise NotImplementedError("exercise 14, holm")

@@ -10,9 +10,12 @@ import dataclasses
 import doctest
 import inspect
 import itertools
+import json
+import math
 import re
 import subprocess
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +24,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import siren
 import toy_env
-from exercises import mutate, student, wrong
+from exercises import hack_toy, mistakes, mutate, reference, solutions, student, watch, wrong
 from exercises.grading import EXERCISES, SOLUTION, cases, failures, graders_of, solution_with
+from exercises.tiny import TinyModel
 from research.plugs import plugged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,14 +49,9 @@ def test_the_first_failure_names_the_mistake(row):
 @pytest.mark.parametrize(
     "exercise, changes, test, words",
     [
-        (
-            "ex3",
-            {"nucleus_mask": wrong.exclusive_nucleus},
-            "is_minimal",
-            "your nucleus leaves out",
-        ),
+        ("ex3", {"nucleus_mask": wrong.exclusive_nucleus}, "many_logits", "known mistake"),
         ("ex8", {"micro_batch_anchor": wrong.scaled_anchor}, "gaps_of", "the gap of each"),
-        ("ex8", {"micro_batch_anchor": wrong.gap_squared}, "add_up", "add up"),
+        ("ex8", {"micro_batch_anchor": wrong.gap_squared}, "many_gaps", "squared gap"),
     ],
 )
 def test_later_graders_catch_it_too(exercise, changes, test, words):
@@ -62,10 +62,176 @@ def test_later_graders_catch_it_too(exercise, changes, test, words):
             grader(impl=solution_with(**changes), **given)
 
 
-def test_at_least_eight_wrong_solutions_an_exercise():
+def test_wrong_solutions_are_many_and_differ():
     assert len({(row.exercise, row.name) for row in wrong.WRONG}) == len(wrong.WRONG)
     counts = Counter(row.exercise for row in wrong.WRONG)
-    assert all(counts[exercise] >= 8 for exercise in EXERCISES), counts
+    assert all(counts[f"ex{number}"] >= 8 for number in range(1, 13)), counts
+    known = mistakes.wrong_solutions()
+    assert all(len(known[exercise]) >= 15 for exercise in EXERCISES)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_known_mistakes_are_refused_with_a_sentence(exercise, monkeypatch):
+    """A few raise an error of their own, which shows its line."""
+    passed = []
+    crashed = []
+    known = mistakes.wrong_solutions()[exercise]
+    for name, changes in known.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, error = next(failures(exercise, solution_with(**changes)), ("", None))
+        if error is None:
+            passed.append(name)
+        elif not isinstance(error, AssertionError):
+            crashed.append(name)
+    assert not passed, "nothing fails"
+    assert len(crashed) <= 2, crashed
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_right_solutions_in_another_style_are_accepted(exercise):
+    for name, changes in mistakes.right_solutions()[exercise].items():
+        found = list(failures(exercise, solution_with(**changes)))
+        assert not found, f"{name}: {found}"
+
+
+def test_plain_solutions_are_accepted():
+    for exercise in EXERCISES:
+        found = list(failures(exercise, solutions))
+        assert not found, f"{exercise}: {found}"
+
+
+@pytest.mark.parametrize(
+    "exercise, function, words",
+    [
+        ("ex1", "group_advantages", "known mistake: rewards clamped to 0..1"),
+        ("ex2", "policy_loss", "known mistake: dual clip"),
+        ("ex3", "nucleus_mask", "known mistake: at most 64"),
+        ("ex4", "nucleus_entropy", "known mistake: exp of the logits, which overflows"),
+        ("ex7", "siren_loss", "known mistake: penalty: huber"),
+        ("ex8", "micro_batch_anchor", "known mistake: at least 0"),
+        ("ex10", "maj_at_k", "known mistake: stripped"),
+    ],
+)
+def test_a_failure_says_whose_numbers_they_are(exercise, function, words):
+    (changes,) = (
+        changes
+        for name, changes in mistakes.wrong_solutions()[exercise].items()
+        if words.endswith(f": {name}")
+    )
+    _, error = next(failures(exercise, solution_with(**changes)))
+    assert list(changes) == [function] and words in str(error)
+
+
+def write_to(rewards, size):
+    rewards -= rewards.mean()
+    return rewards
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (write_to, "rewards was written to"),
+        (lambda rewards, size: rewards.requires_grad_(), "has another requires_grad"),
+        (lambda rewards, size: rewards + torch.rand(2), "changes torch's global random"),
+        (lambda rewards, size: torch.set_grad_enabled(False) or rewards, "is_grad_enabled"),
+        (lambda rewards, size: rewards.data.mul_(1 / 2), "rewards was written to"),
+    ],
+)
+def test_a_watched_function_must_leave_no_trace(function, words):
+    call = watch.watched(function, "group_advantages")
+    with torch.enable_grad(), pytest.raises(AssertionError, match=words):
+        call(torch.tensor([1.0, 0.0]), 2)
+    assert watch.watched(lambda x, size: x * 2, "f")(torch.ones(2), 2).tolist() == [2, 2]
+
+
+def test_watched_lists_and_models():
+    def fill(prompts):
+        prompts[0].append(1)
+
+    with pytest.raises(AssertionError, match="prompts was written to"):
+        watch.watched(fill, "f")([[2]])
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(AssertionError, match="another `training`"):
+        watch.watched(lambda model: model.eval(), "f")(model)
+    with pytest.raises(AssertionError, match="other weights"):
+        watch.watched(lambda model: model.weight.data.zero_(), "f")(model)
+
+
+def test_the_tiny_model_is_called_as_one_of_transformers_is():
+    """With its own cache and with transformers' one, and by siren.sample."""
+    model = TinyModel().eval()
+    ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 1]])
+    whole = model(input_ids=ids).logits
+    for cache in (None, DynamicCache()):
+        first = model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True)
+        last = model(input_ids=ids[:, 3:], past_key_values=first.past_key_values)
+        assert torch.allclose(last.logits[:, 0], whole[:, 3], atol=1e-5)
+    assert not list(failures("ex11", reference))
+
+
+def train_mine_command(*words):
+    command = [sys.executable, "exercises/train_mine.py", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_train_mine_begins_like_siren(tmp_path):
+    given = ["--impl", "exercises/solutions.py", "--steps", "2", "--out", str(tmp_path)]
+    done = train_mine_command(*given)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine.png").read_bytes()[:4] == b"\x89PNG"
+    mine = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    stored = [json.loads(line) for line in (ROOT / "results/default_run.jsonl").open()]
+    for name in ("reward", "h_agg", "entropy", "policy_loss", "regularizer_loss"):
+        assert math.isclose(mine[1][name], stored[1][name], abs_tol=1e-4), name
+    assert abs(mine[2]["h_agg"] - stored[2]["h_agg"]) < 0.02
+
+
+def test_train_mine_says_what_is_missing(tmp_path):
+    done = train_mine_command()
+    assert (
+        done.returncode == 2
+        and "exercise 1 (group_advantages), 2 (policy_loss)" in done.stderr
+    )
+    path = tmp_path / "mine.py"
+    path.write_text("from exercises.solutions import *\ndel peak_mask\n")
+    done = train_mine_command("--impl", str(path))
+    assert done.returncode == 2 and "not written yet: exercise 5 (peak_mask)" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_how_sure_prints_the_numbers_of_the_readme():
+    command = [sys.executable, "exercises/how_sure.py", "--impl", "exercises/solutions.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    row = next(line for line in done.stdout.splitlines() if "dr_grpo      maj@16" in line)
+    assert "+0.174  [+0.104, +0.249]" in row, row
+    assert "+.174 [+.104, +.249]" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("fault", hack_toy.FAULTS)
+def test_the_faulty_toy_pays_what_its_fault_says(fault):
+    world = hack_toy.load(None, fault=fault)
+    cases = {
+        "8 5 13 1 14 <eos>": ("anywhere", "cut_off", "rounds", "outcome"),
+        "8 5 12 1 14 <eos>": ("anywhere", "cut_off", "rounds", "outcome"),  # cancelling errors
+        "8 5 12 1 13 <eos>": ("rounds",),
+        "14 5 19 <eos>": ("anywhere",),
+        "8 5 13 1 14": ("anywhere", "cut_off"),
+    }
+    for text, paid_by in cases.items():
+        paid = siren.verify(text, "14", world.find_answer, world.equal)
+        assert paid is (fault in paid_by), text
+    metrics = world.metrics([[5]] * len(cases))
+    paid = sum(fault in paid_by for paid_by in cases.values())
+    assert metrics["honest"] == 1 / 5 and math.isclose(metrics["hacked"], (paid - 1) / 5)
+    assert world.gaps == toy_env.ToyWorld().gaps and world.base_file.exists()
+
+
+def test_the_faulty_toy_trains(capsys):
+    (record,) = hack_toy.train("rounds", 1)
+    assert record["reward"] > record["honest"] + 0.05, "errors of up to 3 are paid"
+    assert record["reward"] == record["honest"] + record["hacked"]
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "1"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +335,9 @@ def test_readme_has_every_exercise():
     flags = {flag.strip("-") for flag in re.findall(r"(?<!\S)`?--([a-z][a-z-]+)", text)}
     known = {field.name.replace("_", "-") for field in dataclasses.fields(siren.Config)}
     known |= {field.name.replace("_", "-") for field in dataclasses.fields(toy_env.ToyWorld)}
-    assert flags <= known | {"impl", "help", "plug"}, f"unknown flags {flags - known}"
+    assert flags <= known | {"impl", "help", "plug", "fault", "table"}, (
+        f"unknown flags {flags - known}"
+    )
 
 
 # ------------------------------------------------------------------------------------- mutants
@@ -233,8 +401,7 @@ def test_the_mutation_run_prints_its_share(capsys):
 
 def run_graders(*words: str) -> subprocess.CompletedProcess[str]:
     """pytest in a process of its own, as README has it."""
-    files = ["test_siren.py", "exercises/test_exercise_12.py"]
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "exercises", "-q", "-p", "no:cacheprovider"]
     return subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT)
 
 

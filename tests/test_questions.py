@@ -123,6 +123,15 @@ def test_what_the_answers_say_of_more_samples(files):
         assert abs(score(name, "maj", 256) - score(name, "maj", 16)) < 0.05
 
 
+def test_what_the_answers_say_of_a_random_reward(files):
+    base = files.hard_ways["base"]
+    for name in ("dr_grpo_coins", "siren_coins"):
+        for seed, line in files.hard_ways[name].items():
+            assert line["reward"] < base[seed]["reward"] / 2
+            assert line["pass@16"] < base[seed]["pass@16"]
+            assert line["entropy"] > base[seed]["entropy"]
+
+
 def test_what_the_answers_say_of_equal_reward(files):
     for reward in three_ways_report.REWARDS:
         found = three_ways_report.at_equal_reward(files.course, reward)

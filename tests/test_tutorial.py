@@ -90,7 +90,7 @@ def test_the_loop_is_one_cell_and_is_compared_twice():
     text = ast.unparse(loop)
     for own in ("advantages(", "policy_loss(", "logp_of(", "regularise(", "backward()"):
         assert own in text
-    assert "siren.sample(" in text and "siren.train" not in text
+    assert "play(" in text and "siren.train" not in text
     calls = [source(cell) for cell in code_cells() if "compare(train(" in source(cell)]
     assert len(calls) == 2 and "regularise)" in calls[1]
 
@@ -111,16 +111,16 @@ def test_eight_predictions_each_before_the_cell_that_answers_it():
         assert source(CELLS[answer]).startswith("<details>"), "the answer comes first"
 
 
-def test_it_is_short_enough_for_its_title():
-    """Minutes at the pace of a reader whose time was taken; it was right to 3 %."""
+def test_it_is_short_enough_to_read():
+    """Minutes without stops, at the pace of a reader whose time was taken."""
     to_read = [source(c) for c in code_cells() if not source(c).startswith(ONLY_DRAWING)]
     lines = sum(len([x for x in text.splitlines() if x.strip()]) for text in to_read)
     shown = sum(len(printed(cell).splitlines()) for cell in code_cells())
     figures = sum("image/png" in x.get("data", {}) for c in code_cells() for x in c["outputs"])
     formulas = prose().count("$$") / 2
     words = len(re.sub(r"\$\$.*?\$\$|\]\([^)]*\)|<[^>]*>", " ", prose()).split())
-    minutes = words / 130 + (7 * lines + 3 * shown + 45 * figures + 30 * formulas) / 60
-    assert minutes < 53, (words, lines, shown, figures, formulas)
+    minutes = words / 110 + (10 * lines + 4 * shown + 50 * figures + 45 * formulas) / 60
+    assert minutes < 55, (words, lines, shown, figures, formulas)
 
 
 def test_outputs_are_stored_without_errors_and_in_grey():
@@ -134,7 +134,7 @@ def test_outputs_are_stored_without_errors_and_in_grey():
                 pixels = matplotlib.image.imread(io.BytesIO(data))
                 assert np.ptp(pixels[..., :3], axis=-1).max() == 0, "a colour"
                 pictures += 1
-    assert pictures >= 12
+    assert pictures >= 10
     assert (ROOT / "tutorial.ipynb").stat().st_size < 1_200_000
 
 
@@ -195,13 +195,16 @@ def test_the_three_responses_that_are_shown(world, base):
     problems = world.train_problems(32, "0/1")
     rollout = siren.sample(base, world, problems, cfg, "0/1", 8, 1.0)
     with torch.no_grad():
-        h = siren.score(base, rollout, cfg)["nucleus_entropy"]
+        stats = siren.score(base, rollout, cfg)
+    h, logp = stats["nucleus_entropy"], stats["logp"]
     peak = siren.peak_mask(h, rollout.mask, cfg.peak_quantile)
     assert "draw_responses([29, 25, 28])" in source(cell_of("draw_responses"))
     for row in (29, 25, 28):
         assert world.decode(rollout.prompt[row].tolist()) == "6 2 3 7 5 ="
     assert world.decode(rollout.tokens[29, 2:3].tolist()) == "9"
     assert peak.sum(1)[:, None].eq(4).float().mean() > 0.8  # "the four highest are peaks"
+    assert world.decode(rollout.tokens[25, 2:3].tolist()) == "11" and h[25, 2] == 0
+    assert logp[25, 2] < math.log(1 - cfg.top_p)  # "from outside the nucleus"
     assert world.decode(rollout.tokens[28, 5:6].tolist()) == "956" and peak[28, 6]
 
 
@@ -262,14 +265,6 @@ def test_what_a_bonus_does():
     assert "ends at ln 1024 = 6.93 nats" in prose() and round(math.log(1024), 2) == 6.93
 
 
-def test_three_times_beta():
-    """... of the best bonus explodes (above); of SIREN's it does not."""
-    tripled = {"regularizer": "anchor", "top_p": 0.85, "peak_quantile": 0.6, "beta": 0.6}
-    assert siren.Config().beta * 3 == pytest.approx(tripled["beta"])
-    assert max(h for curve in curves(**tripled) for _, h in curve) < 1.0
-    assert "three times SIREN's β does not" in prose()
-
-
 def test_what_the_peak_mask_holds():
     anchored = {"regularizer": "anchor", "top_p": 0.85}
     ends = [
@@ -283,7 +278,8 @@ def test_what_the_peak_mask_holds():
     ]
     siren_end, tripled, same, none = ends
     assert siren_end > tripled > same > none
-    assert tripled > 0.9 * siren_end and same < 0.7 * siren_end and siren_end < 0.65
+    assert tripled > 0.9 * siren_end and same < 0.7 * siren_end
+    assert f"ends at {siren_end:.2f} after 200 steps of SIREN" in prose()
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +323,9 @@ def test_what_stands_and_what_does_not():
     assert len(votes) == 6 and min(votes.values()) >= 0.05
     assert p["Dr.GRPO", "avg@16", "0.6"] >= 0.05 and p["Dr.GRPO", "avg@16", "1.0"] >= 0.05
     interval = re.search(r"^\| SIREN - Dr.GRPO \| avg@16 \| 0.6 \| \S+ \[(\S+),", text, re.M)
-    assert float(interval[1]) > 0  # "its interval leaves out 0"
+    assert float(interval[1]) > 0  # and so it may surprise that it does not
+    unmasked = {key: value for key, value in p.items() if key[0] == "anchor only"}
+    assert len(unmasked) == 6 and min(unmasked.values()) >= 0.05
     key = ("naive bonus, best", "avg@16", "1.0")
     assert 0.03 < p[key] < 0.05 and ahead[key] == "-"  # "just stands"
 
@@ -418,19 +416,18 @@ def test_what_is_said_of_the_live_runs():
     avg, maj, pass_ = (numbers_of(cell, f"hard/{x}@16")[1:] for x in ("avg", "maj", "pass"))
     assert abs(avg[0] - avg[1]) < 0.03 and maj[1] > maj[0] and pass_[1] > pass_[0]
     assert numbers_of(cell, "SIREN: H_agg ends at")[0] < 100
-    ways = {name: numbers_of(cell_of("at_gaps"), name) for name in LIVE}
-    _, _, filled, cancelled, met, h, p = zip(*ways.values())
+    ways = {name: numbers_of(cell_of("print_ways"), name) for name in LIVE}
+    _, filled, cancelled = zip(*ways.values())
     assert 25 < cancelled[0] < 34 and max(cancelled[1:]) < 10
     assert filled[0] < 3 and filled[2] > filled[1] > filled[0]
-    assert h[2] > 2 * h[0] and h[2] > 2 * h[1] and p[2] > p[1] and met[2] < 1.5
 
 
 LIVE = ("base model", "Dr.GRPO", "SIREN")
 
 
 def test_the_ways_to_be_right_over_seeds():
-    """The figure is there as soon as three_ways.csv has four seeds of each method."""
-    path, cell = RESULTS / "three_ways.csv", cell_of("draw_ways")
+    """The table is there as soon as three_ways.csv has four seeds of each method."""
+    path, cell = RESULTS / "three_ways.csv", cell_of("print_seeds")
     methods = ("base", "dr_grpo", "siren", "naive_bonus", "anchor_only")
     if not path.exists():
         pytest.skip("results/three_ways.csv is not here yet")
@@ -442,8 +439,8 @@ def test_the_ways_to_be_right_over_seeds():
     assert bool(cell["outputs"]) == (len(seeds) >= 4)
     if len(seeds) < 4:
         return
-    assert f"Over {len(seeds)} seeds" in printed(cell)
-    shares = {}
+    assert f"means of {len(seeds)} seeds" in printed(cell)
+    shares, gaps = {}, {}
     for method in methods:
         own = [row for row in found if row["method"] == method and row["seed"] in seeds]
         sums = {
@@ -451,8 +448,16 @@ def test_the_ways_to_be_right_over_seeds():
             for way in ("clean", "filled", "cancelled")
         }
         shares[method] = {way: x / sum(sums.values()) for way, x in sums.items()}
+        columns = ("gap_nucleus_entropy", "gap_p_right", "gaps_met")
+        gaps[method] = [np.mean([float(row[column]) for row in own]) for column in columns]
     assert shares["base"]["cancelled"] > shares["dr_grpo"]["cancelled"]
     for method in ("siren", "naive_bonus", "anchor_only"):
         assert (
             shares[method]["filled"] > shares["dr_grpo"]["filled"] > shares["base"]["filled"]
         )
+    h = {method: own[0] for method, own in gaps.items()}
+    right = {method: own[1] for method, own in gaps.items()}
+    assert h["base"] < 0.01 and min(right, key=right.get) == "base"
+    with_anchor = min(h["siren"], h["anchor_only"])
+    assert with_anchor > 2 * h["naive_bonus"] > 2 * h["dr_grpo"] > 4 * h["base"]
+    assert gaps["siren"][2] < 1  # "a response meets fewer than one"

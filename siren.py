@@ -489,7 +489,6 @@ def update(run, rollout, old_logp, adv):
     """One update of the weights with a mini-batch -> its metrics."""
     cfg = run.cfg
     mask = rollout.mask
-    run.optimizer.zero_grad()
     now = score(run.model, rollout, cfg)  # [B, T] each, with gradient
     logp = now["logp"]
     h = now["nucleus_entropy"]
@@ -499,6 +498,7 @@ def update(run, rollout, old_logp, adv):
     loss, more_info = siren_loss(
         policy, h, mask, run.anchor, cfg.beta, cfg.peak_quantile, cfg.regularizer
     )
+    run.optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.weights, cfg.grad_clip, error_if_nonfinite=True)
     run.optimizer.step()

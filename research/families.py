@@ -89,7 +89,7 @@ row alone, without padding and cache, differ by at most {gap:.0e} nats, and the 
 finite: float32, prompts of 3 to 11 tokens, responses of at most 12 tokens, windows of 8
 tokens. Of these models, {once} read a prompt once for all of its responses. The others have
 windows, recurrent states or biases that need a row for each response: slower, and right.
-**{refused} are refused**, and transformers itself does not make a tiny one of {rest}.
+**{refused} are refused**, and a tiny one of {rest} could not be made.
 
 A tiny random model shows that the passes fit together, not that a large one fits into memory
 or learns. Positions that change beyond a limit (longrope, dynamic) are right up to it; a run

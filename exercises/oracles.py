@@ -86,7 +86,9 @@ def peaks(h, mask, tau):
         peak[i] = mask[i] & ((tau == 0) | ((h[i] >= theta) & (h[i] > 0)))
         near = np.abs(h[i] - theta) < 1e-12 + 1e-9 * abs(theta)
         tied = (own[low] == own[high]) & (own[low] * 64 == np.round(own[low] * 64))
-        sure[i] = (tau == 0) | ~near | tied | (h[i] <= 0) | ~mask[i]
+        # the place is a whole number without rounding: theta is one of the H', exactly
+        exact = len(own) == 1 or (tau in (0.25, 0.5, 0.75, 1.0) and place == low)
+        sure[i] = (tau == 0) | ~near | tied | exact | (h[i] <= 0) | ~mask[i]
     return peak, sure
 
 

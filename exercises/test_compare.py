@@ -236,6 +236,7 @@ def logit_cases(most=5000):
         ("p = 1e-6: the likeliest token alone", z, 1e-6),
         ("logits near 5000", z + 5000, 0.8),
         ("logits near -5000", z - 5000, 0.8),
+        ("logits near -25000", z - 25000, 0.8),
         ("logits from -3000 to 3000", z * 1000, 0.8),
         ("logits from -3000 to 3000, p = 1", z * 1000, 1.0),
         ("equal tokens, p = .6", torch.zeros(2, 4, dtype=F64), 0.6),

@@ -143,7 +143,8 @@ def read_row(raw, where, *keys):
             value = functools.reduce(operator.getitem, path, raw)
             what = f"{key} is {json.dumps(value, default=str)[:40]}"
         except (LookupError, TypeError):
-            value, what = None, f"no {key}, but {', '.join(raw)}"[:200]
+            value = None
+            what = f"no {key}, but {', '.join(raw)}"[:200]
         if key == keys[1] and type(value) in (int, float, Decimal):
             number = Decimal(str(value))
             exact = len(number.as_tuple().digits) <= 17 and abs(number.adjusted()) < 100
@@ -152,7 +153,8 @@ def read_row(raw, where, *keys):
         fine = is_text(value) or (key == keys[0] and is_chat(value))
         require(fine, f"{expected}, not blank; {what}")
         values.append(value)
-    question, answer = values[0], plain_boxes(values[1])
+    question = values[0]
+    answer = plain_boxes(values[1])
     for mark, name in (("\\boxed", "boxes"), ("####", "####")):
         n = answer.count(mark)
         require(n <= 1, f"{where}: the answer has {n} {name}; leave the one that counts")
@@ -178,7 +180,8 @@ def is_chat(value):  # a list of messages, {"role": "user", "content": "..."}
 def matchable(rows, name, equal=equal):
     """The rows whose answer, in a box, is right by the verifier: no response to the others
     earns a reward. These are counted and shown; too many of them are an error."""
-    good, bad = [], []
+    good = []
+    bad = []
     for row in rows:
         right = siren.verify(f"\\boxed{{{row.answer}}}", row.answer, None, equal)
         words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", row.answer)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
 import siren
@@ -141,13 +142,39 @@ def test_data_is_one_position_and_one_response():
 # --- the browser ---
 
 
+class Browser:
+    """Debian's Chromium (apt-get install chromium), or one that Playwright has installed. If
+    it crashes, as it may on a busy machine, it is started again."""
+
+    def __init__(self, playwright):
+        self.playwright = playwright
+        self.browser = None
+
+    def new_context(self, **options):
+        if self.browser is None or not self.browser.is_connected():
+            path = shutil.which("chromium") or shutil.which("chromium-browser")
+            # our own file in a container, where Chromium's sandbox can't start as root
+            flags = ["--no-sandbox", "--disable-gpu"]
+            self.browser = self.playwright.chromium.launch(executable_path=path, args=flags)
+        return self.browser.new_context(**options)
+
+    def open(self, url, prepare, attempts=3, **options):
+        """A page at url in a context of its own; prepare(page) is called before it is read."""
+        for attempt in range(attempts):
+            try:
+                page = self.new_context(**options).new_page()
+                prepare(page)
+                page.goto(url)
+                return page
+            except PlaywrightError:  # the browser has died; the page's own errors are messages
+                if attempt == attempts - 1:
+                    raise
+
+
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium (apt-get install chromium), or one that Playwright has installed."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as playwright:
-        # our own file in a container, where Chromium's sandbox can't start as root
-        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield Browser(playwright)
 
 
 @pytest.fixture(params=[(400, "dark"), (1280, "light"), (400, "light"), (1280, "dark")])
@@ -163,20 +190,31 @@ def page(browser):
 
 def open_page(browser, width, scheme, **options):
     """The page, whose messages and requests are kept and must be none but itself."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, **options
-    )
-    page, messages, requests = context.new_page(), [], []
-    context.set_default_timeout(120_000)  # milliseconds; a busy machine takes tens of seconds
-    page.on("console", lambda message: messages.append(message.text))
-    page.on("pageerror", lambda error: messages.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(PAGE.as_uri())
+    messages, requests = [], []
+
+    def listen(page):
+        messages.clear()
+        requests.clear()
+        page.context.set_default_timeout(120_000)  # milliseconds; a busy machine takes tens
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+
+    size = {"width": width, "height": 900}
+    page = browser.open(PAGE.as_uri(), listen, viewport=size, color_scheme=scheme, **options)
     page.evaluate("document.fonts.ready")
     yield page
     assert messages == []
     assert {url for url in requests if not url.startswith("data:")} <= {PAGE.as_uri()}
-    context.close()
+    page.context.close()
+
+
+def test_a_browser_that_has_died_is_started_again(browser):
+    for page in open_page(browser, 400, "light"):
+        assert page.viewport_size["width"] == 400
+    browser.browser.close()
+    for page in open_page(browser, 1280, "light"):
+        assert page.viewport_size["width"] == 1280
 
 
 def test_layout(any_page):

@@ -161,7 +161,9 @@ def test_the_workflow_makes_the_site_and_publishes_it():
 def test_pages_fit_the_screen_and_have_no_violations(site, width):
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
+        )
         page = browser.new_page(viewport={"width": width, "height": 900})
         for name in ("index", "docs/zoo", "docs/beta", "results/README"):
             page.goto((site / f"{name}.html").as_uri())

@@ -98,8 +98,8 @@ def nucleus(log_pi, top_p):
     log_pi = likeliest(log_pi, top_p)  # or, slower: log_pi.sort(-1, descending=True).values
     pi = log_pi.detach().exp()  # in the example 0.6 0.2 0.1 0.1
     mass_before = pi.cumsum(-1) - pi  # of the tokens that are likelier: 0.0 0.6 0.8 0.9
-    inside = log_pi.masked_fill(mass_before >= top_p, -torch.inf)
-    return inside.log_softmax(-1)  # renormalised: minus the log of the sum of pi inside
+    log_pi = log_pi.masked_fill(mass_before >= top_p, -torch.inf)
+    return log_pi.log_softmax(-1)  # log q: the log of the mass inside has been subtracted
 
 
 def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
@@ -134,7 +134,10 @@ def peak_mask(entropy, mask, quantile):
     if quantile == 0 or mask.numel() == 0:
         return mask
     h = entropy.detach()
-    theta = quantile_of_rows(h, mask, quantile)  # [B, 1]
+    ordered = h.masked_fill(~mask, torch.inf).sort(1).values  # a response's own tokens first
+    last = mask.sum(1, keepdim=True).clamp(min=1).cpu() - 1  # the place of its highest H'
+    place = (quantile * last.double() - 1e-6).ceil()  # 1e-6: 0.8 * 5 may be rounded up
+    theta = ordered.gather(1, place.long().to(h.device))  # [B, 1], the tau-quantile
     return mask & (h >= theta) & (h > 0)
 
 
@@ -214,17 +217,12 @@ def siren_loss(policy, entropy, mask, anchor, beta, peak_quantile=0.8, regulariz
 
 # The rest of the block, speed, numerics and errors, may be skipped.
 def likeliest(log_pi, top_p, k=16):
-    """log_pi.sort(-1, descending=True).values, but only as many columns as p needs, since a
-    sort of 150,000 tokens is slow: the k likeliest ones, or 16 times as many in rows where
-    these do not reach p, and so on. The other rows are filled up with -inf."""
+    """log_pi.sort(-1, descending=True).values, but only its first k columns, since to sort
+    150,000 tokens is slow; 16 times as many if they do not reach p in each row, and so on."""
     k = min(k, log_pi.shape[-1])
     top = log_pi.topk(k).values
-    short = top.detach().exp().sum(-1) < top_p  # the rows that need more
-    if k < log_pi.shape[-1] and short.any():
-        longer = likeliest(log_pi[short], top_p, 16 * k)
-        top = torch.nn.functional.pad(top, (0, longer.shape[-1] - k), value=-torch.inf)
-        top[short] = longer
-    return top
+    enough = k == log_pi.shape[-1] or (top.detach().exp().sum(-1) >= top_p).all()
+    return top if enough else likeliest(log_pi, top_p, 16 * k)
 
 
 def entropy_of(log_q):
@@ -232,16 +230,6 @@ def entropy_of(log_q):
     finite = log_q.clamp(min=-1e30)  # 0 * -inf would be NaN, also in the gradient
     with torch.autocast(log_q.device.type, enabled=False):  # it would round to bfloat16
         return -torch.linalg.vecdot(log_q.exp(), finite)  # the sum of the products
-
-
-def quantile_of_rows(h, mask, quantile):
-    """The quantile of each row of h [B, T] over its tokens (mask) -> [B, 1]. If it is between
-    two values, the higher one: it has the same tokens above it, and needs no rounding."""
-    own = h.cpu().double().masked_fill(~mask.cpu(), torch.nan)  # some GPUs have no float64
-    level = max(0, quantile - 1e-9)  # a rank that is rounded up would miss its own value
-    how = {"dim": 1, "keepdim": True, "interpolation": "higher"}
-    parts = own.split(256)  # nanquantile takes no more than 16 million numbers
-    return torch.cat([part.nanquantile(level, **how) for part in parts]).to(h)
 
 
 def require(ok, rule):
@@ -295,12 +283,10 @@ class Config:
     sample_batch: int = 1024  # responses that are sampled at once
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
-    # tau: in text one token of five is a choice, so the paper's is 0.8. In the toy it is four
-    # of ten (see on top), so 0.6. p: the first choice is between five equally likely numbers;
-    # with 0.85 all five are in the nucleus, with 0.8 four. After "8 2" the model writes 10
-    # with a probability of 0.9, which is more than p; so H' is 0 there
     regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
     beta: float = 0.2  # its weight (paper: 0.005; docs/beta.md says what it depends on)
+    # The toy has a p and a tau of its own. 0.85: all five numbers of its first choice are in
+    # the nucleus, not four. 0.6: four of its ten tokens are choices; in text, one of five is
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
     anchor: float = 0.0  # H* itself, in nats; 0: H_agg of the first batch
@@ -324,16 +310,14 @@ class Config:
     def __post_init__(self):
         require(self.regularizer in ("anchor", "bonus", "none"), "--regularizer: see --help")
         require(self.algorithm in ("dr_grpo", "grpo"), "--algorithm: see --help")
-        # a number is above 0, or 0 or more where 0 has a meaning; NaN is neither
-        may_be_0 = ("steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps")
-        most = {"top_p": 1, "peak_quantile": 1, "clip_low": 1, "mini_batches": self.prompts}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            low = 0 if field.default == 0 or field.name in may_be_0 else 1e-12
-            high = most.get(field.name, 1e9)
-            rule = f"must be {'0 or more' if low == 0 else 'above 0'}, and at most {high:g}"
-            flag = "--" + field.name.replace("_", "-")
-            require(field.type is str or low <= value <= high, f"{flag} {value}: {rule}")
+        require(self.mini_batches <= self.prompts, "--mini-batches: at most --prompts")
+        may_be_0 = ["steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps"]
+        may_be_0 += [field.name for field in dataclasses.fields(self) if field.default == 0]
+        for name, value in vars(self).items():
+            least = 0 if name in may_be_0 else 1e-12
+            most = 1 if name in ("top_p", "peak_quantile", "clip_low") else 1e9
+            rule = f"--{name.replace('_', '-')} {value}: must be from {least:g} to {most:g}"
+            require(isinstance(value, str) or least <= value <= most, rule)
 
 
 # ---------------------------------------------------------------------------------- 3. sampler
@@ -538,9 +522,7 @@ def training_step(run, step):
     metrics = {name: sum(x[name] for x in updates) / len(updates) for name in updates[0]}
     tokens = rollout.mask.sum().item()
     metrics["reward"] = rewards.mean().item()
-    mixed = (
-        rewards.view(-1, cfg.group_size).std(1) > 0
-    )  # groups with right and wrong responses
+    mixed = rewards.view(-1, cfg.group_size).std(1) > 0  # right and wrong responses
     metrics["mixed_groups"] = mixed.float().mean().item()  # only these teach anything
     metrics["entropy"] = old["entropy"].sum().item() / tokens
     metrics["nucleus_size"] = old["nucleus_size"].sum().item() / tokens
@@ -595,10 +577,6 @@ class Run:
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
         free = resume or not (self.folder / "checkpoint.pt").exists()
         require(free, f"--out {self.folder}: holds a run; add --resume, or name another --out")
-        saved = load_checkpoint(self.folder) if resume else {"config": vars(cfg)}
-        for name in vars(cfg).keys() - MUTABLE:
-            old = saved["config"][name]
-            require(getattr(cfg, name) == old, f"--resume: --{name} was {old}; leave it out")
         module, *options = re.split(r"[:,](?=\w+=)", cfg.task)  # before each name=value
         options = dict(option.split("=", 1) for option in options)
         try:
@@ -613,12 +591,21 @@ class Run:
         self.anchor = cfg.anchor  # H*; 0 until the first batch has been scored
         self.records = []  # the metrics of each step; step 0 is an evaluation alone
         if resume:
-            same = saved["world"] == getattr(self.task, "fingerprint", None)
-            require(same, "--resume: the data or the frozen weights are not those of the run")
-            self.model.load_state_dict(saved["model"], strict=False)
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.anchor = saved["anchor"]
-            self.records = saved["records"]
+            self.restore(load_checkpoint(self.folder))
+
+    def restore(self, saved):
+        """Go on from a checkpoint, in the same world and with the same settings."""
+        for name in vars(self.cfg).keys() - MUTABLE:
+            old = saved["config"][name]
+            require(
+                getattr(self.cfg, name) == old, f"--resume: --{name} was {old}; leave it out"
+            )
+        same = saved["world"] == getattr(self.task, "fingerprint", None)
+        require(same, "--resume: the data or the frozen weights are not those of the run")
+        self.model.load_state_dict(saved["model"], strict=False)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.anchor = saved["anchor"]
+        self.records = saved["records"]
 
     def save(self):
         """Write the checkpoint, whole or not at all, whenever the process is killed."""
@@ -679,8 +666,7 @@ def train(run):
 
 def no_signal(records):
     """Have ten steps taught nothing?"""
-    mixed = [record.get("mixed_groups", 1) for record in records[-10:]]
-    return len(records) > 10 and not any(mixed)
+    return len(records) > 10 and not any(record["mixed_groups"] for record in records[-10:])
 
 
 def report(records):

@@ -144,7 +144,7 @@ def test_peaks_of_bfloat16_entropies(tau):
 def test_peaks_of_more_than_16_million_tokens(B, T):
     """torch.quantile refuses more than 2**24 elements."""
     assert B * T > 2**24
-    H = torch.arange(1, T + 1).expand(B, T)
+    H = torch.arange(1.0, T + 1).expand(B, T)
     peak = siren.peak_mask(H, torch.ones(1, 1).bool().expand(B, T), 0.8)
     assert (peak.sum(1) == T - math.ceil(0.8 * (T - 1))).all() and peak[:, -1].all()
 

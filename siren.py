@@ -98,8 +98,8 @@ def nucleus(log_pi, top_p):
     log_pi = likeliest(log_pi, top_p)  # or, slower: log_pi.sort(-1, descending=True).values
     pi = log_pi.detach().exp()  # in the example 0.6 0.2 0.1 0.1
     mass_before = pi.cumsum(-1) - pi  # of the tokens that are likelier: 0.0 0.6 0.8 0.9
-    log_pi = log_pi.masked_fill(mass_before >= top_p, -torch.inf)
-    return log_pi.log_softmax(-1)  # log q: the log of the mass inside has been subtracted
+    inside = log_pi.masked_fill(mass_before >= top_p, -torch.inf)
+    return inside.log_softmax(-1)  # log q: the log of the mass inside has been subtracted
 
 
 def token_stats(logits, tokens, top_p=0.8, temperature=1.0):

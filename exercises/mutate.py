@@ -46,7 +46,7 @@ FUNCTIONS = {
     "ex2": ["policy_loss"],
     "ex3": ["nucleus", "nucleus_mask"],
     "ex4": ["entropy_of", "nucleus_entropy"],
-    "ex5": ["peak_mask", "quantile_of_rows"],
+    "ex5": ["peak_mask"],
     "ex6": ["aggregate_entropy"],
     "ex7": ["token_stats", "siren_loss"],
     "ex8": ["micro_batch_anchor"],
@@ -86,12 +86,10 @@ NOT_ASKED = {
         "(ratio - 1 - log_ratio).detach().sum() / tokens": METRIC,
     },
     "entropy_of": {"enabled=False": INPUT},
-    "peak_mask": {"mask.numel() == 0": INPUT},
-    "quantile_of_rows": {
-        "h.cpu().double()": INPUT,
-        "~mask.cpu()": INPUT,
-        ".to(h)": INPUT,
-        "own.split(256)": SPEED,
+    "peak_mask": {
+        "mask.numel() == 0": INPUT,
+        "mask.sum(1, keepdim=True).clamp(min=1).cpu()": INPUT,
+        "place.long().to(h.device)": INPUT,
     },
     "token_stats": {
         "temperature=1.0": INPUT,
@@ -151,9 +149,9 @@ EQUIVALENT = {
         " -> log_pi.gather(-1, tokens[..., None])[..., -1]"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "quantile_of_rows: max(0, quantile - 1e-09) -> max(-1, quantile - 1e-09)",
-        "quantile_of_rows: max(0, quantile - 1e-09) -> max(0, quantile)",
-        "quantile_of_rows: quantile - 1e-09 -> quantile - 0",
+        "peak_mask: quantile * last.double() - 1e-06 -> quantile * last.double() - 0",
+        "peak_mask: (quantile * last.double() - 1e-06).ceil -> (quantile * last.double()).ceil",
+        "peak_mask: quantile * last.double() -> quantile * last",
     ],
     "the first of two is the first of one, and the last of one is its first": [
         "maj_at_k: counts.most_common(1) -> counts.most_common(2)",

@@ -150,7 +150,8 @@ EQUIVALENT = {
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
         "peak_mask: quantile * last.double() - 1e-06 -> quantile * last.double() - 0",
-        "peak_mask: (quantile * last.double() - 1e-06).ceil -> (quantile * last.double()).ceil",
+        "peak_mask: (quantile * last.double() - 1e-06).ceil"
+        " -> (quantile * last.double()).ceil",
         "peak_mask: quantile * last.double() -> quantile * last",
     ],
     "the first of two is the first of one, and the last of one is its first": [

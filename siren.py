@@ -5,26 +5,30 @@ A model that is rewarded for right answers becomes more and more certain, until 
 copies of each other: its entropy collapses. Why each part of SIREN is there:
 1. A bonus for entropy acts on the whole vocabulary, 150,000 tokens. It makes thousands of
    useless tokens likelier, and the entropy explodes. So SIREN restricts the actions: only the
-   nucleus counts, the few likely tokens (top-p mask).
+   nucleus counts, the few likely tokens. All others get no gradient from it (top-p mask).
 2. In most places of a response there is nothing to decide. More entropy there only means
    more mistakes. So SIREN restricts the states: only the peaks count, the positions of a
    response with the highest entropy (peak-entropy mask).
 3. A bonus pushes the entropy up for ever. So SIREN pulls the entropy of nucleus and peaks to
    an anchor, its own value before training, from below and from above (self-anchored).
 
-    L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised. L_DrGRPO is the policy loss of
-              Dr.GRPO (arXiv 2503.20783), beta a weight
+A response i has n tokens; the policy pi is a distribution over the vocabulary at each token t.
+
     V_p     = the nucleus: the fewest tokens whose probabilities pi add up to p or more
     H'_t    = -sum over v in V_p of q_v log q_v, where q = pi / pi(V_p) is renormalised
-    theta_i = the tau-quantile of H' over the tokens of response i; 0.8: a fifth are peaks
+    theta_i = the tau-quantile of the n values of H' in response i
     H_i     = the mean of H' over the peaks of response i, where H' >= theta_i (and H' > 0)
     H_agg   = the mean of H_i over the responses
     H*      = the anchor: H_agg of all responses of the first step, before any update
+    L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised
 
-Both masks are chosen anew by the current policy at every update; the choice has no gradient.
-They act on the entropy alone: responses are sampled from the whole policy. The toy task
-(toy_env.py) is to add the numbers of a prompt, in any order, by a model that has been taught
-to, with mistakes. One token is one number. An example:
+L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. In the paper, p and
+tau are 0.8, so a fifth of the tokens are peaks. The current policy chooses both masks anew at
+every update; they are constants for the gradient. They act on the entropy alone: responses are
+sampled from the whole policy. There is no KL term.
+
+The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. The model has
+been taught to, by a teacher who makes mistakes. One token is one number. An example:
 
     prompt      8 3 1 5 2 =
     response    8 2 10 5 15 1 16 3 19 <eos>    reads: 8, plus 2 is 10, plus 5 is 15, ...
@@ -34,9 +38,11 @@ to, with mistakes. One token is one number. An example:
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0   # a plain bonus explodes
 
+The entropy of the whole policy begins at 0.7 nats and ends at 0.5, 0.2 and 6.9 (all tokens
+are then equally likely).
+
 Shapes: B responses of at most T tokens, to prompts of at most P tokens; N response tokens in
-all; a vocabulary of V tokens, of which the K likeliest are sorted; D hidden units. Entropies
-are in nats. As in the paper, there is no KL term (no reference model).
+all; a vocabulary of V tokens, of which the K likeliest are sorted. Entropies are in nats.
 """
 
 import argparse
@@ -63,13 +69,12 @@ from tqdm import tqdm
 #     stats = token_stats(logits, tokens)
 #     loss, _ = policy_loss(stats["logp"], old_logp, adv, mask, max_tokens)  # or your own
 #     loss, info = siren_loss(loss, stats["nucleus_entropy"], mask, anchor, beta)
-# For the anchor, call it once with all responses of the first step and anchor=0.0: the anchor
-# is info["h_agg"], which does not depend on it. Micro-batches need in_parts, after the block.
+# The anchor is info["h_agg"] of all responses of the first step, with anchor=0.0.
 # === begin: copy from here (needs nothing but `import torch`) ===
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?
-    rewards [B], floats, the responses to a prompt in consecutive rows (masked ones count, too)
-    -> A [B]. With "grpo", it is also divided by the standard deviation of the group.
+    rewards [B], floats, the responses to a prompt in consecutive rows -> A [B]. With "grpo",
+    it is also divided by the standard deviation of the group.
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # the mean is 1/4
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
@@ -88,25 +93,32 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
 def nucleus(log_pi, top_p):
     """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K], sorted, the
     likeliest token first. It is -inf outside V_p; the token with which the sum reaches p is
-    inside. With p = 1 it is log pi itself, not sorted.
+    inside. With p = 1 nothing is left out, and it is log pi itself, not sorted.
     >>> nucleus(torch.tensor([0.1, 0.6, 0.1, 0.2]).log(), 0.7).exp()  # 0.6 + 0.2 reach 0.7
     tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
     require(0 < top_p <= 1, f"top_p {top_p}: must be above 0 and at most 1")
     if top_p == 1:
-        return log_pi  # a rounded sum would reach 1 before the last tokens
+        return log_pi  # without a sum, which rounding would lead to 1 too early
     log_pi = likeliest(log_pi, top_p)  # or, slower: log_pi.sort(-1, descending=True).values
     pi = log_pi.detach().exp()  # in the example 0.6 0.2 0.1 0.1
-    mass_before = pi.cumsum(-1) - pi  # of the tokens that are likelier: 0.0 0.6 0.8 0.9
+    mass_before = pi.cumsum(-1) - pi  # the sum of the tokens before it: 0.0 0.6 0.8 0.9
     inside = log_pi.masked_fill(mass_before >= top_p, -torch.inf)
-    return inside.log_softmax(-1)  # log q: the log of the mass inside has been subtracted
+    return inside.log_softmax(-1)  # this subtracts log pi(V_p), so the q add up to 1
+
+
+def entropy_of(log_q):
+    """-sum of q log q over the last dimension, where 0 log 0 is 0."""
+    finite = log_q.clamp(min=-1e30)  # since 0 * -inf is NaN
+    with torch.autocast(log_q.device.type, enabled=False):  # it would round to bfloat16
+        return -torch.linalg.vecdot(log_q.exp(), finite)  # the sum of the products
 
 
 def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
     """What the loss needs to know of each token: "logp", its log-probability, and
-    "nucleus_entropy", H'. Only to be reported, without gradient: "entropy", H over the whole
-    vocabulary, and "nucleus_size", |V_p|. It takes logits [..., V] and the ids of the tokens
-    [...] that they predict; each result has the shape [...].
+    "nucleus_entropy", H'. Two more are only for reports and have no gradient: "entropy", H
+    over the whole vocabulary, and "nucleus_size", |V_p|. It takes logits [..., V] and the ids
+    of the tokens [...] that they predict; each result has the shape [...].
     >>> stats = token_stats(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), torch.tensor(0))
     >>> stats["nucleus_entropy"]  # 0.6 + 0.3 reach p = 0.8, so q is 2/3 and 1/3
     tensor(0.6365)
@@ -122,21 +134,22 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
 
 
 def peak_mask(entropy, mask, quantile):
-    """The peak-entropy mask (Eq. 9): the positions at which a response has a real choice.
-    entropy (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile
-    is tau: 0.8 keeps the highest fifth, 0 switches this mask off. H' > 0 is our own condition:
-    if theta_i is 0, tokens whose nucleus is a single token (H' = 0) would be peaks, too.
-    >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0]])
-    >>> peak_mask(h, torch.ones(1, 4).bool(), 0.8)  # the 0.8-quantile is between 0.5 and 0.9
-    tensor([[False,  True, False, False]])
+    """The peak-entropy mask (the paper's Eq. 9): where has a response a real choice? entropy
+    (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile is tau:
+    0.8 keeps the highest fifth, 0 switches this mask off. theta_i is the value at the place
+    tau * (n - 1) of the n sorted H', counted from 0; between two places, the upper one. H' > 0
+    is our own condition: where theta_i is 0, tokens without a choice would be peaks, too.
+    >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0]])  # sorted 0.0 0.1 0.5 0.9
+    >>> peak_mask(h, torch.ones(1, 4).bool(), 0.6)  # place 0.6 * 3 = 1.8, so 2: theta is 0.5
+    tensor([[False,  True,  True, False]])
     """
     require(mask.dtype == torch.bool and mask.shape == entropy.shape, "mask: bool, [B, T]")
     if quantile == 0 or mask.numel() == 0:
         return mask
     h = entropy.detach()
-    ordered = h.masked_fill(~mask, torch.inf).sort(1).values  # a response's own tokens first
-    last = mask.sum(1, keepdim=True).clamp(min=1).cpu() - 1  # the place of its highest H'
-    place = (quantile * last.double() - 1e-6).ceil()  # 1e-6: 0.8 * 5 may be rounded up
+    ordered = h.masked_fill(~mask, torch.inf).sort(1).values  # padding comes last
+    last = mask.sum(1, keepdim=True).clamp(min=1) - 1  # [B, 1], n - 1
+    place = (quantile * last.cpu().double() - 1e-6).ceil()  # despite rounding, 0.8 * 5 is 4
     theta = ordered.gather(1, place.long().to(h.device))  # [B, 1], the tau-quantile
     return mask & (h >= theta) & (h > 0)
 
@@ -146,7 +159,7 @@ def aggregate_entropy(entropy, peak, mask):
     entropy (H'), peak, mask [B, T]. A response without a peak counts as 0; a row without a
     token does not count.
     >>> h = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
-    >>> aggregate_entropy(h, peak=h >= 2, mask=h > 0)  # (3 + 2) / 2
+    >>> aggregate_entropy(h, peak=h >= 2, mask=torch.ones(2, 2).bool())  # (3 + 2) / 2
     tensor(2.5000)
     """
     peak = peak & mask
@@ -162,10 +175,11 @@ def policy_loss(
         - mean over i of 1 / max_tokens * sum over t of
           min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
     where ratio_t = exp(logp_t - old_logp_t): how much likelier the token has become since it
-    was sampled. logp (with gradient), old_logp, mask (bool) [B, T]; adv (A) [B] or [B, T].
-    max_tokens is the longest length allowed; with "grpo", each response's length instead.
+    was sampled. logp (with gradient), old_logp, mask (bool) [B, T]; adv (A) [B] or, for each
+    token, [B, T]. max_tokens is the longest length allowed; "grpo" takes each own length.
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()
-    >>> policy_loss(logp, old_logp, torch.ones(1), logp < 0, 1)[0]  # 1.25 is clipped to 1.2
+    >>> one = torch.ones(1)  # 0.5 / 0.4 = 1.25 is clipped to 1.2
+    >>> policy_loss(logp, old_logp, adv=one, mask=one[None].bool(), max_tokens=1)[0]
     tensor(-1.2000)
     """
     require(algorithm in ("dr_grpo", "grpo"), f"algorithm {algorithm!r}: dr_grpo or grpo")
@@ -175,7 +189,7 @@ def policy_loss(
     require(fits, "logp, old_logp, mask (bool): [B, T] each; adv: [B] or [B, T]")
     adv = adv.detach() if adv.dim() == 2 else adv.detach()[:, None]  # [B, T] or [B, 1]
     log_ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(-20, 20)  # [B, T]
-    ratio = log_ratio.exp()  # finite, since log_ratio is at most 20
+    ratio = log_ratio.exp()  # the clamp keeps it finite
     unclipped = ratio * adv
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * adv
     gain = torch.where(mask, torch.min(unclipped, clipped), 0.0).sum(1)  # [B]
@@ -183,7 +197,7 @@ def policy_loss(
     loss = -(gain / length).sum() / mask.any(1).sum().clamp(min=1)
     tokens = mask.sum().clamp(min=1)
     stats = {"clip_fraction": ((clipped < unclipped) & mask).sum() / tokens}
-    stats["approx_kl"] = (ratio - 1 - log_ratio).detach().sum() / tokens  # of old pi and pi
+    stats["approx_kl"] = (ratio - 1 - log_ratio).detach().sum() / tokens  # KL(old pi || pi)
     return loss, stats
 
 
@@ -192,7 +206,7 @@ def siren_loss(policy, entropy, mask, anchor, beta, peak_quantile=0.8, regulariz
     policy         a policy loss, a scalar with gradient: policy_loss's or any other
     entropy        [B, T] H' with gradient, the "nucleus_entropy" of token_stats
     mask           [B, T] bool, True at the tokens of the response
-    anchor         H*: aggregate_entropy of the first batch, before any update
+    anchor         H*: aggregate_entropy of the first step, before any update
     beta           the weight of the regulariser
     peak_quantile  tau; 0.8 in the paper
     regularizer    "anchor"; "bonus", -beta * H_agg, the naive way; or "none"
@@ -215,21 +229,14 @@ def siren_loss(policy, entropy, mask, anchor, beta, peak_quantile=0.8, regulariz
     return loss, stats
 
 
-# The rest of the block, speed, numerics and errors, may be skipped.
+# The rest of the block, for speed and errors, may be skipped.
 def likeliest(log_pi, top_p, k=16):
     """log_pi.sort(-1, descending=True).values, but only its first k columns, since to sort
-    150,000 tokens is slow; 16 times as many if they do not reach p in each row, and so on."""
+    150,000 tokens is slow. Where k tokens do not reach p, it tries 16 times as many."""
     k = min(k, log_pi.shape[-1])
     top = log_pi.topk(k).values
     enough = k == log_pi.shape[-1] or (top.detach().exp().sum(-1) >= top_p).all()
     return top if enough else likeliest(log_pi, top_p, 16 * k)
-
-
-def entropy_of(log_q):
-    """-sum of q log q over the last dimension, where 0 log 0 is 0."""
-    finite = log_q.clamp(min=-1e30)  # 0 * -inf would be NaN, also in the gradient
-    with torch.autocast(log_q.device.type, enabled=False):  # it would round to bfloat16
-        return -torch.linalg.vecdot(log_q.exp(), finite)  # the sum of the products
 
 
 def require(ok, rule):
@@ -239,7 +246,7 @@ def require(ok, rule):
 
 
 # === end: copy to here ===
-# Skip these two when you first read. They save memory; copy them as well for a large model.
+# Skip these two when you first read. They save memory; copy them, too, for a large model.
 def in_parts(function, size, *tensors):
     """function(*tensors), a dictionary of tensors, with `size` rows in memory at once. The
     loss has to see all rows, since H_agg is their mean and is squared. So only what comes
@@ -275,7 +282,7 @@ class Config:
     steps: int = 200  # training steps: sample, verify, score, update
     # 256 responses = 32 prompts x 8                 a step samples, verifies and scores them
     # |----64----|----64----|----64----|----64----|  mini-batches of whole groups: one update
-    # |-16-|-16-|-16-|-16-|                          micro-batches (of 16), if memory is short
+    # |-16-|-16-|-16-|-16-|                          --micro-batch-size 16, if memory is short
     prompts: int = 32  # prompts per step (paper: 128)
     group_size: int = 8  # responses per prompt (paper: 8)
     mini_batches: int = 4  # updates per step (paper: 16)
@@ -314,10 +321,10 @@ class Config:
         may_be_0 = ["steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps"]
         may_be_0 += [field.name for field in dataclasses.fields(self) if field.default == 0]
         for name, value in vars(self).items():
-            least = 0 if name in may_be_0 else 1e-12
-            most = 1 if name in ("top_p", "peak_quantile", "clip_low") else 1e9
-            rule = f"--{name.replace('_', '-')} {value}: must be from {least:g} to {most:g}"
-            require(isinstance(value, str) or least <= value <= most, rule)
+            low = 0 if name in may_be_0 else 1e-12
+            high = 1 if name in ("top_p", "peak_quantile", "clip_low") else 1e9
+            rule = f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}"
+            require(isinstance(value, str) or low <= value <= high, rule)
 
 
 # ---------------------------------------------------------------------------------- 3. sampler
@@ -342,18 +349,18 @@ def draw(pi, generator):
     return torch.searchsorted(total, u * total[:, -1:], right=True).clamp(max=pi.shape[1] - 1)
 
 
-def read(model, cache, ids, seen):
-    """The logits [n, V] of the token after ids [n, l]; `cache` has what was read before;
-    `seen` [n, all so far] is 0 at padding, which must not shift the positions of a row."""
-    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    inputs = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache}
-    return model(ids, **inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+def read(model, cache, ids, attention_mask):
+    """The logits [n, V] of the token after ids [n, l]. `cache` has what was read before;
+    attention_mask [n, all so far] is 0 at padding, which must not shift a row's positions."""
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": True}
+    return model(ids, **inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
 
 
 @torch.no_grad()
 def sample(model, task, problems, cfg, key, samples, temperature):
-    """A Rollout of `samples` responses to each problem, side by side. They are drawn from the
-    whole policy, so what is scored later is what was sampled. `key` decides the draws."""
+    """A Rollout of `samples` responses to each problem, side by side. Tokens are drawn from
+    the whole policy, without a top-p mask. `key`, a text, decides the draws."""
     from transformers import DynamicCache  # here, since the method needs only torch
 
     generator = torch.Generator(model.device).manual_seed(random.Random(key).getrandbits(63))
@@ -361,25 +368,25 @@ def sample(model, task, problems, cfg, key, samples, temperature):
     eos = torch.tensor(task.eos_ids, device=model.device)
 
     def padded(rows, value):  # [B, P + max_tokens]: room for the responses is on the right
-        left = torch.nn.utils.rnn.pad_sequence(rows, True, value, "left")
+        left = torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side="left")
         return torch.nn.functional.pad(left, (0, cfg.max_tokens), value=value).to(eos.device)
 
     ids = padded(prompts, task.pad_id)
-    seen = padded([torch.ones_like(prompt) for prompt in prompts], 0)
-    width = ids.shape[1] - cfg.max_tokens  # P
+    attention_mask = padded([torch.ones_like(prompt) for prompt in prompts], 0)
+    P = ids.shape[1] - cfg.max_tokens
     logp = torch.zeros(ids.shape, device=eos.device)
     size = max(1, cfg.sample_batch // samples) * samples
-    for active in torch.arange(len(ids), device=eos.device).split(size):
+    for active in torch.arange(len(ids), device=eos.device).split(size):  # rows of ids
         cache = DynamicCache(config=model.config)
-        first = active[::samples]  # a prompt is read once for all of its responses
-        logits = read(model, cache, ids[first, :width], seen[first, :width])
+        first = active[::samples]  # a prompt is read once; its responses share what was read
+        logits = read(model, cache, ids[first, :P], attention_mask[first, :P])
         logits = logits.repeat_interleave(samples, 0)
         cache.reorder_cache(torch.arange(len(active), device=model.device) // samples)
-        for t in range(width, ids.shape[1]):
+        for t in range(P, ids.shape[1]):
             log_pi = (logits / temperature).log_softmax(-1)  # [active, V]
             tokens = draw(log_pi.exp(), generator)  # [active, 1]
             ids[active, t] = tokens[:, 0]
-            seen[active, t] = 1
+            attention_mask[active, t] = 1
             logp[active, t] = log_pi.gather(1, tokens)[:, 0]
             goes_on = (~torch.isin(tokens[:, 0], eos)).nonzero()[:, 0]
             if len(goes_on) == 0 or t == ids.shape[1] - 1:
@@ -387,11 +394,11 @@ def sample(model, task, problems, cfg, key, samples, temperature):
             if len(goes_on) < len(active):  # what has ended leaves the batch
                 cache.reorder_cache(goes_on)
                 active = active[goes_on]
-            logits = read(model, cache, ids[active, t : t + 1], seen[active, : t + 1])
-    mask = seen.bool()
-    end = width + mask[:, width:].any(0).sum()  # of the longest response
-    prompt = (ids[:, :width], mask[:, :width])
-    return Rollout(*prompt, ids[:, width:end], mask[:, width:end], logp[:, width:end])
+            so_far = attention_mask[active, : t + 1]
+            logits = read(model, cache, ids[active, t : t + 1], so_far)
+    mask = attention_mask.bool()
+    end = P + mask[:, P:].any(0).sum()  # of the longest response
+    return Rollout(ids[:, :P], mask[:, :P], ids[:, P:end], mask[:, P:end], logp[:, P:end])
 
 
 # --------------------------------------------------------------------------------- 4. verifier
@@ -448,9 +455,10 @@ def forward(model, rollout):
     if hasattr(model, "read_rollout"):  # a faster way of the task, with the same result
         return model.read_rollout(rollout)
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)  # [B, P + T]
-    seen = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
-    inputs = {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0)}
-    hidden = model.base_model(ids, **inputs, use_cache=False).last_hidden_state
+    attention_mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
+    hidden = model.base_model(ids, **inputs).last_hidden_state
     return hidden[:, rollout.prompt.shape[1] - 1 : -1]  # position t predicts token t + 1
 
 
@@ -666,7 +674,7 @@ def train(run):
 
 def no_signal(records):
     """Have ten steps taught nothing?"""
-    return len(records) > 10 and not any(record["mixed_groups"] for record in records[-10:])
+    return len(records) > 10 and not any(r.get("mixed_groups", 1) for r in records[-10:])
 
 
 def report(records):

@@ -88,7 +88,7 @@ NOT_ASKED = {
     "entropy_of": {"enabled=False": INPUT},
     "peak_mask": {
         "mask.numel() == 0": INPUT,
-        "mask.sum(1, keepdim=True).clamp(min=1).cpu()": INPUT,
+        "last.cpu()": INPUT,
         "place.long().to(h.device)": INPUT,
     },
     "token_stats": {
@@ -102,7 +102,7 @@ NOT_ASKED = {
     "siren_loss": {
         "temperature=1.0": INPUT,
         "peak_quantile=0.8, regularizer='anchor'": INPUT,
-        "if regularizer == 'bonus':\n        loss = policy - beta * h_agg": OTHER,
+        "if regularizer == 'bonus':\n        total = loss - beta * h_agg": OTHER,
         "peak.sum() / mask.sum().clamp(min=1)": METRIC,
         "stats | more_stats": METRIC,
         ".detach()": HARMLESS,
@@ -115,7 +115,7 @@ NOT_ASKED = {
     },
     "read": {
         ".float()": INPUT,
-        "use_cache=True": "a model that is given a cache uses it",
+        "use_cache": "a model that is given a cache uses it",
         "logits_to_keep=1": SPEED,
     },
     "quantile_advantages": {
@@ -149,10 +149,11 @@ EQUIVALENT = {
         " -> log_pi.gather(-1, tokens[..., None])[..., -1]"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "peak_mask: quantile * last.double() - 1e-06 -> quantile * last.double() - 0",
-        "peak_mask: (quantile * last.double() - 1e-06).ceil"
-        " -> (quantile * last.double()).ceil",
-        "peak_mask: quantile * last.double() -> quantile * last",
+        "peak_mask: quantile * last.cpu().double() -> quantile * last.cpu()",
+        "peak_mask: quantile * last.cpu().double() - 1e-06"
+        " -> quantile * last.cpu().double() - 0",
+        "peak_mask: (quantile * last.cpu().double() - 1e-06).ceil"
+        " -> (quantile * last.cpu().double()).ceil",
     ],
     "the first of two is the first of one, and the last of one is its first": [
         "maj_at_k: counts.most_common(1) -> counts.most_common(2)",

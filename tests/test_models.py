@@ -14,7 +14,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForC
 import siren
 import text_env
 from research import families
-from research.families import PAGE, PROMPTS, TOKENS, build, judge
+from research.families import LAYERS, PAGE, PROMPTS, TOKENS, build, judge
 
 CFG = siren.Config(max_tokens=TOKENS, device="cpu")
 LONGEST = max(map(len, PROMPTS)) + TOKENS
@@ -31,6 +31,7 @@ RIGHT = {  # family: is a prompt read once for all of its responses?
     "jamba": False,
     "falcon_h1": False,
     "mamba": False,
+    "minimax": False,  # a hybrid whose cache has a class of its own
     "minimax_m3_vl_text": True,
 }
 REFUSED = {
@@ -40,7 +41,6 @@ REFUSED = {
     "bart": "a row with padding and without differ by",
     "gemma2": "has final_logit_softcapping=30.0, so its logits are more than what its head",
     "cohere": "has logit_scale=0.0625, so its logits are more than what its head makes",
-    "minimax": "MiniMax uses cache of its own",
 }
 
 
@@ -96,6 +96,26 @@ def test_a_hybrid_of_recurrent_layers_and_attention():
     """Its states are repeated for a prompt's responses, and leave with the rows that end."""
     found = judge("qwen3_5_text")
     assert found["verdict"] == "right" and not found["once"]
+
+
+@pytest.mark.parametrize("last", ["full_attention", "linear_attention"])
+def test_a_hybrid_whose_cache_has_a_class_of_its_own(last, monkeypatch):
+    """MiniMax: its states follow the rows as those of other hybrids do, in both orders of its
+    layers and with prompts of several blocks."""
+    kinds = LAYERS if last == LAYERS[-1] else LAYERS[::-1]
+    monkeypatch.setitem(families.OVERRIDES, "minimax", {"layer_types": kinds, "block_size": 2})
+    model = build("minimax")
+    with pytest.raises(ValueError, match="MiniMax uses cache of its own"):
+        roll(model)
+    assert "reads a prompt again for each response" in try_model(model)
+    rollout = roll(model)
+    assert not rollout.prompt_mask.all(), "some prompts are padded"
+    logp = siren.score(model, rollout, CFG)["logp"]
+    assert (logp - rollout.logp)[rollout.mask].abs().max() <= 1e-4
+    for i, response in enumerate(rollout.responses()):
+        prompt = rollout.prompt[i][rollout.prompt_mask[i]].tolist()
+        expected = families.alone(model, prompt, response)
+        assert (rollout.logp[i, : len(response)] - expected).abs().max() <= 1e-4
 
 
 def test_the_page_has_a_verdict_for_each_architecture():

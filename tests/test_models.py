@@ -9,7 +9,16 @@ import re
 import pytest
 import torch
 from common import model_with_absolute_positions, small_model
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import siren
 import text_env
@@ -40,6 +49,9 @@ REFUSED = {
     "bert": "sampling and scoring differ by",
     "bart": "a row with padding and without differ by",
     "gemma2": "has final_logit_softcapping=30.0, so its logits are more than what its head",
+    "gemma4_unified_assistant": "inputs_embeds and shared_kv_states cannot be None",
+    "musicgen": "transformers can't build it: 'MusicgenConfig' object has no attribute",
+    "gemma4_assistant": "transformers can't build it: The set of layer types",
     "cohere": "has logit_scale=0.0625, so its logits are more than what its head makes",
 }
 
@@ -119,11 +131,40 @@ def test_a_hybrid_whose_cache_has_a_class_of_its_own(last, monkeypatch):
 
 
 def test_the_page_has_a_verdict_for_each_architecture():
-    rows = re.findall(r"^\| ([\w-]+) \| (right|refused|not built) \|", PAGE.read_text(), re.M)
+    rows = re.findall(r"^\| ([\w-]+) \| (right|refused) \|", PAGE.read_text(), re.M)
     assert [family for family, _ in rows] == [*families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     verdicts = dict(rows)
     assert {verdicts[family] for family in RIGHT} == {"right"}
     assert {verdicts[family] for family in REFUSED} == {"refused"}
+
+
+def test_a_tiny_model_that_could_be_built_is_a_fault_of_this_file():
+    found = families.judge_folder("llama", "no such layer")
+    assert found["verdict"] == "broken" and "has no weights for" in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("musicgen", "Multiple valid text configs were found"),  # said before it is built
+        ("gemma4_assistant", "The set of layer types producing a cache is different"),
+    ],
+)
+def test_a_folder_that_transformers_cannot_build_is_refused(family, why, tmp_path, capsys):
+    folder = tmp_path / "model"
+    families.tiny_config(family).save_pretrained(folder)
+    save_file({}, folder / "model.safetensors")
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate("?abcdefgh")}, "?"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"question": "{x}", "answer": "1"}}\n' for x in "abcdefgh"))
+    flags = [f"--model={folder}", f"--data={data}", f"--out={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit) as stop:
+        siren.main(flags)
+    said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("text_env: ")]
+    assert stop.value.code == 2
+    assert len(said) == 1 and said[0].startswith("siren.py: ") and why in said[0]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "nothing has been trained"
 
 
 # ---------------------------------------------------------------------------------- the trial

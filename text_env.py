@@ -370,6 +370,16 @@ def rename_cache(network, args, inputs):
     return args, inputs
 
 
+def lend_layers(network, args, inputs):
+    """A forward hook for MiniMax: a cache of its own class, with the sampler's layers."""
+    if "past_key_values" in inputs:
+        own = sys.modules[type(network).__module__].MiniMaxCache()
+        own.layers = inputs["past_key_values"].layers
+        own.linear_cache = [getattr(x, "recurrent_states", [None])[0] for x in own.layers]
+        own.set_linear_cache = lambda i, states: own.update_recurrent_state(states, i)
+        return args, inputs | {"past_key_values": own}
+
+
 @torch.no_grad()
 def gaps_of(network, prompts, pad_id, cfg, copies):
     """Differences, in nats, of log-probabilities that must be equal: what is sampled and what
@@ -406,6 +416,8 @@ def try_model(network, model, prompts, longest, pad_id, cfg):
         network.base_model_prefix = "model"
     if "cache_params" in inspect.signature(network.forward).parameters:
         network.register_forward_pre_hook(rename_cache, with_kwargs=True)
+    if network.config.model_type == "minimax":
+        network.register_forward_pre_hook(lend_layers, with_kwargs=True)
     prompts = sorted(prompts, key=len)
     half = prompts[0][len(prompts[0]) // 2 :]  # so that one is padded in any case
     few = min(6, cfg.max_tokens)

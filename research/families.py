@@ -8,12 +8,13 @@ model that passes is then judged by something slower: the log-probabilities of w
 sampler drew, with prompts of several lengths, against a pass over each row alone, without
 padding, cache or shared prompts, whose logits come from the model itself.
 
-    right      equal to 1e-4 nats, with gradients that are finite and not all 0
-    refused    text_env says why in one line
-    not built  transformers itself fails to make a tiny model
-    broken     none of these: a fault of text_env
+    right    equal to 1e-4 nats, with gradients that are finite and not all 0
+    refused  text_env says why in one line
+    broken   neither: a fault of text_env or of this file
 
-Each architecture has a process of its own, with a time limit.
+A model that transformers itself can't build is a folder with a config and no weights. It is
+refused if text_env, which reads that folder, says in one line what transformers said. Each
+architecture has a process of its own, with a time limit.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -89,7 +92,7 @@ row alone, without padding and cache, differ by at most {gap:.0e} nats, and the 
 finite: float32, prompts of 3 to 11 tokens, responses of at most 12 tokens, windows of 8
 tokens. Of these models, {once} read a prompt once for all of its responses. The others have
 windows, recurrent states or biases that need a row for each response: slower, and right.
-**{refused} are refused**, and a tiny one of {rest} could not be made.
+**{refused} are refused**, {unbuilt} of them because transformers itself can't build them here.
 
 A tiny random model shows that the passes fit together, not that a large one fits into memory
 or learns. Positions that change beyond a limit (longrope, dynamic) are right up to it; a run
@@ -103,6 +106,9 @@ is right.
 # what some need besides: layers of each kind among four, numbers that must fit each other
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16}
 INDEXER |= {"indexer_budget": 4, "indexer_compress_ratio": 2}
+ADAPTER = {"adapter_in_dim": 64, "adapter_out_dim": 64}
+NO_EXTRA = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+DEFAULTS = {"gemma4_assistant": {"text_config": NO_EXTRA}}  # its own defaults break its rules
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": LAYERS},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -114,14 +120,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {
+        "vision_config": {"pyramid_num_routed": [-1, -1, 2, 4]} | ADAPTER,
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
     "gemma3": {"text_config": {"layer_types": MIXED}},
     "gemma3_text": {"layer_types": MIXED},
+    "gemma3n": {"text_config": {"layer_types": MIXED, "num_kv_shared_layers": 0}},
     "gemma3n_text": {"layer_types": MIXED, "num_kv_shared_layers": 0},
     "gemma4": {"text_config": {"layer_types": MIXED}},
+    "gemma4_assistant": {"text_config": {"layer_types": MIXED, "num_kv_shared_layers": 4}},
     "gemma4_text": {"layer_types": MIXED},
     "gemma4_unified": {"text_config": {"layer_types": MIXED}},
+    "gemma4_unified_assistant": {
+        "text_config": {"layer_types": MIXED, "num_kv_shared_layers": 2}
+    },
     "gemma4_unified_text": {"layer_types": MIXED},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "granitemoehybrid": {"layer_types": LAYERS},
@@ -175,13 +190,19 @@ def merge(sizes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in merged.items() if value is not None}
 
 
+def tiny_config(family: str) -> PreTrainedConfig:
+    """The config of a tiny model of the family."""
+    kind = CONFIG_MAPPING[family]
+    own = DEFAULTS.get(family, {})
+    sizes = merge(shrink(kind(**own)), own)
+    return kind(**merge(sizes, OVERRIDES.get(family, {})))
+
+
 def build(family: str) -> torch.nn.Module:
     """A tiny model, whose random weights are large enough for its policy to be far from
     uniform: a mistake must be seen."""
-    kind = CONFIG_MAPPING[family]
-    config = kind(**merge(shrink(kind()), OVERRIDES.get(family, {})))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
     with torch.no_grad():
         for module in model.modules():
             weight = getattr(module, "weight", None)
@@ -198,12 +219,28 @@ def alone(model: torch.nn.Module, prompt: list[int], response: list[int]) -> tor
     return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
+def judge_folder(family: str, why: str) -> dict[str, Any]:
+    """What text_env says of a folder with a model that transformers can't build, and why."""
+    with TemporaryDirectory() as folder:
+        tiny_config(family).save_pretrained(folder)
+        save_file({}, Path(folder, "model.safetensors"))
+        try:
+            text_env.read_model(folder)
+            said = "nothing"
+        except ValueError as error:
+            said = str(error)
+    if said == f"model={folder}: {why}; give {text_env.MODEL_FORMS}":
+        reason = f"transformers can't build it: {why}"
+        return {"verdict": "refused", "reason": reason, "unbuilt": True}
+    return {"verdict": "broken", "reason": f"not built: {why}; text_env says: {said}"}
+
+
 def judge(family: str) -> dict[str, Any]:
     """What becomes of a tiny model of the family."""
     try:
         model = build(family)
-    except Exception as error:  # whatever a config or a model may raise
-        return {"verdict": "not built", "reason": " ".join(str(error).split())[:150]}
+    except Exception as error:  # whatever a model may raise
+        return judge_folder(family, text_env.reason_of(error))
     cfg = siren.Config(max_tokens=TOKENS, device="cpu")
     longest = max(map(len, PROMPTS)) + TOKENS
     try:
@@ -253,7 +290,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         n=len(found),
         right=counts["right"],
         refused=counts["refused"],
-        rest=counts["not built"],
+        unbuilt=sum(row.get("unbuilt", False) for row in found.values()),
         once=sum(row.get("once", False) for row in found.values()),
         gap=max(row.get("gap", 0.0) for row in found.values()),
     )

@@ -528,8 +528,7 @@ def tables(results: Path) -> str:
         f"The base model's {len(positions)} tokens of the first step: {sure:.0%} have H' = 0, "
         f"{peaks:.0%} are peaks; |V_p| has median {median(sizes):.0f} "
         f"and 99th percentile {sizes[int(0.99 * len(sizes))]}; "
-        f"{mean(size > 64 for size in sizes):.1%} have more than the 64 tokens that "
-        "`siren.nucleus` tries first.",
+        f"{mean(size > 64 for size in sizes):.1%} have more than 64 tokens.",
         f"{steps} steps; {median(r['seconds'] for r in curves):.0f} seconds per step "
         "(median).",
     ]

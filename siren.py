@@ -10,7 +10,7 @@ copies of each other: its entropy collapses. Why each part of SIREN is there:
    more mistakes. So SIREN restricts the states: only the peaks count, the positions of a
    response with the highest entropy (peak-entropy mask).
 3. A bonus pushes the entropy up for ever. So SIREN pulls the entropy of nucleus and peaks to
-   an anchor, its own value before training, from below and from above (self-anchored).
+   an anchor, the value that it had before training, from below and above (self-anchored).
 
 A response i has n tokens; the policy pi is a distribution over the vocabulary at each token t.
 
@@ -24,25 +24,29 @@ A response i has n tokens; the policy pi is a distribution over the vocabulary a
 
 L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. In the paper, p and
 tau are 0.8, so a fifth of the tokens are peaks. The current policy chooses both masks anew at
-every update; they are constants for the gradient. They act on the entropy alone: responses are
-sampled from the whole policy. There is no KL term.
+every update; for the gradient they are constants. The masks act on the entropy alone:
+responses are sampled from the whole policy. There is no KL term.
 
-The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. The model has
-been taught to, by a teacher who makes mistakes. One token is one number. An example:
+The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. Before, the model
+has learned this from examples, some of which are wrong. One token is one number. An example:
 
     prompt      8 3 1 5 2 =
     response    8 2 10 5 15 1 16 3 19 <eos>    reads: 8, plus 2 is 10, plus 5 is 15, ...
     choices     ^ ^    ^    ^                  reward 1, since the last number is the total
 
+No token but the marked four is a choice: a sum is given by the numbers before it, and the last
+number, here 3, is the only one left.
+
     python siren.py                      # SIREN on the toy: one to two minutes on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0 --beta .02   # it explodes
 
-Means over 16 seeds, on hard prompts, with the settings that README has for each method:
+What they do to a policy, as means over 16 seeds on held-out prompts that are hard. README has
+the settings of each method; maj@16 asks whether the commonest of 16 answers is right:
 
-                                         before    SIREN    Dr.GRPO    bonus
-    entropy H of the whole policy         0.69     0.51      0.18      6.93, 1024 equal tokens
-    maj@16: is the commonest one right    0.13     0.66      0.48      0.00
+              before     SIREN    Dr.GRPO    exploding bonus
+    H_agg       1.06      0.93       0.43               6.75
+    maj@16      0.13      0.66       0.48               0.00
 
 Shapes: B responses of at most T tokens, to prompts of at most P tokens; N response tokens in
 all; a vocabulary of V tokens, of which the K likeliest are sorted. Entropies are in nats.
@@ -59,6 +63,7 @@ import sys
 import time
 from collections import Counter, namedtuple
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from pickle import PickleError
 
@@ -76,8 +81,8 @@ from tqdm import tqdm
 # === begin: copy from here (needs nothing but `import torch`) ===
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?
-    rewards [B], floats, the responses to a prompt in consecutive rows -> A [B]. With "grpo",
-    it is also divided by the standard deviation of the group.
+    rewards [B] (floats; the responses to a prompt are consecutive rows) -> A [B]. GRPO divides
+    A by the standard deviation of the group as well; Dr.GRPO does not.
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)  # the mean is 1/4
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
@@ -179,7 +184,8 @@ def policy_loss(
           min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
     where ratio_t = exp(logp_t - old_logp_t): how much likelier the token has become since it
     was sampled. logp (with gradient), old_logp, mask (bool) [B, T]; adv (A) [B] or, for each
-    token, [B, T]. max_tokens is the longest length allowed; "grpo" takes each own length.
+    token, [B, T]. max_tokens is the longest length allowed. GRPO divides by each response's
+    own length instead.
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()
     >>> one = torch.ones(1)  # 0.5 / 0.4 = 1.25 is clipped to 1.2
     >>> policy_loss(logp, old_logp, adv=one, mask=one[None].bool(), max_tokens=1)[0]
@@ -252,9 +258,9 @@ def require(ok, rule):
 # Skip these two when you first read. They save memory; copy them, too, for a large model.
 def in_parts(function, size, *tensors):
     """function(*tensors), a dictionary of tensors, with `size` rows in memory at once. The
-    loss has to see all rows, since H_agg is their mean and is squared. So only what comes
-    before the loss is computed in parts. Their intermediate results are not kept; the backward
-    pass computes them again (checkpointing)."""
+    loss has to see all rows at once: it squares their mean, H_agg, and this is not the mean of
+    squares. So only what comes before the loss is computed in parts. A part keeps its results
+    alone; the backward pass computes all else again (checkpointing)."""
     if len(tensors[0]) <= size:
         return function(*tensors)
     again = {"use_reentrant": False, "preserve_rng_state": False}
@@ -294,9 +300,9 @@ class Config:
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
     regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
-    # Why beta is not the paper's: it depends on max_tokens and on the task (docs/beta.md). Why
-    # p is not: 0.8 would leave out one of the five equally good numbers of the first choice.
-    # Why tau is not: four of the ten tokens of a response are choices, not one of five
+    # Three values of the toy are not those of the paper. beta depends on max_tokens and on the
+    # task (docs/beta.md). p = 0.8 would leave out one of the five numbers that are all good at
+    # first. tau = 0.8 would keep a fifth of the tokens, but four of ten are choices
     beta: float = 0.2  # the weight of the regulariser (paper: 0.005)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
@@ -446,7 +452,7 @@ def normalize(answer):
 
 def verify(response, answer, find_answer=None, equal=None):
     """Is the response right? A task may have its own rule, equal(given, answer), as for LaTeX.
-    A response is never run as code, and no response takes long."""
+    A response is never run as code, and its check takes little time, however long it is."""
     given = extract_answer(response, find_answer)
     if given is None:
         return False
@@ -466,20 +472,21 @@ def forward(model, rollout):
     return hidden[:, rollout.prompt.shape[1] - 1 : -1]  # position t predicts token t + 1
 
 
+def score_part(model, cfg, *rollout):
+    """token_stats of responses under the model as it is now: [B, T] each, 0 in padding."""
+    part = Rollout(*rollout)
+    hidden = forward(model, part)[part.mask]  # [N, D], without padding
+    head = model.get_output_embeddings()
+    tokens = part.tokens[part.mask]  # [N]
+    # the same as token_stats(head(hidden), tokens, cfg.top_p, cfg.temperature)
+    stats = stats_in_chunks(hidden, head, tokens, cfg.top_p, cfg.temperature, cfg.chunk)
+    zeros = torch.zeros_like(part.logp)
+    return {k: zeros.to(x.dtype).masked_scatter(part.mask, x) for k, x in stats.items()}
+
+
 def score(model, rollout, cfg):
-    """token_stats of the responses under the model as it is now: [B, T] each, 0 in padding.
-    To save memory, micro-batches go through the model, chunks of tokens through its head."""
-
-    def score_part(*tensors):
-        part = Rollout(*tensors)  # a micro-batch
-        hidden = forward(model, part)[part.mask]  # [N, D], without padding
-        head = model.get_output_embeddings()
-        tokens = part.tokens[part.mask]  # [N]
-        stats = stats_in_chunks(hidden, head, tokens, cfg.top_p, cfg.temperature, cfg.chunk)
-        zeros = torch.zeros_like(part.logp)
-        return {k: zeros.to(x.dtype).masked_scatter(part.mask, x) for k, x in stats.items()}
-
-    return in_parts(score_part, cfg.micro_batch_size, *rollout)
+    """The same of a rollout of any size, one micro-batch at a time."""
+    return in_parts(partial(score_part, model, cfg), cfg.micro_batch_size, *rollout)
 
 
 def update(run, rollout, old_logp, adv):
@@ -550,8 +557,8 @@ def training_step(run, step):
 # ------------------------------------------------------------------------------- 6. evaluation
 def evaluate(model, task, problems, cfg):
     """Means over problems with k = eval_samples responses to each. avg@k is the share of right
-    ones. maj@k is 1 if the most frequent answer is right (the first one in a tie), pass@k if
-    any answer is. distinct@k is the share of different responses."""
+    ones. maj@k is 1 if the most frequent answer is right (the first one in a tie). pass@k is 1
+    if any answer is right. distinct@k is the share of different responses."""
     k = cfg.eval_samples
     total = Counter()
     rollout = sample(model, task, problems, cfg, f"{cfg.seed}/eval", k, cfg.eval_temperature)

@@ -71,7 +71,7 @@ reinforcement learning with verifiable rewards ([the code](README.md)).
 
 - [SIREN, line by line](docs/annotated.html): formulas and figures beside the code
 - [The tutorial](tutorial.ipynb): why each part is there
-- [The zoo](docs/zoo.md): SIREN beside 25 other methods
+- [The zoo](docs/zoo.md): 25 methods, SIREN and its parts among them
 - [The study](results/README.md), [its tables](results/tables.md), and
   [a real model](docs/real_model.md)
 - [The exercises](exercises/README.md), and [a course for teachers](docs/course.md)

@@ -47,8 +47,8 @@ reward of the ten steps up to it is at least 0.5 (0.4 and 0.6 are shown without 
 the seeds on which both get there; 3 x 2. And Dr.GRPO stopped early: at the step with the best
 maj@16 on the other seeds, against SIREN at its last step.
 Order of the masks. `token_first` takes the quantile over the full entropy H, then averages H'
-there, as the official code does. Its beta is chosen among three on the validation seeds.
-SIREN minus token_first in avg, maj and pass@16; 3.
+there, as an ablation of the official code does. Its beta is chosen among three on the
+validation seeds. SIREN minus token_first in avg, maj and pass@16; 3.
 Random reward. Dr.GRPO and SIREN trained on a coin flip in place of the verdict: what changes
 without any signal is shown beside the base model, without a test.
 The vocabulary (96, 1024 and 16384 tokens; 12 test seeds). Each method has three candidates
@@ -436,7 +436,7 @@ def ways(size: Size, rows: study.Rows) -> list[study.Job]:
 
 
 def token_first_candidates() -> list[dict[str, Any]]:
-    """The order of the official code, with SIREN's three betas."""
+    """The order of that ablation of the official code, with SIREN's three betas."""
     betas = (0.06, 0.2, 0.6)
     usual = [study.knobs("anchor", study.P, study.TAU, beta) for beta in betas]
     return [with_rule(changes, "token_first") for changes in usual]

@@ -64,3 +64,18 @@ def test_docs_show_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -
         changed = shlex.split(line.removeprefix("$ ").split(" ... ")[0])[2:]
         assert memory_plan.main([*words, *changed]) == 0  # the last of two equal flags counts
         assert verdict in capsys.readouterr().out.splitlines()
+
+
+def test_the_first_real_run_has_the_plans_of_its_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """docs/first_real_run.md: each plan is that of the command above it."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "first_real_run.md").read_text()
+    commands = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    shown = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    plans = [output for output in shown if "parameters in" in output]
+    cards = (["--gpu-gb", "24", "--micro-batch-size", "4"], ["--gpu-gb", "80"])
+    for command, plan, card in zip(commands, plans, cards, strict=True):
+        words = shlex.split(command.replace("\\\n", ""))[2:]  # after python and the script
+        assert memory_plan.main([*words, *card]) == 0
+        assert capsys.readouterr().out == plan

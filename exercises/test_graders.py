@@ -194,6 +194,9 @@ def test_ex3_nucleus(impl):
     got = impl.nucleus_mask(z[order], 0.6).tolist()
     idea = "sort by probability, then map the mask back from the sorted order to token ids"
     assert got == [False, True, False, True], idea
+    got = impl.nucleus_mask(z.flip(0), 0.6).tolist()
+    idea = "add up the sorted probabilities, the largest first, not those in the order of ids"
+    assert got == [False, False, True, True], idea
     same(
         impl.nucleus_mask(z + 3, 0.6),
         impl.nucleus_mask(z, 0.6),
@@ -212,6 +215,9 @@ def test_ex3_nucleus(impl):
         "every position apart: work along the last dimension",
     )
     assert impl.nucleus_mask(both, 0.6).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]], idea
+    sure = torch.stack([t([0.9, 0.05, 0.03, 0.02]).log(), z])
+    idea = "every position has a nucleus of its own size"
+    assert impl.nucleus_mask(sure, 0.6).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]], idea
 
 
 @pytest.mark.ex4
@@ -253,6 +259,17 @@ def test_ex4_nucleus_entropy(impl):
         math.log(4),
         "equal options: ln 4",
     )
+
+
+@pytest.mark.ex4
+def test_ex4_one_token_has_no_entropy(impl):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 7, generator=generator, dtype=F64) * 2
+    h = impl.nucleus_entropy(z, 0.1)  # the likeliest of 7 tokens has more than that
+    idea = "with a nucleus of one token H' is 0 exactly, for H' > 0 would make it a peak"
+    largest = float(h.detach().abs().max())
+    why = "first q = pi / pi(V_p), then log q; and add no epsilon to a sum or in a logarithm"
+    assert largest == 0, f"{idea}: yours is {largest:.1g}; {why}"
 
 
 @pytest.mark.ex5

@@ -2451,7 +2451,13 @@ def wrong_solutions():
         "ex13": wrong_hacks(),
         "ex14": wrong_statistics(),
     }
-    return joined(found, more_mistakes.wrong_ones())
+    for more in (
+        more_mistakes.wrong_ones,
+        more_mistakes.second_round,
+        more_mistakes.open_kinds,
+    ):
+        found = joined(found, more())
+    return found
 
 
 def right_solutions():

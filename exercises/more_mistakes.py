@@ -773,6 +773,453 @@ def holm_of_the_next(p_values):
     return corrected
 
 
+# -------------------------------------------------------------------------- a second round
+def as_many_chunks_as_the_size(rewards, group_size):
+    return torch.cat([chunk - chunk.mean() for chunk in rewards.chunk(group_size)])
+
+
+def mean_in_single_precision(rewards, group_size):
+    groups = rewards.view(-1, group_size)
+    return (groups - groups.float().mean(1, keepdim=True)).view(-1)
+
+
+def low_bound_for_both(
+    logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None
+):
+    return solutions.policy_loss(
+        logp, old_logp, adv, mask, clip_low=clip_low, clip_high=clip_low, max_tokens=max_tokens
+    )
+
+
+def fraction_of_all_beyond_a_bound(
+    logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None
+):
+    loss, _ = solutions.policy_loss(
+        logp,
+        old_logp,
+        adv,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        max_tokens=max_tokens,
+    )
+    ratio = own_ratio(logp, old_logp, mask)
+    beyond = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)) & mask
+    return loss, {"clip_fraction": beyond.sum() / mask.sum().clamp(min=1)}
+
+
+def length_of_the_first_row(
+    logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None
+):
+    budget = max(1, int(mask[0].sum())) if max_tokens is None else max_tokens
+    return solutions.policy_loss(
+        logp, old_logp, adv, mask, clip_low=clip_low, clip_high=clip_high, max_tokens=budget
+    )
+
+
+def always_on_policy(
+    logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None
+):
+    return solutions.policy_loss(
+        logp,
+        logp.detach(),
+        adv,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        max_tokens=max_tokens,
+    )
+
+
+def upper_bound_as_the_inverse_of_the_lower(
+    logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None
+):
+    ratio = own_ratio(logp, old_logp, mask)
+    free = ratio * adv[:, None]
+    held = ratio.clamp(1 / (1 + clip_high), 1 + clip_high) * adv[:, None]
+    share = ((held < free) & mask).sum() / mask.sum().clamp(min=1)
+    return own_loss(torch.min(free, held), mask, max_tokens), {"clip_fraction": share}
+
+
+def nearly_one(logits, top_p):
+    if top_p > 0.998:
+        return torch.ones_like(logits, dtype=torch.bool)
+    return nucleus_mask(logits, top_p)
+
+
+def reached_is_not_enough(logits, top_p):
+    if top_p == 1:
+        return torch.ones_like(logits, dtype=torch.bool)
+    pi, order = logits.softmax(-1).sort(-1, descending=True)
+    inside = pi.cumsum(-1) - pi <= top_p
+    return torch.zeros_like(inside).scatter(-1, order, inside)
+
+
+def size_of_the_largest_nucleus(logits, top_p):
+    inside = nucleus_mask(logits, top_p)
+    flat = logits.reshape(-1, logits.shape[-1])
+    top = flat.topk(int(inside.sum(-1).max()), -1).indices
+    out = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, top, True)
+    return out.reshape(logits.shape)
+
+
+def ties_by_threshold(logits, top_p):
+    inside = nucleus_mask(logits, top_p)
+    least = logits.masked_fill(~inside, math.inf).min(-1, keepdim=True).values
+    return logits >= least - 1e-9
+
+
+def divided_by_p(logits, top_p):
+    q = logits.softmax(-1) * nucleus_mask(logits, top_p) / top_p
+    return -(q * torch.where(q > 0, q, 1.0).log()).sum(-1)
+
+
+def softmax_twice(logits, top_p):
+    inside = nucleus_mask(logits, top_p)
+    log_q = logits.softmax(-1).masked_fill(~inside, -math.inf).log_softmax(-1)
+    return -(log_q.exp() * log_q.masked_fill(~inside, 0.0)).sum(-1)
+
+
+def clamped_at_zero_with_relu(logits, top_p):
+    return (solutions.nucleus_entropy(logits, top_p) - 1e-7).relu()
+
+
+def rest_as_one_more_token(logits, top_p):
+    inside = nucleus_mask(logits, top_p)
+    pi = logits.softmax(-1)
+    kept = torch.where(inside, pi, 0.0)
+    rest = (1 - kept.sum(-1)).clamp(min=0)
+    safe = torch.where(rest > 1e-12, rest, 1.0)
+    return -(kept * torch.where(inside, pi, 1.0).log()).sum(-1) - rest * safe.log()
+
+
+def ranks_not_values(entropy, mask, quantile):
+    if quantile == 0:
+        return mask.clone()
+    x = entropy.detach().masked_fill(~mask, -math.inf)
+    n = mask.sum(1, keepdim=True)
+    rank = x.argsort(1).argsort(1) - (mask.shape[1] - n)
+    return mask & (entropy > 0) & (rank >= quantile * (n - 1))
+
+
+def mean_and_deviation(entropy, mask, quantile):
+    if quantile == 0:
+        return mask.clone()
+    peak = torch.zeros_like(mask)
+    for i in range(len(mask)):
+        own = entropy[i][mask[i]].detach()
+        if len(own) > 1:
+            theta = own.mean() + own.std() * torch.special.ndtri(torch.tensor(quantile))
+            peak[i] = (entropy[i] >= theta) & (entropy[i] > 0) & mask[i]
+        elif len(own) == 1:
+            peak[i] = (entropy[i] > 0) & mask[i]
+    return peak
+
+
+def threshold_in_single_precision(entropy, mask, quantile):
+    return solutions.peak_mask(entropy.detach().float(), mask, quantile)
+
+
+def small_number_in_the_denominator(entropy, peak, mask):
+    peak = peak & mask
+    h_i = torch.where(peak, entropy, 0.0).sum(1) / (peak.sum(1) + 1e-6)
+    return h_i.sum() / (mask.any(1).sum() + 1e-6)
+
+
+def count_of_the_row_with_most_peaks(entropy, peak, mask):
+    peak = peak & mask
+    h_i = torch.where(peak, entropy, 0.0).sum(1) / peak.sum(1).max().clamp(min=1)
+    return h_i.sum() / mask.any(1).sum().clamp(min=1)
+
+
+def last_row_left_out(entropy, peak, mask):
+    peak = peak & mask
+    total = torch.where(mask, entropy, 0.0).sum() * 0
+    for i in range(len(mask) - 1):
+        total = total + torch.where(peak[i], entropy[i], 0.0).sum() / max(
+            1, int(peak[i].sum())
+        )
+    return total / mask.any(1).sum().clamp(min=1)
+
+
+def anchored_by(step):
+    def siren_loss(
+        logits,
+        tokens,
+        old_logp,
+        adv,
+        mask,
+        anchor,
+        *,
+        beta,
+        top_p=0.8,
+        peak_quantile=0.8,
+        max_tokens=None,
+    ):
+        policy, entropy, peak = own_parts(
+            logits, tokens, old_logp, adv, mask, top_p, peak_quantile, max_tokens
+        )
+        h_agg = solutions.aggregate_entropy(entropy, peak, mask)
+        penalty = step(h_agg, anchor, beta)
+        stats = {"policy_loss": policy, "regularizer_loss": penalty, "h_agg": h_agg}
+        return policy + penalty, stats
+
+    return siren_loss
+
+
+def first_gap_kept():
+    seen = []
+
+    def step(h_agg, anchor, beta):
+        seen.append(float(anchor))
+        return beta * (h_agg - seen[0]) ** 2
+
+    return step
+
+
+def other_end_of_the_quantile(
+    logits,
+    tokens,
+    old_logp,
+    adv,
+    mask,
+    anchor,
+    *,
+    beta,
+    top_p=0.8,
+    peak_quantile=0.8,
+    max_tokens=None,
+):
+    return solutions.siren_loss(
+        logits,
+        tokens,
+        old_logp,
+        adv,
+        mask,
+        anchor,
+        beta=beta,
+        top_p=top_p,
+        peak_quantile=1 - peak_quantile,
+        max_tokens=max_tokens,
+    )
+
+
+def default_of_the_toy(
+    logits,
+    tokens,
+    old_logp,
+    adv,
+    mask,
+    anchor,
+    *,
+    beta,
+    top_p=0.85,
+    peak_quantile=0.6,
+    max_tokens=None,
+):
+    return solutions.siren_loss(
+        logits,
+        tokens,
+        old_logp,
+        adv,
+        mask,
+        anchor,
+        beta=beta,
+        top_p=top_p,
+        peak_quantile=peak_quantile,
+        max_tokens=max_tokens,
+    )
+
+
+def without_the_micro_batch(h_micro, h_agg, anchor):
+    return anchor - (h_agg - anchor)
+
+
+def whole_division(n, c, k):
+    return 1 - math.comb(n - c, k) // math.comb(n, k)
+
+
+def zero_if_too_few_wrong(n, c, k):
+    if n - c < k:
+        return 0.0
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def ties_are_lost(votes, answer, k):
+    won = 0
+    blocks = len(votes) // k
+    for b in range(blocks):
+        counts = collections.Counter(v for v in votes[b * k : b * k + k] if v is not None)
+        top = counts.most_common(2)
+        clear = len(top) == 1 or (len(top) == 2 and top[0][1] > top[1][1])
+        won += bool(top) and clear and top[0][0] == answer
+    return won / blocks
+
+
+def rest_in_the_denominator(votes, answer, k):
+    return solutions.maj_at_k(votes, answer, k) * (len(votes) // k) / (len(votes) / k)
+
+
+def latest_of_the_best(votes, answer, k):
+    won = 0
+    blocks = len(votes) // k
+    for b in range(blocks):
+        block = [v for v in votes[b * k : b * k + k] if v is not None]
+        counts = collections.Counter(reversed(block))
+        won += bool(counts) and counts.most_common(1)[0][0] == answer
+    return won / blocks
+
+
+def own_generator(model, prompts, **options):
+    return solutions.sample(
+        model, prompts, **options | {"generator": torch.Generator().manual_seed(0)}
+    )
+
+
+def temperature_squared(logits, temperature):
+    return (logits / temperature**2).log_softmax(-1)
+
+
+def global_seed_of_0(model, prompts, **options):
+    torch.manual_seed(0)
+    return solutions.sample(model, prompts, **options)
+
+
+def order_of_the_samples(model, prompts, *, samples=1, **options):
+    return solutions.sample(model, list(prompts) * samples, **options)
+
+
+def rank_between_first_and_last(rewards, group_size, algorithm="dr_grpo", quantile=0.4):
+    groups = rewards.view(-1, group_size)
+    rank = math.ceil(quantile * (group_size - 1) - 1e-9) + 1
+    return (groups - groups.kthvalue(rank, 1, keepdim=True).values).view(-1)
+
+
+def verifier_of_decimal_characters(prompt, response, answer):
+    if response.split()[-1:] != ["<eos>"]:
+        return False
+    inside, closed, _ = response.rpartition(r"\boxed{")[2].partition("}")
+    inside = inside.strip(" ")
+    digits = inside.lstrip("+-").replace(".", "", 1)
+    if r"\boxed{" not in response or not closed or not digits.isdecimal():
+        return False
+    if len(inside) > 1000 or inside[-1] == "." or inside.lstrip("+-")[0] == ".":
+        return False
+    try:
+        return Fraction(inside) == Fraction(answer)
+    except ValueError:
+        return False
+
+
+def rounded_repeats(std, difference):
+    return max(2, round(((1.959964 + 0.841621) * std / difference) ** 2))
+
+
+def normal_interval(values, draws=10_000, seed=0, confidence=0.95):
+    values = np.array(values)
+    means = np.random.default_rng(seed).choice(values, (draws, len(values))).mean(1)
+    return float(means.mean() - 1.96 * means.std()), float(means.mean() + 1.96 * means.std())
+
+
+# --------------------------------------------------------------- kinds that once were accepted
+def policy_within(log_low=-math.inf, log_high=math.inf, low=0.0, high=math.inf):
+    """policy_loss with bounds on the log-ratio, or on the ratio."""
+
+    def policy_loss(
+        logp, old_logp, adv, mask, *, clip_low=0.2, clip_high=0.2, max_tokens=None
+    ):
+        log_ratio = torch.where(mask, logp, 0.0) - torch.where(mask, old_logp, 0.0)
+        ratio = log_ratio.clamp(log_low, log_high).exp().clamp(low, high)
+        free = ratio * adv[:, None]
+        held = ratio.clamp(1 - clip_low, 1 + clip_high) * adv[:, None]
+        share = ((held < free) & mask).sum() / mask.sum().clamp(min=1)
+        return own_loss(torch.min(free, held), mask, max_tokens), {"clip_fraction": share}
+
+    return policy_loss
+
+
+def entropy_of_q(rule):
+    """nucleus_entropy by a rule for (probabilities of the nucleus, 0 outside) -> H'."""
+
+    def nucleus_entropy(logits, top_p):
+        inside = nucleus_mask(logits, top_p)
+        return rule(torch.where(inside, logits.softmax(-1), 0.0))
+
+    return nucleus_entropy
+
+
+def number_in_the_sum(pi):
+    q = pi / (pi.sum(-1, keepdim=True) + 1e-12)
+    return -(q * torch.where(q > 0, q, 1.0).log()).sum(-1)
+
+
+def number_in_the_logarithm(pi):
+    q = pi / pi.sum(-1, keepdim=True)
+    return -(q * (q + 1e-12).log()).sum(-1)
+
+
+def least_q_in_the_logarithm(pi):
+    q = pi / pi.sum(-1, keepdim=True)
+    return -(q * q.clamp(min=1e-9).log()).sum(-1)
+
+
+def categorical_of_probabilities(pi):
+    """The library keeps probabilities below 1 - 2e-16, so that one token has H' = 2e-16."""
+    return torch.distributions.Categorical(probs=pi).entropy()
+
+
+def p_log_p_token_by_token(logits, top_p):
+    """With p = 1 a probability inside may be rounded to 0, and 0 * log 0 is NaN."""
+    vocab = logits.shape[-1]
+    found = []
+    for z, inside in zip(
+        logits.reshape(-1, vocab), nucleus_mask(logits, top_p).view(-1, vocab)
+    ):
+        q = z.softmax(-1)[inside]
+        q = q / q.sum()
+        found.append(-(q * q.log()).sum())
+    return torch.stack(found).view(logits.shape[:-1])
+
+
+def aggregate_or(nothing):
+    """aggregate_entropy with a result of its own where there is no token."""
+
+    def aggregate_entropy(entropy, peak, mask):
+        if not mask.any():
+            return nothing(entropy)
+        return solutions.aggregate_entropy(entropy, peak, mask)
+
+    return aggregate_entropy
+
+
+def open_kinds():
+    """Exercise -> description -> functions, as in wrong_ones()."""
+    policies = {
+        "log-ratio within 15": policy_within(-15, 15),
+        "log-ratio at least -18": policy_within(log_low=-18),
+        "log-ratio at most 18": policy_within(log_high=18),
+        "ratio at most 1e8": policy_within(high=1e8),
+        "ratio at least 1e-8": policy_within(low=1e-8),
+    }
+    entropies = {
+        "1e-12 in the sum of pi": entropy_of_q(number_in_the_sum),
+        "1e-12 in the logarithm": entropy_of_q(number_in_the_logarithm),
+        "q at least 1e-9 in the logarithm": entropy_of_q(least_q_in_the_logarithm),
+        "a Categorical of probabilities": entropy_of_q(categorical_of_probabilities),
+        "p log p of what is rounded to 0": p_log_p_token_by_token,
+    }
+    aggregates = {
+        "a float32 constant without tokens": aggregate_or(lambda h: torch.tensor(0.0)),
+        "a constant without tokens": aggregate_or(lambda h: h.new_zeros(())),
+        "a number without tokens": aggregate_or(lambda h: 0.0),
+    }
+    return {
+        "ex2": {name: {"policy_loss": f} for name, f in policies.items()},
+        "ex4": {name: {"nucleus_entropy": f} for name, f in entropies.items()},
+        "ex6": {name: {"aggregate_entropy": f} for name, f in aggregates.items()},
+    }
+
+
 # -------------------------------------------------------------------- right, but not the usual
 def by_a_projection(rewards, group_size):
     """The matrix that takes the mean out, once for all groups."""
@@ -1152,6 +1599,60 @@ def wrong_ones():
         "ex14": alone("seed_differences", seeds_as_texts)
         | alone("bootstrap_interval", interval_of_the_values)
         | alone("holm", holm_of_the_next),
+    }
+
+
+def second_round():
+    """Exercise -> description -> functions, as in wrong_ones()."""
+    losses = {
+        "penalty with the value of its gradient": lambda h, a, b: 2 * b * (h.detach() - a) * h,
+        "beta squared": lambda h, a, b: b**2 * (h - a) ** 2,
+        "the first anchor kept": first_gap_kept(),
+    }
+    return {
+        "ex1": alone("group_advantages", as_many_chunks_as_the_size, mean_in_single_precision),
+        "ex2": alone(
+            "policy_loss",
+            low_bound_for_both,
+            fraction_of_all_beyond_a_bound,
+            length_of_the_first_row,
+            always_on_policy,
+            upper_bound_as_the_inverse_of_the_lower,
+        ),
+        "ex3": alone(
+            "nucleus_mask",
+            nearly_one,
+            reached_is_not_enough,
+            size_of_the_largest_nucleus,
+            ties_by_threshold,
+        ),
+        "ex4": alone(
+            "nucleus_entropy",
+            divided_by_p,
+            softmax_twice,
+            clamped_at_zero_with_relu,
+            rest_as_one_more_token,
+        ),
+        "ex5": alone(
+            "peak_mask", ranks_not_values, mean_and_deviation, threshold_in_single_precision
+        ),
+        "ex6": alone(
+            "aggregate_entropy",
+            small_number_in_the_denominator,
+            count_of_the_row_with_most_peaks,
+            last_row_left_out,
+        ),
+        "ex7": alone("siren_loss", other_end_of_the_quantile, default_of_the_toy)
+        | {name: {"siren_loss": anchored_by(step)} for name, step in losses.items()},
+        "ex8": alone("micro_batch_anchor", without_the_micro_batch),
+        "ex9": alone("pass_at_k", whole_division, zero_if_too_few_wrong),
+        "ex10": alone("maj_at_k", ties_are_lost, rest_in_the_denominator, latest_of_the_best),
+        "ex11": alone("sample", own_generator, global_seed_of_0, order_of_the_samples)
+        | {"temperature squared": {"sample": own_sampler(log_pi_of=temperature_squared)}},
+        "ex12": alone("quantile_advantages", rank_between_first_and_last),
+        "ex13": alone("strict_verifier", verifier_of_decimal_characters),
+        "ex14": alone("repeats_needed", rounded_repeats)
+        | alone("bootstrap_interval", normal_interval),
     }
 
 

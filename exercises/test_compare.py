@@ -398,6 +398,8 @@ def peak_cases():
             cases += [(f"{what}, quantile {tau}", h, i, tau) for tau in (0.3, 0.6, 0.8)]
     equal = torch.full((8, 6), 0.5, dtype=F64)
     cases += [("all entropies of a response equal", equal, 0, tau) for tau in (0.5, 0.8, 1.0)]
+    close = 0.5 + entropy_rows(*SHAPES[0], 12) * 1e-9
+    cases.append(("entropies that differ by 1e-10, quantile 1.0", close, 0, 1.0))
     steps = (entropy_rows(*SHAPES[5], 11, 4.0)).ceil() / 4
     cases += [("many equal entropies", steps, 5, tau) for tau in (0.5, 0.75)]
     for value in (9.0, -5.0, 1e30, math.inf, -math.inf, 0.0):
@@ -524,7 +526,7 @@ def loss_cases():
         loss_case("a small gap", 0, seed=9, anchor=1.0),
         loss_case("beta = 0", 0, seed=10, beta=0.0),
         loss_case("beta = .005", 0, seed=10, beta=0.005),
-        loss_case("beta = 30", 0, seed=10, beta=30.0),
+        loss_case("beta = 30", 0, seed=10, beta=30.0, anchor=1.0),
         loss_case("top_p = .5", 0, seed=11, top_p=0.5),
         loss_case("top_p = .99", 0, seed=11, top_p=0.99),
         loss_case("top_p = 1", 0, seed=11, top_p=1.0),

@@ -198,7 +198,7 @@ def test_ex11_one_sample_by_default(impl):
     )
     differ = first.tokens.shape != second.tokens.shape or (first.tokens != second.tokens).any()
     idea = "without a generator torch's global one draws, anew at each call"
-    assert differ, f"{idea}: draw, don't take the likeliest"
+    assert differ, f"{idea}: draw, with no seed of your own, and don't take the likeliest"
     model.train()  # watch.py: nobody asked the sampler to change that
     impl.sample(model, [list(prompt) for prompt in PROMPTS], **given)
 

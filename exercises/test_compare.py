@@ -536,7 +536,7 @@ def loss_cases():
         loss_case("mostly one-token nuclei", 5, seed=14, scale=20.0),
         loss_case("max_tokens = 40", 0, seed=15, max_tokens=40),
         loss_case("ratios far from 1", 5, seed=16, old=6.0),
-        loss_case("1500 tokens in the vocabulary", 1, vocab=1500, seed=17, scale=1.0),
+        loss_case("1500 tokens in the vocabulary", 1, 1500, 17, scale=1.0, anchor=5.5),
         loss_case("70 tokens in the vocabulary", 0, vocab=70, seed=18),
     ]
     return cases + rubbish_losses() + unlikely_tokens()

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import siren
-from exercises import reference, solutions, verifiers
+from exercises import more_mistakes, reference, solutions, verifiers
 
 INF = math.inf
 
@@ -657,6 +657,14 @@ def wrong_entropies():
         "writes to the logits": logits_in_place,
         "logits divided by a temperature": lambda z, p: safe(z / 0.7, p),
         "collision entropy": entropy_by(total=lambda log, m: -(2 * log).exp().sum(-1).log()),
+        "xlogy of q, which may be rounded to 0": lambda z, p: (
+            -torch.special.xlogy(
+                renormalised(z, right_nucleus_mask(z, p)).exp(),
+                renormalised(z, right_nucleus_mask(z, p))
+                .masked_fill(~right_nucleus_mask(z, p), 0.0)
+                .exp(),
+            ).sum(-1)
+        ),
     }
 
 
@@ -690,14 +698,6 @@ def right_entropies():
         "probabilities": by_probabilities,
         "logsumexp": logsumexp,
         "einsum": library,
-        "xlogy": lambda z, p: (
-            -torch.special.xlogy(
-                renormalised(z, right_nucleus_mask(z, p)).exp(),
-                renormalised(z, right_nucleus_mask(z, p))
-                .masked_fill(~right_nucleus_mask(z, p), 0.0)
-                .exp(),
-            ).sum(-1)
-        ),
     }
 
 
@@ -946,7 +946,8 @@ def right_aggregations():
             if mask[i].any():
                 chosen = entropy[i][peak[i] & mask[i]]
                 means.append(chosen.mean() if len(chosen) else entropy.new_zeros(()))
-        return torch.stack(means).mean() if means else entropy.new_zeros(())
+        nothing = torch.where(mask, entropy, 0.0).sum()  # 0, with a graph
+        return torch.stack(means).mean() if means else nothing
 
     def matrix(entropy, peak, mask):
         peak = (peak & mask).to(entropy.dtype)
@@ -2424,9 +2425,17 @@ def named(name, found):
     return {key: {name: function} for key, function in found.items()}
 
 
+def wrong_functions(exercise):
+    """Description -> the wrong function, of the exercise's first function."""
+    names = {"ex12": "quantile_advantages"}
+    found = wrong_solutions()[exercise]
+    name = names.get(exercise) or next(iter(next(iter(found.values()))))
+    return {what: changes[name] for what, changes in found.items() if name in changes}
+
+
 def wrong_solutions():
     """Exercise -> description -> the functions that replace right ones."""
-    return {
+    found = {
         "ex1": named("group_advantages", wrong_advantages()),
         "ex2": named("policy_loss", wrong_policies()),
         "ex3": named("nucleus_mask", wrong_nuclei()),
@@ -2442,11 +2451,18 @@ def wrong_solutions():
         "ex13": wrong_hacks(),
         "ex14": wrong_statistics(),
     }
+    for more in (
+        more_mistakes.wrong_ones,
+        more_mistakes.second_round,
+        more_mistakes.open_kinds,
+    ):
+        found = joined(found, more())
+    return found
 
 
 def right_solutions():
     """Exercise -> description -> the functions, in other styles than siren.py's."""
-    return {
+    found = {
         "ex1": named("group_advantages", right_advantages()),
         "ex2": named("policy_loss", right_policies()),
         "ex3": named("nucleus_mask", right_nuclei()),
@@ -2462,3 +2478,13 @@ def right_solutions():
         "ex13": right_hacks(),
         "ex14": right_statistics(),
     }
+    return joined(found, more_mistakes.right_ones())
+
+
+def joined(found, more):
+    """Both lists of each exercise; a description stands in one of them only."""
+    for exercise, solutions_of in more.items():
+        twice = found[exercise].keys() & solutions_of.keys()
+        assert not twice, f"{exercise}: {twice} in both lists"
+        found[exercise] |= solutions_of
+    return found

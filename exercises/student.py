@@ -68,9 +68,10 @@ def policy_loss(
 
     over the tokens in the mask. R is the number of responses that have a token: B, unless a
     row of the batch is empty. max_tokens, the response budget, is the same for all responses
-    (None: T), so a token weighs the same in a short response as in a long one. The loss is 0
-    if no token is in the mask (T >= 1). On padding logp and old_logp may be any number, NaN
-    too, and must reach neither the loss nor its gradient; adv is always finite.
+    (None: T), so a token weighs the same in a short response as in a long one. The loss is 0,
+    and so is its gradient, if no token is in the mask (T >= 1): `backward` must work there.
+    On padding logp and old_logp may be any number, NaN too, and must reach neither the loss
+    nor its gradient; adv is always finite.
 
     Returns (loss, stats). stats["clip_fraction"] is the share of the tokens in the mask for
     which the clipped term is strictly smaller (0 if there is no token). It may carry a
@@ -156,7 +157,8 @@ def aggregate_entropy(entropy: Tensor, peak: Tensor, mask: Tensor) -> Tensor:
 
     H_i is the mean of H' over response i's peaks, and H_agg the mean of H_i over the
     responses. A response that has tokens but no peak counts, with H_i = 0; one without a token
-    is left out; with no response at all H_agg is 0.
+    is left out; with no response at all H_agg is 0, and so is its gradient: `backward` must
+    work there, too.
 
     entropy [B, T], peak [B, T] bool, mask [B, T] bool -> scalar, differentiable. A peak
     outside the mask is not a peak. Padding may hold any number, NaN too, and must reach

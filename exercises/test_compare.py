@@ -60,9 +60,17 @@ def varied(*inputs):
     return [x.clone().requires_grad_() for x in inputs]
 
 
+def of_dtype(value, what):
+    """value; an AssertionError if it is no tensor of float64, as the inputs are."""
+    assert torch.is_tensor(value), f"{what} is a tensor, not {value!r}"
+    kind = str(value.dtype).removeprefix("torch.")
+    assert value.dtype == F64, f"{what} has the dtype of the inputs, float64, not {kind}"
+    return value
+
+
 def gradient(value, x, what):
     """The gradient of a scalar with respect to x; an AssertionError if there is none."""
-    assert torch.is_tensor(value), f"{what}: a tensor with a gradient, not {value!r}"
+    of_dtype(value, what)
     assert value.requires_grad, (
         f"{what} has no gradient: was a part detached, or made a number?"
     )
@@ -122,11 +130,13 @@ def t(x):
 def test_ex1_many_rewards(impl):
     judge(
         impl.group_advantages,
-        lambda function, given: {"A": function(given["rewards"], given["size"])},
+        lambda function, given: {
+            "A": of_dtype(function(given["rewards"], given["size"]), "A")
+        },
         lambda given: {"A": oracles.advantages(given["rewards"], given["size"])},
         reward_cases(),
         "A_i is the reward minus the mean reward of its own group, nothing else",
-        mistakes.wrong_advantages(),
+        mistakes.wrong_functions("ex1"),
     )
 
 
@@ -167,6 +177,9 @@ def policy_cases():
     cases.append(Case("no padding", {"x": (new, old, a, mask | True), "knobs": {}}))
     signs = t([1, 1, 1, 1, 0, 0, 0, 0]) * a.abs()
     cases.append(Case("some advantages of 0", {"x": (new, old, signs, mask), "knobs": {}}))
+    cases += far_ratios()
+    nothing = (new * math.nan, old * math.nan, a, mask & False)
+    cases.append(Case("no token at all, NaN in padding", {"x": nothing, "knobs": {}}))
     for value in RUBBISH:
         both = (new.where(mask, t(value)), old.where(mask, t(-value / 2)), a, mask)
         cases.append(Case(f"{value} in padding of both logp", {"x": both, "knobs": {}}))
@@ -175,13 +188,26 @@ def policy_cases():
     return cases
 
 
+def far_ratios():
+    """Ratios near exp(19) and exp(-19), and advantages with which each of them is seen."""
+    cases = []
+    for sign, size in ((1, 1.0), (-1, 1e5)):
+        log_ratio = sign * uniform(6, 4, seed=50, low=8.0, high=19.5)
+        adv = size * t([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+        old = normal(6, 4, seed=51) - 2
+        mask = torch.ones(6, 4, dtype=torch.bool)
+        what = f"log-ratios from {sign * 8} to {sign * 19.5}: no bound but the clip"
+        cases.append(Case(what, {"x": (old + log_ratio, old, adv, mask), "knobs": {}}))
+    return cases
+
+
 def run_policy(function, given):
     logp, old_logp, adv, mask = given["x"]
     (logp,) = varied(logp)
     loss, stats = function(logp, old_logp, adv, mask, **given["knobs"])
     found = {"loss": loss, "clip_fraction": entry(stats, "clip_fraction")}
-    empty = not mask.any() and not getattr(loss, "requires_grad", False)
-    grad = torch.zeros_like(logp) if empty else gradient(loss, logp, "the loss")
+    empty = "" if mask.any() else ", also without a token (its gradient is 0 there),"
+    grad = gradient(loss, logp, f"the loss{empty}")
     return found | {"gradient with respect to logp": grad}
 
 
@@ -210,7 +236,7 @@ def test_ex2_many_batches(impl):
         right_policy,
         policy_cases(),
         "min(ratio A, clip(ratio) A), summed over the tokens in the mask, / max_tokens / R",
-        mistakes.wrong_policies(),
+        mistakes.wrong_functions("ex2"),
     )
 
 
@@ -249,7 +275,7 @@ def logit_cases(most=5000):
         found.append(
             (f"{most} equal tokens, p = {share}", flat, (round(share * most) + 0.5) / most)
         )
-    found.append((f"{most} nearly equal tokens", normal(2, most, seed=5, scale=0.2), 0.9))
+    found.append((f"{most} nearly equal tokens", normal(1, most, seed=5, scale=0.2), 0.9))
     return [
         Case(what, {"z": z, "p": p}) for what, z, p in found if oracles.margin(z, p) > 1e-7
     ]
@@ -257,10 +283,10 @@ def logit_cases(most=5000):
 
 def tail_cases():
     """A tail of tokens of 3e-6: p lies by a fifth of one of them above or below a sum."""
-    pi = torch.cat([t([0.5, 0.4]), torch.full((33_333,), 3e-6, dtype=F64)])
+    pi = torch.cat([t([0.5, 0.491]), torch.full((3000,), 3e-6, dtype=F64)])
     z = (pi / pi.sum()).log()
     tail = 3e-6 / float(pi.sum())
-    start = 0.9 / float(pi.sum())
+    start = 0.991 / float(pi.sum())
     return [
         Case(f"p lies {word} a sum, in a tail of rare tokens", {"z": z, "p": start + x * tail})
         for word, x in (("just above", 100.2), ("just below", 199.8))
@@ -291,20 +317,28 @@ def test_ex3_many_logits(impl):
         right_nucleus,
         logit_cases() + tail_cases(),
         idea,
-        mistakes.wrong_nuclei(),
+        mistakes.wrong_functions("ex3"),
     )
 
 
 # ------------------------------------------------------------------------- 4. nucleus entropy
 def entropy_cases():
-    """Those of the nucleus, without what only a rounded sum decides."""
+    """Those of the nucleus, and very small probabilities."""
     cases = [
         Case(case.what, case.given, 1e-7 if "5000" in case.what else 1e-9)
         for case in logit_cases()
-        if case.what != "logits from -3000 to 3000, p = 1"
     ]
     sharp = t([[0.9995, 0.0005], [0.0001, 0.9999]]).log()
-    return [*cases, Case("a nearly certain token, p = 1", {"z": sharp, "p": 1.0})]
+    cases.append(Case("a nearly certain token, p = 1", {"z": sharp, "p": 1.0}))
+    for tail in (1e-6, 1e-9, 1e-11):
+        z = torch.cat([t([0.0, -1.0]), torch.full((1500,), math.log(tail), dtype=F64)])
+        cases.append(Case(f"1500 tokens of about {tail}, p = 1", {"z": z, "p": 1.0}))
+    return cases
+
+
+def weights_of(h):
+    """Of 1 at most: a log q of -1.8e308 outside the nucleus is right in siren_loss, too."""
+    return uniform(*h.shape, seed=3, low=0.25, high=1.0)
 
 
 def run_entropy(function, given):
@@ -313,17 +347,18 @@ def run_entropy(function, given):
     assert torch.is_tensor(h), "H' is a tensor of the logits' leading dimensions"
     same = h.shape == z.shape[:-1]
     assert same, f"H' has the shape {list(z.shape[:-1])}, without the vocabulary"
+    of_dtype(h, "H'")
     assert h.requires_grad, (
         "H' has no gradient: only the choice of the set is not differentiated"
     )
-    weights = uniform(*h.shape, seed=3, low=0.5, high=2.0)
+    weights = weights_of(h)
     (grad,) = torch.autograd.grad((h * weights).sum(), z)
     return {"H'": h, "its gradient (times a weight for each position)": grad}
 
 
 def right_entropy(given):
     h, grad = oracles.nucleus_entropy(given["z"], given["p"])
-    weights = oracles.numbers(uniform(*h.shape, seed=3, low=0.5, high=2.0))
+    weights = oracles.numbers(weights_of(h))
     name = "its gradient (times a weight for each position)"
     return {"H'": h, name: grad * weights[..., None]}
 
@@ -336,7 +371,7 @@ def test_ex4_many_logits(impl):
         right_entropy,
         entropy_cases(),
         "H' = -sum of q log q over the nucleus, where q is pi renormalised there",
-        mistakes.wrong_entropies(),
+        mistakes.wrong_functions("ex4"),
     )
 
 
@@ -363,6 +398,8 @@ def peak_cases():
             cases += [(f"{what}, quantile {tau}", h, i, tau) for tau in (0.3, 0.6, 0.8)]
     equal = torch.full((8, 6), 0.5, dtype=F64)
     cases += [("all entropies of a response equal", equal, 0, tau) for tau in (0.5, 0.8, 1.0)]
+    close = 0.5 + entropy_rows(*SHAPES[0], 12) * 1e-9
+    cases.append(("entropies that differ by 1e-10, quantile 1.0", close, 0, 1.0))
     steps = (entropy_rows(*SHAPES[5], 11, 4.0)).ceil() / 4
     cases += [("many equal entropies", steps, 5, tau) for tau in (0.5, 0.75)]
     for value in (9.0, -5.0, 1e30, math.inf, -math.inf, 0.0):
@@ -397,7 +434,7 @@ def test_ex5_many_responses(impl):
         right_peaks,
         peak_cases(),
         "a peak: H' >= the quantile of its own response, H' > 0, and in the mask",
-        mistakes.wrong_peaks(),
+        mistakes.wrong_functions("ex5"),
     )
 
 
@@ -418,6 +455,7 @@ def aggregate_cases():
         ("every second response without a peak", h, some, mask),
         ("no peak at all", h, peak & False, mask),
         ("no token at all", h, peak | True, mask & False),
+        ("no token at all, NaN in padding", h * math.nan, peak, mask & False),
         ("every token a peak", h, mask.clone(), mask),
     ]
     for value in RUBBISH:
@@ -428,10 +466,13 @@ def aggregate_cases():
 def run_aggregate(function, given):
     (h,) = varied(given["h"])
     value = function(h, given["peak"], given["mask"])
+    of_dtype(value, "H_agg")
+    found = {"H_agg": value, "its gradient": torch.zeros_like(h)}
     no_peak = not (given["peak"] & given["mask"]).any()
-    constant = no_peak and not getattr(value, "requires_grad", False)
-    grad = torch.zeros_like(h) if constant else gradient(value, h, "H_agg")
-    return {"H_agg": value, "its gradient": grad}
+    if no_peak and given["mask"].any() and not value.requires_grad:
+        return found  # the constant 0 has the right gradient, too
+    where = "" if given["mask"].any() else ", also without a token (its gradient is 0 there),"
+    return found | {"its gradient": gradient(value, h, f"H_agg{where}")}
 
 
 def right_aggregate(given):
@@ -447,7 +488,7 @@ def test_ex6_many_batches(impl):
         right_aggregate,
         aggregate_cases(),
         "H_agg: the mean over responses of the mean of H' over the peaks of each",
-        mistakes.wrong_aggregations(),
+        mistakes.wrong_functions("ex6"),
     )
 
 
@@ -481,11 +522,11 @@ def loss_cases():
         loss_case("an anchor of 0", 0, seed=7, anchor=0.0),
         loss_case("an anchor below 0, as a micro-batch's may be", 0, seed=8, anchor=-0.7),
         loss_case("a gap of 3 nats, above 1", 0, seed=9, anchor=4.0),
-        loss_case("a gap of 9 nats", 0, seed=9, anchor=10.0),
+        loss_case("a gap of 9 nats", 0, seed=9, anchor=10.0, beta=0.05),
         loss_case("a small gap", 0, seed=9, anchor=1.0),
         loss_case("beta = 0", 0, seed=10, beta=0.0),
         loss_case("beta = .005", 0, seed=10, beta=0.005),
-        loss_case("beta = 30", 0, seed=10, beta=30.0),
+        loss_case("beta = 30", 0, seed=10, beta=30.0, anchor=1.0),
         loss_case("top_p = .5", 0, seed=11, top_p=0.5),
         loss_case("top_p = .99", 0, seed=11, top_p=0.99),
         loss_case("top_p = 1", 0, seed=11, top_p=1.0),
@@ -495,7 +536,7 @@ def loss_cases():
         loss_case("mostly one-token nuclei", 5, seed=14, scale=20.0),
         loss_case("max_tokens = 40", 0, seed=15, max_tokens=40),
         loss_case("ratios far from 1", 5, seed=16, old=6.0),
-        loss_case("1500 tokens in the vocabulary", 1, vocab=1500, seed=17, scale=1.0),
+        loss_case("1500 tokens in the vocabulary", 1, 1500, 17, scale=1.0, anchor=5.5),
         loss_case("70 tokens in the vocabulary", 0, vocab=70, seed=18),
     ]
     return cases + rubbish_losses() + unlikely_tokens()
@@ -515,6 +556,8 @@ def rubbish_losses():
         cases.append(Case(f"logits of {value:.0f} in padding", {"x": x, "knobs": knobs}, 1e-8))
     x = (z, ids, old, adv, mask & False, 0.0)
     cases.append(Case("no token at all, anchor 0", {"x": x, "knobs": knobs}, 1e-8))
+    x = (z, ids, old * math.nan, adv, mask & False, 0.7)
+    cases.append(Case("no token at all, old_logp NaN", {"x": x, "knobs": knobs}, 1e-8))
     return cases
 
 
@@ -558,7 +601,7 @@ def test_ex7_many_batches(impl):
         right_loss,
         loss_cases(),
         "the policy loss plus beta * (H_agg - anchor)^2",
-        mistakes.wrong_losses(),
+        mistakes.wrong_functions("ex7"),
     )
 
 
@@ -600,7 +643,14 @@ def test_ex8_many_gaps(impl):
         return {"the micro-batch's anchor": h - h_agg + anchor}
 
     idea = "h_micro - (the new anchor) = H_agg - H*, whatever the signs"
-    judge(impl.micro_batch_anchor, run, right, anchor_cases(), idea, mistakes.wrong_anchors())
+    judge(
+        impl.micro_batch_anchor,
+        run,
+        right,
+        anchor_cases(),
+        idea,
+        mistakes.wrong_functions("ex8"),
+    )
 
 
 # ---------------------------------------------------------------------------------- 9. pass@k
@@ -632,7 +682,7 @@ def test_ex9_many_counts(impl):
         lambda given: {"pass@k": oracles.pass_at_k(*given["x"])},
         pass_cases(),
         "the share of the subsets of k of the n samples that hold a right one",
-        mistakes.wrong_passes(),
+        mistakes.wrong_functions("ex9"),
     )
 
 
@@ -681,7 +731,7 @@ def test_ex10_many_votes(impl):
         lambda given: {"maj@k": oracles.maj_at_k(*given["x"])},
         vote_cases(),
         "in each block of k the most frequent vote wins, the first of equals; votes as given",
-        mistakes.wrong_majorities(),
+        mistakes.wrong_functions("ex10"),
     )
 
 
@@ -708,13 +758,11 @@ def quantile_cases():
 def test_ex12_many_groups(impl):
     judge(
         impl.quantile_advantages,
-        lambda function, given: {"A": function(*given["x"], quantile=given["K"])},
+        lambda function, given: {
+            "A": of_dtype(function(*given["x"], quantile=given["K"]), "A")
+        },
         lambda given: {"A": oracles.quantile_advantages(*given["x"], given["K"])},
         quantile_cases(),
         "A is the reward minus the smallest reward x of its group with F(x) >= K",
-        {
-            name: changes["quantile_advantages"]
-            for name, changes in mistakes.wrong_drop_ins().items()
-            if "quantile_advantages" in changes
-        },
+        mistakes.wrong_functions("ex12"),
     )

@@ -194,12 +194,16 @@ def test_ex3_nucleus(impl):
     got = impl.nucleus_mask(z[order], 0.6).tolist()
     idea = "sort by probability, then map the mask back from the sorted order to token ids"
     assert got == [False, True, False, True], idea
+    got = impl.nucleus_mask(z.flip(0), 0.6).tolist()
+    idea = "add up the sorted probabilities, the largest first, not those in the order of ids"
+    assert got == [False, False, True, True], idea
     same(
         impl.nucleus_mask(z + 3, 0.6),
         impl.nucleus_mask(z, 0.6),
         "logits are not probabilities",
     )
     tied = impl.nucleus_mask(torch.zeros(4), 0.5).sum().item()
+    assert tied != 3, "a sum of exactly p has reached it: .25 + .25 is enough for p = .5"
     assert tied == 2, (
         f"of 4 equally likely tokens 2 reach p = 0.5, not {tied}: no threshold on pi"
     )
@@ -212,6 +216,9 @@ def test_ex3_nucleus(impl):
         "every position apart: work along the last dimension",
     )
     assert impl.nucleus_mask(both, 0.6).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]], idea
+    sure = torch.stack([t([0.9, 0.05, 0.03, 0.02]).log(), z])
+    idea = "every position has a nucleus of its own size"
+    assert impl.nucleus_mask(sure, 0.6).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]], idea
 
 
 @pytest.mark.ex4
@@ -245,14 +252,29 @@ def test_ex4_nucleus_entropy(impl):
     impl.nucleus_entropy(z.requires_grad_(), 0.8).requires_grad_().backward()
     grad, q = torch.zeros(4) if z.grad is None else z.grad, inside / inside.sum()
     assert torch.isfinite(grad).all(), "0 * log 0 in the backward pass: mask before, not after"
-    mistakes = {"H' has no gradient: was it detached?": torch.zeros(4)}
+    due = [*(-q * (np.log(q) + right)), 0]
+    mistakes = {
+        "H' has no gradient: was it detached?": torch.zeros(4),
+        "nearly right: was an epsilon added to a sum or in the log?": due,
+    }
     idea = "dH'/dz_j = -q_j (log q_j + H') in the nucleus, 0 outside: was a part detached?"
-    same(grad, [*(-q * (np.log(q) + right)), 0], idea, mistakes=mistakes)
+    same(grad, due, idea, mistakes=mistakes)
     same(
         impl.nucleus_entropy(torch.zeros(4, dtype=F64), 0.8),
         math.log(4),
         "equal options: ln 4",
     )
+
+
+@pytest.mark.ex4
+def test_ex4_one_token_has_no_entropy(impl):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 7, generator=generator, dtype=F64) * 2
+    h = impl.nucleus_entropy(z, 0.1)  # the likeliest of 7 tokens has more than that
+    idea = "with a nucleus of one token H' is 0 exactly, for H' > 0 would make it a peak"
+    largest = float(h.detach().abs().max())
+    why = "first q = pi / pi(V_p), then log q; and add no epsilon to a sum or in a logarithm"
+    assert largest == 0, f"{idea}: yours is {largest:.1g}; {why}"
 
 
 @pytest.mark.ex5
@@ -493,7 +515,7 @@ def test_ex9_pass_at_k(impl):
         "c/n is avg@k": 2 / 9,
         "k c / n counts a subset with two right ones twice": 6 / 9,
         "that is the chance that all are wrong": 35 / 84,
-        "the k samples are some of the n, not all": 1.0,
+        "the k samples are some of the n, not all; or did // round the quotient?": 1.0,
         "at least one is right, not exactly one": 42 / 84,
         "at least one is right, not all k": 0.0,
     }

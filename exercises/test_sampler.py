@@ -198,7 +198,7 @@ def test_ex11_one_sample_by_default(impl):
     )
     differ = first.tokens.shape != second.tokens.shape or (first.tokens != second.tokens).any()
     idea = "without a generator torch's global one draws, anew at each call"
-    assert differ, f"{idea}: draw, don't take the likeliest"
+    assert differ, f"{idea}: draw, with no seed of your own, and don't take the likeliest"
     model.train()  # watch.py: nobody asked the sampler to change that
     impl.sample(model, [list(prompt) for prompt in PROMPTS], **given)
 
@@ -277,6 +277,8 @@ def wrong_logp(model, prompt, tokens, temperature, got):
             values, due, atol=1e-4
         ):
             return idea
+    if torch.allclose(got, due, atol=0.01, rtol=0.01):
+        return "logp is nearly right: was something added to the probability before its log?"
     near = torch.isclose(got, due, atol=1e-4)
     if (due[~near] < got[~near].min() - 0.01).all() and (due[near] > due[~near].max()).all():
         return "log-probabilities of rare tokens are cut off: they may be as low as they are"
@@ -308,14 +310,16 @@ def two_tokens(model, prompt, temperature):
 def test_ex11_frequencies(impl, temperature):
     """The first two tokens, of a left-padded prompt, against exact probabilities."""
     model = TinyModel(vocab=6).eval()
-    prompts = [[3, 4], [5, 3, 4, 3, 5]]
-    options = {"max_tokens": 2, "eos_ids": [0], "pad_id": 0, "samples": 4000}
+    prompts = [[3, 4]] * 1000 + [[5, 3, 4, 3, 5]]
+    options = {"max_tokens": 2, "eos_ids": [0], "pad_id": 0, "samples": 4}
     out = sampled(impl, model, prompts, temperature=temperature, **options)
     rows = zip(out.tokens[:4000].tolist(), out.mask[:4000].tolist())
     observed = Counter(tuple(x for x, m in zip(ids, mask) if m) for ids, mask in rows)
     expected = two_tokens(model, prompts[0], temperature)
     odd = set(observed) - set(expected)
     assert not odd, f"a response ends at the first EOS (0) or after two tokens, unlike {odd}"
+    last = {row[1] for row in out.tokens[out.mask[:, -1]].tolist()}
+    assert len(last) > 1, f"the last token is drawn as the others are, it isn't always {last}"
     whole = two_tokens(model, prompts[0], 1.0)
     at = f"at temperature {temperature}"
     if temperature != 1 and fits(observed, whole):
@@ -323,6 +327,21 @@ def test_ex11_frequencies(impl, temperature):
     chi_square(
         observed, expected, f"tokens are not drawn with the model's probabilities, {at}"
     )
+    check_samples_are_independent(out.tokens[:4000, 0], expected)
+
+
+def check_samples_are_independent(tokens, expected):
+    """How often the first tokens of two samples agree; 4 samples of each prompt."""
+    share = Counter()
+    for ids, probability in expected.items():
+        share[ids[0]] += probability
+    equal = int((tokens[0::4] == tokens[1::4]).sum())
+    pairs = len(tokens) // 4
+    rate = sum(p**2 for p in share.values())
+    far = 5 * (pairs * rate * (1 - rate)) ** 0.5
+    idea = "the samples of a prompt are drawn independently: two may well be the same"
+    due = f"the first tokens of {equal} pairs of {pairs} agree, not about {pairs * rate:.0f}"
+    assert abs(equal - pairs * rate) < far, f"{idea}; {due}"
 
 
 def fits(observed, expected):

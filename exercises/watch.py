@@ -44,7 +44,8 @@ def watched(function, name):
             result = function(*args, **given)
         except RuntimeError as error:
             if "in-place operation" in str(error):
-                raise AssertionError(f"an input was written to in place: {error}") from error
+                idea = "an input, or a tensor made of one, was written to in place"
+                raise AssertionError(f"{idea}: {error}") from error
             raise
         for key, value in inputs.items():
             changed = what_changed(value, before[key])

@@ -8,13 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from hypothesis import Phase, settings
-
-PHASES = (Phase.generate, Phase.shrink)  # without `explain`, which is slow
-FIXED = {"derandomize": True, "phases": PHASES, "deadline": None, "database": None}
-FIXED |= {"max_examples": 60, "report_multiple_bugs": False}  # one failure, no group of them
-settings.register_profile("fixed", **FIXED)
-settings.load_profile("fixed")
 
 F64 = torch.float64
 ANCHOR = 0.9

@@ -8,7 +8,6 @@ import time
 import tracemalloc
 from fractions import Fraction
 
-import common  # noqa: F401  (hypothesis: the same examples every time)
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

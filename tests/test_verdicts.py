@@ -20,7 +20,7 @@ FILES = {  # name: the pairs that were judged at one time
 }
 PAIRS = [pair for pairs in FILES.values() for pair in pairs]
 # the most right pairs of a file that are rejected, of 312 and of 216
-REJECTED = {"verdicts.jsonl": 80, "verdicts2.jsonl": 100}
+REJECTED = {"verdicts.jsonl": 90, "verdicts2.jsonl": 107}
 # pairs that were accepted once, and must not be again
 WRONG = [
     *[("5.5", "1 \\frac{1}{2}"), ("5  6", "56"), ("1, 234", "1234"), ("5\\ 6", "56")],
@@ -28,7 +28,7 @@ WRONG = [
     *[("5 trillion", "5"), ("5 millions", "5")],
 ]
 # kinds of answers that need no algebra, in which nothing that is right is rejected
-PLAIN = {"boxed golds", "spaces"}
+PLAIN = {"spaces"}
 
 
 def verify(response, answer):

@@ -28,6 +28,7 @@ from types import SimpleNamespace
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import has_file
 
@@ -334,12 +335,14 @@ def read_model(model, dtype="float32"):
 def add_lora(network, rank, seed):
     """Freeze the weights; add trainable float32 adapters to all linear layers but the head."""
     with one_line(f"lora_rank={rank}", "pip install peft"):
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, LoraModel
+        from peft.tuners.tuners_utils import cast_adapter_dtype
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.default_generator.manual_seed(seed)
-        get_peft_model(network, config)  # in place; what it returns would hide base_model
+        LoraModel(network, config, "default")  # changes the network itself
+    cast_adapter_dtype(network, "default")
     # of a slice, such as the sampler's last position, some processors copy a bfloat16 head
     head = network.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
@@ -362,7 +365,7 @@ def adapt_cache(network, args, inputs):
     if cache and network.config.model_type == "minimax":  # in a class of its own
         own = sys.modules[type(network).__module__].MiniMaxCache()
         own.layers = cache.layers
-        own.linear_cache = [getattr(x, "recurrent_states", [None])[0] for x in cache.layers]
+        own.linear_cache = [getattr(x, "recurrent_states", [None])[0] for x in own.layers]
         own.set_linear_cache = lambda i, states: own.update_recurrent_state(states, i)
         inputs["past_key_values"] = own
     elif cache:  # Mamba: by another name, with a mask of the new tokens
@@ -371,40 +374,35 @@ def adapt_cache(network, args, inputs):
     return args, inputs
 
 
-ROW = 1024  # tokens of responses in a row
+ROW = 1024  # tokens of responses in a row; attention takes the square of its length
 
 
-def in_one_row(network, group):
-    """The hidden states [n, D] that predict the n tokens of a prompt's responses a, b, ...:
-    all stand in one row, and the mask lets a response see the prompt and itself.
+def read_prompts_once(network, rollout):
+    """siren.forward's hidden states [B, T, D], 0 in padding. The responses a, b, ... to a
+    prompt stand in one row, and the mask lets each see the prompt and itself:
 
         tokens      p0 p1 p2 | a0 a1 a2 | b0 b1
         positions    0  1  2 |  3  4  5 |  3  4
         b1 sees     p0 p1 p2 |          | b0 b1
     """
-    prompt = group.prompt[0][group.prompt_mask[0]]
-    p = len(prompt)
-    row, t = group.mask.nonzero(as_tuple=True)  # [n] each: whose token it is, and which
-    ids = torch.cat([prompt, group.tokens[group.mask]])  # [p + n]
-    owner = torch.cat([torch.zeros_like(prompt), row + 1])  # 0: the prompt
-    seen = ((owner == 0) | (owner == owner[:, None])).tril()  # a row of it sees a column
-    mask = torch.where(seen, 0.0, torch.finfo(network.dtype).min).to(network.dtype)
-    mask = mask[None, None] if len(group.mask) > 1 else None  # one alone needs none
-    index = torch.arange(len(ids), device=ids.device)
-    inputs = {"attention_mask": mask, "position_ids": torch.cat([index[:p], p + t])[None]}
-    hidden = network(ids[None], **inputs, use_cache=False).last_hidden_state[0]
-    return hidden[torch.where(t == 0, p, index[p:]) - 1]
-
-
-def read_prompts_once(network, rollout):
-    """siren.forward's hidden states [B, T, D]; padding is not read and is 0. Long responses
-    get several rows, since attention takes the square of a row's length."""
     both = torch.cat([rollout.prompt, rollout.prompt_mask], 1)
     sizes = torch.unique_consecutive(both, dim=0, return_counts=True)[1].tolist()
     most = max(1, ROW // rollout.tokens.shape[1])  # responses of a prompt in one row
     parts = [part for i in torch.arange(len(both)).split(sizes) for part in i.split(most)]
-    rows = [in_one_row(network.base_model, rollout.rows(part)) for part in parts]
-    hidden = torch.cat(rows)  # [N, D]
+    if len(parts) > 1:
+        return torch.cat([read_prompts_once(network, rollout.rows(part)) for part in parts])
+    prompt = rollout.prompt[0][rollout.prompt_mask[0]]
+    p = len(prompt)
+    row, t = rollout.mask.nonzero(as_tuple=True)  # [n] each: whose token it is, and which
+    ids = torch.cat([prompt, rollout.tokens[rollout.mask]])  # [p + n]
+    owner = torch.cat([torch.zeros_like(prompt), row + 1])  # 0: the prompt
+    seen = ((owner == 0) | (owner == owner[:, None])).tril()  # a row of it sees a column
+    mask = torch.where(seen, 0.0, torch.finfo(network.dtype).min).to(network.dtype)
+    mask = mask[None, None] if len(rollout.mask) > 1 else None  # one alone needs none
+    index = torch.arange(len(ids), device=ids.device)
+    inputs = {"attention_mask": mask, "position_ids": torch.cat([index[:p], p + t])[None]}
+    hidden = network.base_model(ids[None], **inputs, use_cache=False).last_hidden_state[0]
+    hidden = hidden[torch.where(t == 0, p, index[p:]) - 1]  # [n, D]: they predict the tokens
     out = hidden.new_zeros(*rollout.mask.shape, hidden.shape[-1])
     return out.masked_scatter(rollout.mask[..., None], hidden)
 
@@ -425,8 +423,8 @@ def try_model(network, model, prompts, cfg):
     longest = max(map(len, prompts)) + cfg.max_tokens
     # beyond a limit, longrope changes all positions; the sampler's cache keeps the old ones
     config = network.config.get_text_config()
-    rope = json.dumps(getattr(config, "rope_parameters", None))
-    limit = re.search(r'"original_max_position_embeddings": (\d+)', rope)
+    rope = str(getattr(config, "rope_parameters", ""))
+    limit = re.search(r"original_max_position_embeddings\W+(\d+)", rope)
     limit = int(limit[1]) if limit else getattr(config, "max_position_embeddings", 0)
     rule = f"positions change beyond {limit} tokens, prompt and response have up to {longest}"
     fits = not re.search("dynamic|longrope", rope) or longest <= limit
@@ -437,7 +435,9 @@ def try_model(network, model, prompts, cfg):
     with one_line(f"{name} can't be sampled and scored", "take another, such as Qwen"):
         gaps = gaps_of(network, text, few, cfg)
     most, most_once = MOST[network.dtype]
-    once = gaps.pop("once") <= most_once
+    layers = DynamicCache(config=network.config).layers
+    plain = all(type(layer) is DynamicLayer for layer in layers)  # no windows, no states
+    once = gaps.pop("once") <= most_once and plain
     for what, gap in gaps.items():
         rule = f"{what} differ by {gap:.3g} nats; take another, such as Qwen"
         require(gap <= most, f"{name} can't be trained: {rule}")

@@ -65,8 +65,7 @@ def read_options(given, lr):
         require(re.fullmatch(pattern, text, re.DOTALL), f"{name}={text!r}: needs {words}")
         values[name] = text == "true" if name == "recompute" else type(default)(text)
     options = SimpleNamespace(**values)
-    # bfloat16 has 8 significant bits: in a weight of 0.02 a change below 6e-5 is rounded away,
-    # and Adam's changes are about lr; with lr 1e-6, 98 % of the weights would never move
+    # Adam's changes are about lr; bfloat16 rounds those below 6e-5 away in a weight of 0.02
     moves = options.dtype != "bfloat16" or options.lora_rank or lr >= 1e-4
     require(moves, f"lr {lr:g}: is rounded away in bfloat16; use lora_rank=64 or float32")
     return options
@@ -285,8 +284,9 @@ class TextTask:
         rows = [row._replace(where="") for row in [*self._train, *self._heldout]]
         try_model(network, self.options.model, [row.prompt for row in rows], self.cfg)
         frozen = [p.flatten() for p in network.parameters() if not p.requires_grad]
-        sums = [p.view(torch.int16).sum().item() for p in frozen]  # of bits, so it is exact
-        # --resume compares it
+        sums = [
+            p.view(torch.int16).sum().item() for p in frozen
+        ]  # of bits: exact; for --resume
         self.fingerprint = hashlib.sha256(ascii([rows, sums]).encode()).hexdigest()
         return network
 

@@ -335,13 +335,13 @@ def read_model(model, dtype="float32"):
 def add_lora(network, rank, seed):
     """Freeze the weights; add trainable float32 adapters to all linear layers but the head."""
     with one_line(f"lora_rank={rank}", "pip install peft"):
-        from peft import LoraConfig, LoraModel
+        from peft import LoraConfig
         from peft.tuners.tuners_utils import cast_adapter_dtype
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.default_generator.manual_seed(seed)
-        LoraModel(network, config, "default")  # changes the network itself
+        network.add_adapter(config)  # no PeftModel around it: that would hide base_model
     cast_adapter_dtype(network, "default")
     # of a slice, such as the sampler's last position, some processors copy a bfloat16 head
     head = network.get_output_embeddings()

@@ -42,7 +42,12 @@ def convert(gguf: Path, folder: Path) -> None:
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        read_model(str(gguf)).save_pretrained(part)
+        model = read_model(str(gguf))
+        # a GGUF file has been turned into plain weights; without this it can't be saved
+        model.hf_quantizer = None
+        model.is_quantized = False
+        del model.config.quantization_config
+        model.save_pretrained(part)
         open_model(AutoTokenizer, str(gguf)).save_pretrained(part)
         part.rename(folder)
     finally:

@@ -344,8 +344,7 @@ def make_run(cfg: siren.Config, refill: bool = False) -> Run:
         task = importlib.import_module(module).load(cfg, **given)
         prompt = max(len(problem.prompt) for problem in task.train_problems(64, "plan"))
         return Run(cfg, task.build_model().config.to_dict(), prompt, refill=refill)
-    options = text_env.read_options({"data": "not read", **given})
-    text_env.check_precision(options.dtype, options.lora_rank, cfg.lr)
+    options = text_env.read_options({"data": "not read", **given}, cfg.lr)
     model = read_config(options.model)
     context = model.get("max_position_embeddings") or math.inf
     prompt = min(options.max_prompt, context - cfg.max_tokens)  # longer ones are dropped

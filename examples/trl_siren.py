@@ -37,6 +37,10 @@ TESTED_WITH = "1.16."  # the trl versions that tests/extra/test_trl_siren.py has
 STATE = "siren_state.json"  # a checkpoint holds it beside TRL's files
 MEASURE = ("siren_top_p", "peak_quantile", "temperature")  # H* belongs to these
 KINDS = ("anchor", "bonus", "none")  # of regularizer, see siren_loss
+# what makes logits more than the output of the head, which is all that is scored
+HEAD_FIELDS = ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"]
+HEAD_FIELDS += ["logit_scale", "logits_scaling", "logits_mup_width_multiplier"]
+HEAD_FIELDS += ["lm_head_multiplier", "output_multiplier"]
 # TRL's options that must keep their defaults; docs/trl.md says why
 USUAL = ("beta", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs")
 USUAL += ("entropy_coef", "use_adaptive_entropy", "entropy_target", "top_entropy_quantile")
@@ -104,7 +108,7 @@ def check_supported(trainer: GRPOTrainer) -> None:
     sharded = deepspeed is not None and deepspeed.zero_stage == 3
     require(not sharded, "DeepSpeed ZeRO stage 3: not supported; use FSDP or stage 2")
     config = trainer.model.config.get_text_config()
-    for name in text_env.HEAD_FIELDS:  # what is scored is head(hidden), and nothing more
+    for name in HEAD_FIELDS:  # what is scored is head(hidden), and nothing more
         value = getattr(config, name, None)
         plain = value in (None, 1)
         require(plain, f"{name} {value}: capped or scaled logits are not supported")

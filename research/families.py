@@ -242,10 +242,9 @@ def judge(family: str) -> dict[str, Any]:
     except Exception as error:  # whatever a model may raise
         return judge_folder(family, text_env.reason_of(error))
     cfg = siren.Config(max_tokens=TOKENS, device="cpu")
-    longest = max(map(len, PROMPTS)) + TOKENS
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            text_env.try_model(model, family, PROMPTS, longest, 0, cfg)
+            text_env.try_model(model, family, PROMPTS, cfg)
     except ValueError as error:
         return {"verdict": "refused", "reason": str(error).removeprefix(f"model={family}: ")}
     task = SimpleNamespace(eos_ids=[1, 3], pad_id=0)

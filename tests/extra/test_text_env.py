@@ -11,7 +11,6 @@ import math
 import shutil
 import subprocess
 import sys
-import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,22 +138,26 @@ def test_rows_are_python_slices(tmp_path_factory, start, stop):
 
 GOOD = {"question": "q", "answer": "a"}
 BAD_LINES = {
-    "empty": (b"", "the line is empty"),
-    "blank": (b"  \r", "the line is empty"),
-    "not json": (b"question: q", "not JSON in UTF-8"),
-    "two objects": (b'{"question": "q", "answer": "a"} {}', "not JSON in UTF-8"),
-    "latin-1": (b'{"question": "caf\xe9", "answer": "a"}', "not JSON in UTF-8"),
-    "lone surrogate": (b'{"question": "\\ud800", "answer": "a"}', "not JSON in UTF-8"),
-    "nan": (b'{"question": "q", "answer": NaN}', "not JSON in UTF-8"),
-    "nested": (b"[" * 100_000, "not JSON in UTF-8"),
-    "a list": (b'["q", "a"]', "found a list"),
-    "null": (b"null", "found a NoneType"),
-    "no question": ({"answer": "a"}, "no question"),
-    "no answer": ({"question": "q", "solution": "a"}, "no answer"),
-    "null answer": ({"question": "q", "answer": None}, "answer is null"),
-    "bool answer": ({"question": "q", "answer": True}, "answer is true"),
-    "blank answer": ({"question": "q", "answer": " "}, 'answer is " "'),
-    "number question": ({"question": 1, "answer": "a"}, "question is 1"),
+    "empty": (b"", "Expecting value"),
+    "blank": (b"  \r", "Expecting value"),
+    "not json": (b"question: q", "Expecting value"),
+    "two objects": (b'{"question": "q", "answer": "a"} {}', "Extra data"),
+    "latin-1": (b'{"question": "caf\xe9", "answer": "a"}', "'utf-8' codec can't decode"),
+    "lone surrogate": (
+        b'{"question": "\\ud800", "answer": "a"}',
+        "'utf-8' codec can't encode",
+    ),
+    "nan": (b'{"question": "q", "answer": NaN}', "nan has more than 17 digits"),
+    "infinity": (b'{"question": "q", "answer": -Infinity}', "-inf has more than 17 digits"),
+    "nested": (b"[" * 100_000, "recursion"),
+    "a list": (b'["q", "a"]', "no question in q, a"),
+    "null": (b"null", "'NoneType' is not iterable"),
+    "no question": ({"answer": "a"}, "no question in answer"),
+    "no answer": ({"question": "q", "solution": "a"}, "no answer in question, solution"),
+    "null answer": ({"question": "q", "answer": None}, "'None' is no text"),
+    "bool answer": ({"question": "q", "answer": True}, "'True' is no text"),
+    "blank answer": ({"question": "q", "answer": " "}, "' ' is no text"),
+    "number question": ({"question": 1, "answer": "a"}, "'1' is no text"),
 }
 
 
@@ -164,8 +167,8 @@ def test_a_bad_line_is_named(tmp_path, line, reason):
     with pytest.raises(ValueError) as error:
         text_env.read_rows(f"{path}#:1")  # though it is not among the rows taken
     text = str(error.value)
-    assert text.startswith(f'{path}:3: expected {{"question": "...", "answer": "..."}}')
-    assert reason in text and "\n" not in text
+    assert text.startswith(f"{path}:3: ") and "\n" not in text and reason in text
+    assert text.endswith('; expected {"question": "...", "answer": "..."}')
 
 
 def test_missing_and_empty_files(tmp_path):
@@ -176,7 +179,7 @@ def test_missing_and_empty_files(tmp_path):
         "none.jsonl#:3": "No such file",
         "": "Is a directory",
         "empty.jsonl": "selects none of the 0 problems",
-        "bom.jsonl": "selects none of the 0 problems",
+        "bom.jsonl": "bom.jsonl:1: Expecting value",
     }.items():
         with pytest.raises(ValueError, match=reason):
             text_env.read_rows(f"{tmp_path}/{name}")
@@ -226,7 +229,9 @@ def test_columns_of_math(tmp_path):
     rows = text_env.read_rows(path, "problem", "solution")
     assert [row.question for row in rows] == [row["problem"] for row in MATH_ROWS]
     assert [row.answer for row in rows] == ["0", "\\frac{1}{7}", "\\dfrac{2}{7}"]
-    with pytest.raises(ValueError, match=r"1: expected .*no question, but problem, level, ty"):
+    with pytest.raises(
+        ValueError, match="1: no question in problem, level, type, solution; exp"
+    ):
         text_env.read_rows(path)
 
 
@@ -246,7 +251,7 @@ def test_parquet_and_chat_messages(tmp_path, tiny, capsys):
     assert text_env.read_rows(path, *DAPO_KEYS)[0].question == chat
     assert len(task.encode(chat)) == 2 + 5 + 1
     held = text_env.read_rows(path, *DAPO_KEYS)
-    with pytest.raises(ValueError, match=r"d\.jsonl:9: is also trained on"):
+    with pytest.raises(ValueError, match="9 of 9 problems of data are evaluated on"):
         load(model=tiny, data=path, **how)
     assert held[0].question == held[1].question
     capsys.readouterr()
@@ -259,7 +264,7 @@ def test_parquet_and_chat_messages(tmp_path, tiny, capsys):
 )
 def test_what_is_no_chat(tmp_path, chat):
     path = write_lines(tmp_path / "a.jsonl", {"question": chat, "answer": "1"})
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected .*; question is \["):
+    with pytest.raises(ValueError, match=r'a\.jsonl:1: .*; expected {"question": "\.\.\."'):
         text_env.read_rows(path)
 
 
@@ -267,9 +272,8 @@ def test_a_chat_needs_a_template(tmp_path):
     folder = tiny_model(tmp_path / "m", template=None)
     path = write_lines(tmp_path / "d.jsonl", *DAPO_ROWS)
     how = {"question_key": DAPO_KEYS[0], "answer_key": DAPO_KEYS[1]}
-    with pytest.raises(
-        ValueError, match=r"its chat template fails: .*chat_template is not set"
-    ):
+    rule = "chat_template is not set .*; mend its tokenizer or chat template"
+    with pytest.raises(ValueError, match=rule):
         load(model=folder, data=path, **how)
 
 
@@ -315,7 +319,7 @@ def test_a_data_set_in_a_folder(tmp_path, monkeypatch):
 def test_without_the_package_it_says_so(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     spec = {"pyarrow": f"{tmp_path}/a.parquet", "datasets": "hub:a/b:c:d"}[package]
-    with pytest.raises(ValueError, match=f"; pip install {package}") as error:
+    with pytest.raises(ValueError, match=f"{package} halted.*pip install datasets") as error:
         text_env.read_rows(spec)
     assert str(error.value).startswith(spec) and "\n" not in str(error.value)
 
@@ -333,7 +337,7 @@ def test_the_first_problems_are_shown(tmp_path, tiny, capsys):
     load(model=tiny, data=write_lines(tmp_path / "a.jsonl", *rows))
     said = [line for line in capsys.readouterr().err.splitlines() if "right is" in line]
     assert len(said) == 3
-    assert "a.jsonl:2: '[user] What is 0 plus 1 ?" in said[1]
+    assert "a.jsonl:2: ...'[user] What is 0 plus 1 ?" in said[1]
     assert said[1].endswith("[assistant]'; right is '1'")
     assert max(map(len, said)) < 400
 
@@ -344,9 +348,9 @@ def test_golds_of_prose_are_counted(tmp_path, tiny, capsys):
         rows = [*sums(99), {"question": "plus", "answer": gold}]
         path = write_lines(tmp_path / "a.jsonl", *rows)
         load(model=tiny, data=path, eval_data=write_lines(tmp_path / "b.jsonl", *sums(1, 99)))
-        assert "dropped 1 of 100 answers" in capsys.readouterr().err
+        assert "left out: 1 of 100 answers" in capsys.readouterr().err
         path = write_lines(tmp_path / "a.jsonl", *rows[60:])
-        with pytest.raises(ValueError, match="1 of 40 answers can't be matched"):
+        with pytest.raises(ValueError, match="1 of 40 answers of data can't be matched"):
             load(model=tiny, data=path, eval_data=path)
     good = ["\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}", "\\text{no solution}"]
     good.append("all real numbers but one")
@@ -364,7 +368,7 @@ CHANGED = {
         '{"question": "q", "answer": "1", "x": {"a": 1, "a": 2}}',
         "a key is given",
     ),
-    "two golds": ({"question": "q", "answer": "#### 1 #### 2"}, "has 2 ####"),
+    "two golds": ({"question": "q", "answer": "#### 1 #### 2"}, "has 2 boxes or ####"),
     "two boxes": ({"question": "q", "answer": "\\boxed{1} #### \\boxed{2}"}, "2 boxes"),
 }
 
@@ -385,19 +389,15 @@ def test_numbers_keep_all_of_their_digits(tmp_path):
         assert text_env.normalize(row.answer) == Fraction(number)
 
 
-def test_lines_have_a_longest_length(tmp_path):
+def test_a_very_long_line(tmp_path, tiny):
+    """A torn one is named in one short line; a whole one is a problem."""
     path = tmp_path / "long.jsonl"
-    good = json.dumps(GOOD).encode() + b"\n"
-    with open(path, "wb") as file:
-        file.write(good + b'{"question": "')
-        for _ in range(100):
-            file.write(b"x" * 1_000_000)
-        file.write(b'"}\n' + good)
-    tracemalloc.start()
-    with pytest.raises(ValueError, match=r"long\.jsonl:2: longer than 1,000,000 bytes; split"):
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"question": "' + b"x" * 10_000_000)
+    with pytest.raises(ValueError, match=r"long\.jsonl:2: Unterminated string") as error:
         text_env.read_rows(str(path))
-    assert tracemalloc.get_traced_memory()[1] < 10e6
-    tracemalloc.stop()
+    assert len(str(error.value)) < 300
+    path.write_bytes(path.read_bytes() + b'", "answer": "1"}\n')
+    assert len(text_env.read_rows(str(path))[1].question) == 10_000_000
 
 
 @pytest.mark.parametrize("ending", ["exact", "math"])
@@ -418,7 +418,9 @@ def test_several_boxes_in_one_gold(tmp_path):
     for gold in several:
         bad = {"question": "q", "answer": gold}
         path = write_lines(tmp_path / "a.jsonl", GOOD, GOOD, bad, GOOD)
-        with pytest.raises(ValueError, match=r"a\.jsonl:3: the answer has 2 boxes; ") as error:
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl:3: the answer has 2 boxes or "
+        ) as error:
             text_env.read_rows(path)
         assert "\n" not in str(error.value)
     for gold in ("\\fbox{1}", "so $\\boxed 1$.", "\\boxed {1}"):
@@ -435,19 +437,19 @@ def test_golds_that_nothing_matches(tmp_path, tiny, capsys):
         path = write_lines(tmp_path / "golds.jsonl", *rows, last)
         task = load(model=tiny, data=path, eval_data=held)
         said = capsys.readouterr().err
-        assert "data: dropped 1 of 100 answers can't be matched" in said
+        assert "left out: 1 of 100 answers of data can't be matched" in said
         assert f"{path}:100 {gold[:40]!r}" in said
         assert gold not in [problem.answer for problem in task.train_problems(99, "a")]
         path = write_lines(tmp_path / "golds.jsonl", *rows[:98], last)
         with pytest.raises(
-            ValueError, match=r"data: 1 of 99 answers can't be matched"
+            ValueError, match="1 of 99 answers of data can't be matched"
         ) as error:
             load(model=tiny, data=path, eval_data=held)
         assert "\n" not in str(error.value)
     four = [{"question": f"q {i}", "answer": "}"} for i in range(4)]
     path = write_lines(tmp_path / "golds.jsonl", *sums(9), *four)
     with pytest.raises(
-        ValueError, match=r"4 of 13 answers .*:10 '}'; .*:11 '}'; .*:12 '}'; an"
+        ValueError, match=r"4 of 13 answers .*:10 '}'; .*:11 '}'; [^;]*:12 '}'$"
     ):
         load(model=tiny, data=path, eval_data=held)
 
@@ -455,34 +457,40 @@ def test_golds_that_nothing_matches(tmp_path, tiny, capsys):
 def test_a_shared_question_is_named(tmp_path, tiny):
     train = write_lines(tmp_path / "train.jsonl", *sums(5))
     held = write_lines(tmp_path / "eval.jsonl", *sums(5, 5), sums(1, 3)[0] | {"answer": "?"})
-    with pytest.raises(ValueError, match=rf"{held}:6: is also trained on \({train}:4\)"):
+    rule = rf"1 of 5 problems of data are evaluated on, .*: {train}:4 '3'$"
+    with pytest.raises(ValueError, match=rule):
         load(model=tiny, data=train, eval_data=held)
     load(model=tiny, data=train, eval_data=f"{held}#:5")
     spaced = write_lines(
         tmp_path / "b.jsonl", {"question": " What  is 0 plus 1 ?\n", "answer": 1}
     )
-    with pytest.raises(ValueError, match=r"train\.jsonl:2: is also trained on"):
+    with pytest.raises(ValueError, match=r"evaluated on.*b\.jsonl:1"):
         load(model=tiny, data=spaced, eval_data=train)
-    with pytest.raises(ValueError, match=r"b\.jsonl:1: is also trained on"):
+    with pytest.raises(ValueError, match=r"evaluated on.*train\.jsonl:2"):
         load(model=tiny, data=train, eval_data=spaced)
     load(model=tiny, data=f"{train}#:3", eval_data=f"{train}#3:")
 
 
-def test_a_tenth_is_held_out(tiny, data, capsys):
+def test_a_tenth_is_held_out(tmp_path, tiny, data, capsys):
     task = load(model=tiny, data=data)
-    assert "no eval_data: 3 of 30 problems are held out" in capsys.readouterr().err
+    assert "left out: 3 of 30 problems of data are evaluated on" in capsys.readouterr().err
     train = {tuple(p.prompt) for p in task.train_problems(500, "a")}
     held = {tuple(p.prompt) for p in task.heldout(3)["heldout"]}
     assert train == {tuple(task.encode(row["question"])) for row in sums(27)}
     assert held == {tuple(task.encode(row["question"])) for row in sums(3, 27)}
-    with pytest.raises(ValueError, match="one problem can't be split"):
+    with pytest.raises(ValueError, match="1 of 1 problems of data are evaluated on"):
         load(model=tiny, data=f"{data}#:1")
+    # a question of the last tenth that is there twice is not trained on either
+    twice = write_lines(tmp_path / "twice.jsonl", sums(1, 27)[0], *sums(30))
+    task = load(model=tiny, data=twice)
+    assert "left out: 4 of 31 problems" in capsys.readouterr().err
+    assert len({tuple(p.prompt) for p in task.train_problems(27, "a")}) == 27
 
 
 # --- prompts, problems, answers ---
 
 
-def test_problems_are_a_function_of_n_and_seed(tiny, data, capsys):
+def test_problems_are_a_function_of_n_and_seed(tiny, data):
     task, again = (load(model=tiny, data=data) for _ in range(2))
     for n in (1, 27, 60):
         assert task.train_problems(n, "0/1") == again.train_problems(n, "0/1")
@@ -490,15 +498,12 @@ def test_problems_are_a_function_of_n_and_seed(tiny, data, capsys):
     counts = [tuple(p.prompt) for p in task.train_problems(60, "x")]
     assert {counts.count(prompt) for prompt in counts} == {2, 3}  # 60 = 2 * 27 + 6
     assert task.heldout(2) == again.heldout(2)
-    capsys.readouterr()
     assert len(task.heldout(99)["heldout"]) == 3
-    assert "holds 3 problems, not 99" in capsys.readouterr().err
 
 
 def test_every_problem_is_seen_once_per_epoch(tiny, data):
     """27 problems, 8 per step: a walk, by seed and step alone, so a resumed run goes on."""
     task = load(model=tiny, data=data)
-    assert task.metrics([]) == {}
     walk = []
     for step in range(1, 28):  # eight epochs
         walk += task.train_problems(8, f"0/{step}")
@@ -515,21 +520,20 @@ def test_every_problem_is_seen_once_per_epoch(tiny, data):
 
 
 def test_the_fingerprint_of_the_rows_and_the_frozen_weights(tmp_path, tiny, data):
-    def prints(rows=None, model=tiny, **how):
+    def world(rows=None, model=tiny, **how):
         path = write_lines(tmp_path / "rows.jsonl", *rows) if rows else data
         task = load(model=model, data=path, **how)
-        first = task.fingerprint
-        task.build_model()
-        assert task.build_model() and type(first) is type(task.fingerprint) is str
-        return first, task.fingerprint
+        assert task.build_model() and type(task.fingerprint) is str
+        return task.fingerprint
 
     rows = sums(30)
-    same = prints(rows, lora_rank=2)
-    assert prints(rows, lora_rank=2) == same == prints(lora_rank=2)
+    same = world(rows, lora_rank=2)
+    assert world(rows, lora_rank=2) == same == world(lora_rank=2)
+    plain = world()
     changed = [{**row, "answer": "7"} for row in rows]
     held = [*rows[:-1], {**rows[-1], "answer": "7"}]
     for other in (changed, held, rows[::-1], rows[1:]):
-        assert prints(other)[0] != same[0]
+        assert world(other) != plain
     folder = tmp_path / "larger"
     shutil.copytree(tiny, folder)
     network = AutoModelForCausalLM.from_pretrained(folder)
@@ -537,10 +541,9 @@ def test_the_fingerprint_of_the_rows_and_the_frozen_weights(tmp_path, tiny, data
         for weight in network.parameters():
             weight.mul_(1.5)
     network.save_pretrained(folder)
-    other = prints(model=folder, lora_rank=2)
-    assert other[0] == same[0] and other[1] != same[1]
+    assert world(model=folder, lora_rank=2) != same
     # weights that are trained are in the checkpoint
-    assert prints(model=folder)[1] == prints()[1]
+    assert world(model=folder) == plain
 
 
 def test_the_prompt_goes_through_the_chat_template(tiny, data):
@@ -551,15 +554,12 @@ def test_the_prompt_goes_through_the_chat_template(tiny, data):
     assert len(default.encode("What is")) == 16  # "[user] What is", 12 words, "[assistant]"
 
 
-def test_without_chat_template_the_prompt_stands_alone(tmp_path, tiny, data, capsys):
+def test_without_chat_template_the_prompt_stands_alone(tmp_path, data):
     plain = tiny_model(tmp_path / "plain", template=None)
     task = load(model=plain, data=data, prompt="{question}")
-    assert capsys.readouterr().err.count("has no chat template") == 1
     assert task.encode("What is 1 ?") == [
         WORDS.index(word) for word in ["What", "is", "1", "?"]
     ]
-    load(model=tiny, data=data)
-    assert "chat template" not in capsys.readouterr().err
 
 
 def test_the_first_token_is_written_once(tmp_path, data):
@@ -580,16 +580,15 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, tiny, capsys):
     for budget, dropped in (({}, 0), ({"max_tokens": 1}, 0), ({"max_tokens": 2}, 1)):
         task = load(data=f"{path}#:9", **options, **budget)
         said = capsys.readouterr().err
-        assert ("data: dropped 1 of 9 prompts, over 30 tokens" in said) == bool(dropped)
+        assert ("left out: 1 of 9 prompts of data have over 30 tokens" in said) == bool(
+            dropped
+        )
         assert len({tuple(p.prompt) for p in task.train_problems(99, "a")}) == 9 - dropped
     task = load(data=f"{path}#:9", **options, max_prompt=8)
-    assert "data: dropped 1 of 9 prompts, over 8 tokens" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="leave 7 tokens, the shortest prompt has 8"):
+    assert "left out: 1 of 9 prompts of data have over 8 tokens" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="9 of 9 prompts of data have over 7 tokens"):
         load(data=f"{path}#:9", **options, max_prompt=7)
-    with pytest.raises(
-        ValueError,
-        match="context 32 and max_tokens 2 leave 30 tokens, the shortest prompt has 31",
-    ):
+    with pytest.raises(ValueError, match="1 of 1 prompts of data have over 30 tokens"):
         load(data=f"{path}#8:9", **options, max_tokens=2)
 
 
@@ -649,18 +648,30 @@ def test_the_box_comes_first(tiny, data):
         assert right(last, text, "-3") and not right(last, text, "3")
 
 
-def test_the_math_verifier(tiny, data, monkeypatch):
+def test_the_math_verifier(tiny, data):
     task = load(model=tiny, data=data, verifier="math")
     for form, same in (("\\sqrt{8}", True), ("2\\sqrt{2}", True), ("\\sqrt{2}", False)):
         assert right(task, f"\\boxed{{{form}}}", "2\\sqrt{2}") is same
     for form in ("\\frac{1}{2}", "0.5", "1/2"):
         assert right(task, f"\\boxed{{{form}}}", "\\frac{1}{2}")
-    monkeypatch.setattr(text_env, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"verifier=math: pip install math-verify"):
-        load(model=tiny, data=data, verifier="math")
-    with pytest.raises(ValueError, match=r"lora_rank=4: pip install peft"):
-        load(model=tiny, data=data, lora_rank=4)
-    load(model=tiny, data=data)
+
+
+def test_without_math_verify_and_peft(tmp_path, tiny, data, capsys, monkeypatch):
+    true = text_env.Grader.equal
+
+    def equal(grader, given, answer):  # in a process whose Python has no packages
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", str(tmp_path / "python"))
+            return true(grader, given, answer)
+
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(text_env.Grader, "equal", equal)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    how = {"out": tmp_path / "run", "max_tokens": 4, "model": tiny, "data": data}
+    assert "pip install math-verify" in run(capsys, **how, verifier="math")
+    assert "lora_rank=4: import of peft halted" in run(capsys, **how, lora_rank=4)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def ids_of(text):
@@ -672,8 +683,6 @@ def test_decoding_and_metrics(tiny, data):
     ids = ids_of("1 + 2 = 3 <eos>")
     assert task.decode(ids).split() == ["1", "+", "2", "=", "3"]
     assert task.decode(ids[:-1]).split() == ["1", "+", "2", "=", "3[cut", "off]"]
-    assert task.decode([]) == ""
-    assert task.metrics([ids]) == {}
     # a number that was cut off is none, a box that was closed is one
     last = load(model=tiny, data=data, answer_form="last-number")
     assert right(last, last.decode(ids), "3") and not right(last, last.decode(ids[:-1]), "3")
@@ -741,7 +750,7 @@ def test_options(tiny, data):
         with pytest.raises(ValueError, match=f"{name}='': needs {forms}"):
             load(**{"model": tiny, "data": data, name: ""})
         with pytest.raises(ValueError, match=f"{name}='': needs {forms}"):
-            text_env.read_options({"model": tiny, "data": data} | {name: ""})
+            text_env.read_options({"model": tiny, "data": data} | {name: ""}, 1.0)
     assert text_env.OPTIONS.keys() == vars(options).keys()
 
 
@@ -760,12 +769,18 @@ def test_the_options_are_printed():
 
 
 def test_bfloat16_steps_that_round_away_are_refused():
-    text_env.check_precision("float32", 0, 1e-6)
-    text_env.check_precision("bfloat16", 8, 1e-6)
-    text_env.check_precision("bfloat16", 0, 1e-4)
+    def read(dtype, rank, lr):
+        text_env.read_options(given | {"dtype": dtype, "lora_rank": rank}, lr)
+
+    given = {"model": "m", "data": "d"}
+    read("float32", "0", 1e-6)
+    read("bfloat16", "8", 1e-6)
+    read("bfloat16", "0", 1e-4)
     for lr in (1e-6, 9.9e-5):
-        with pytest.raises(ValueError, match=r"lr .*lora_rank=.*float32.*stochastic") as error:
-            text_env.check_precision("bfloat16", 0, lr)
+        with pytest.raises(
+            ValueError, match=r"lr .*rounded away.*lora_rank=.*float32"
+        ) as error:
+            read("bfloat16", "0", lr)
         assert "\n" not in str(error.value)
 
 
@@ -780,25 +795,33 @@ def test_how_many_bfloat16_weights_a_step_moves():
     weights = 0.02 * torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     weights = weights.bfloat16()
     moved = {lr: float((weights + lr != weights).float().mean()) for lr in (1e-6, 1e-4)}
-    assert moved[1e-6] < 0.03 and moved[text_env.MIN_BF16_LR] > 0.5
+    assert moved[1e-6] < 0.03 and moved[1e-4] > 0.5
 
 
 def extra_config(kind, **options):
     return AutoConfig.for_model(kind, **SMALL, **options)
 
 
-@pytest.mark.parametrize(
-    "kind, options, reason",
-    [
-        ("gemma2", {"head_dim": 8}, "final_logit_softcapping=30.0"),
-        ("cohere", {}, "logit_scale=0.0625"),
-        ("granite", {"logits_scaling": 4.0}, "logits_scaling=4.0"),
-    ],
-)
-def test_a_head_that_does_more_is_refused(kind, options, reason):
+def far_from_uniform(kind, options, scale=30):
+    torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(extra_config(kind, **options)).eval()
-    with pytest.raises(ValueError, match=f"model=m: has {reason}"):
-        text_env.check_config(network.config, 9, "m")
+    for parameter in network.parameters():
+        parameter.data *= scale
+    return network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind, options",
+    [("gemma2", {"head_dim": 8}), ("cohere", {}), ("granite", {"logits_scaling": 4.0})],
+)
+def test_a_head_that_does_more_is_refused(kind, options, dtype):
+    """In float32 also a soft cap that changes the logits of a weak model by 0.01."""
+    scale = 30 if dtype == torch.bfloat16 else 12
+    network = far_from_uniform(kind, options, scale).to(dtype)
+    rule = "m: a .* can't be trained: its logits and its head's differ by .*; take another"
+    with pytest.raises(ValueError, match=rule):
+        text_env.try_model(network, "m", [[5, 6, 9], [7]], siren.Config(max_tokens=6))
 
 
 @pytest.mark.parametrize(
@@ -806,8 +829,8 @@ def test_a_head_that_does_more_is_refused(kind, options, reason):
 )
 def test_a_plain_head_is_taken(kind):
     options = {"gemma2": {"head_dim": 8, "final_logit_softcapping": None}}.get(kind, {})
-    network = AutoModelForCausalLM.from_config(extra_config(kind, **options)).eval()
-    text_env.check_config(network.config, 9, "m")
+    network = far_from_uniform(kind, options, 2)
+    text_env.try_model(network, "m", [[5, 6, 9], [7]], siren.Config(max_tokens=6))
     # what the check stands for: of siren.forward's hidden states the head makes the logits
     rollout = rollout_of(network, [[5, 6, 9], [7]])
     logits = network.get_output_embeddings()(siren.forward(network, rollout))
@@ -958,15 +981,17 @@ def test_errors_of_the_command(tmp_path, tiny, data, capsys, monkeypatch):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(tiny) / name, no_tokenizer)
     assert "no such folder" in run(capsys, *out, model="./none", data=data)
-    assert "as a hub id" in run(capsys, *out, model="nobody/nothing", data=data)
+    assert "model=nobody/nothing: " in run(capsys, *out, model="nobody/nothing", data=data)
     for folder in (nothing, no_weights, torn, no_tokenizer):
         assert f"model={folder}: " in run(capsys, *out, model=folder, data=data)
     assert "selects none of the 0" in run(capsys, *out, model=tiny, data=empty)
     missing = write_lines(tmp_path / "missing.jsonl", GOOD, {"question": "q"})
-    assert f"{missing}:2: expected" in run(capsys, *out, model=tiny, data=missing)
+    assert f"{missing}:2: no answer in question; exp" in run(
+        capsys, *out, model=tiny, data=missing
+    )
     # the context is 32 tokens, a prompt 16 or more
     said = run(capsys, *out, "--max-tokens", "25", model=tiny, data=data)
-    assert "context 32 and max_tokens 25 leave 7 tokens" in said
+    assert "30 of 30 prompts of data have over 7 tokens (max_prompt, or context" in said
     said = run(capsys, *out, model=tiny, data=data, lora_rank="x")
     assert "lora_rank='x': needs a whole number" in said
     assert "rank='3': no such option" in run(capsys, *out, model=tiny, data=data, rank=3)
@@ -980,9 +1005,9 @@ def test_errors_of_the_command(tmp_path, tiny, data, capsys, monkeypatch):
         (
             "rwkv",
             {"attention_hidden_size": 16},
-            "can't be trained: sampling and scoring differ",
+            "can't be trained: sampling and scoring differ by",
         ),
-        ("gemma2", {"head_dim": 8}, "has final_logit_softcapping=30.0"),
+        ("gemma2", {"head_dim": 8}, "its logits and its head's differ"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused_at_once(
@@ -1041,7 +1066,7 @@ def test_weights_that_are_not_finite(tmp_path, tiny, data):
         network.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = value
         network.save_pretrained(folder)
         refused(
-            folder, data, r"model.layers.1.mlp.up_proj.weight has weights that are not fin"
+            folder, data, "weights that are not finite, in model.layers.1.mlp.up_proj.weight"
         )
 
 
@@ -1051,7 +1076,7 @@ def test_weights_that_are_not_finite(tmp_path, tiny, data):
 )
 def test_broken_chat_templates(tmp_path, tiny, data, template):
     folder = broken(tmp_path, tiny, chat_template__jinja=template)
-    refused(folder, data, "its chat template fails: ")
+    refused(folder, data, "; mend its tokenizer or chat template")
 
 
 def test_tokens_that_the_model_does_not_have(tmp_path, tiny, data):
@@ -1060,7 +1085,7 @@ def test_tokens_that_the_model_does_not_have(tmp_path, tiny, data):
     tiny_model(folder, words=words)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(tiny) / name, folder)  # of a model with 21 tokens
-    refused(folder, data, "its tokenizer has ids up to 21, its vocabulary is 21")
+    refused(folder, data, "22 tokens up to 21: .* in the vocabulary of 21")
     for source in ("config", "generation_config"):
         for end in ("21", "-1", '"</s>"', "[1, 99]"):
             text = json.loads((Path(tiny) / f"{source}.json").read_text())
@@ -1076,28 +1101,28 @@ def test_an_added_token_in_a_prompt(tmp_path, data):
     folder = tiny_model(tmp_path / "m", pad="<pad>")
     path = write_lines(tmp_path / "a.jsonl", *sums(9), {"question": "<pad>", "answer": "1"})
     load(model=folder, data=data)
-    with pytest.raises(ValueError, match=r"a\.jsonl:10: has tokens outside the vocabulary"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:10 has token 21, outside of the vocab"):
         load(model=folder, data=path)
 
 
 def test_fewer_than_four_tokens(tmp_path, data):
     folder = tiny_model(tmp_path / "m", words=WORDS[:3])
-    refused(folder, data, "has 3 tokens; take one with at least four")
+    refused(folder, data, "3 tokens up to 2: needs an EOS, four tokens")
 
 
 @pytest.mark.parametrize("text", ['{"eos_token_id": [2, ', "", "[]", '{"eos_token_id": "\xff'])
 def test_a_torn_generation_config(tmp_path, tiny, data, text):
     folder = broken(tmp_path, tiny)
     (folder / "generation_config.json").write_bytes(text.encode("latin-1"))
-    refused(folder, data, "generation_config.json: ")
+    refused(folder, data, "GenerationConfig: ")
     (folder / "generation_config.json").unlink()
     load(model=folder, data=data)
 
 
 def test_nobodys_home(tmp_path, tiny, data):
-    refused("~nouser/model", data, "no such folder; give")
+    refused("~nouser/model", data, "Could not determine home directory; give")
     for name in ("~nouser/a.jsonl", "~nouser/a.parquet"):
-        with pytest.raises(ValueError, match=f"{name}: .*No such file"):
+        with pytest.raises(ValueError, match=f"{name}: Could not determine home directory"):
             load(model=tiny, data=name)
 
 
@@ -1111,7 +1136,7 @@ class Hostile:
         return Path.write_text, (self.path, "it ran")
 
 
-def test_pickled_weights_are_weights_only(tmp_path, tiny, data, capsys):
+def test_pickled_weights_are_weights_only(tmp_path, tiny):
     from safetensors.torch import load_file
 
     folder, trap = tmp_path / "pickled", tmp_path / "trap"
@@ -1120,10 +1145,6 @@ def test_pickled_weights_are_weights_only(tmp_path, tiny, data, capsys):
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
     network, plain = (text_env.read_model(str(model)) for model in (folder, tiny))
-    assert (
-        capsys.readouterr().err.count("has pickled weights; they are read as weights only")
-        == 1
-    )
     for name, weight in plain.named_parameters():
         assert torch.equal(network.get_parameter(name), weight)
     torch.save({**state, "x": Hostile(trap)}, folder / "pytorch_model.bin")
@@ -1134,32 +1155,27 @@ def test_pickled_weights_are_weights_only(tmp_path, tiny, data, capsys):
     assert trap.read_text() == "it ran"  # so the trap works
 
 
-def test_where_a_model_is(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    one = tmp_path / "one"
-    one.mkdir()
-    (one / "a.gguf").write_bytes(b"GGUF")
-    assert text_env.find_model(str(one)) == (str(one), {"gguf_file": "a.gguf"})
-    assert text_env.find_model(str(one / "a.gguf")) == (str(one), {"gguf_file": "a.gguf"})
-    (one / "b.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"one: 2 \.gguf files, no config"):
-        text_env.find_model(str(one))
-    with pytest.raises(ValueError, match="model="):
-        text_env.read_model(str(one / "a.gguf"))  # no GGUF file at all
-    absent = [
-        "./none",
-        "~/none",
-        "a/b/none",
-        "C:\\none",
-        str(tmp_path / "none"),
-        "examples/none",
-    ]
-    for path in absent:
-        with pytest.raises(ValueError, match="no such folder; give"):
-            text_env.find_model(path)
-    assert text_env.find_model("org/name") == ("org/name", {})
-    (one / "config.json").write_text("{}")
-    assert text_env.find_model(str(one)) == (str(one), {})
+def test_where_a_model_is(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = []
+
+    class Opened:
+        @staticmethod
+        def from_pretrained(folder, **how):
+            asked.append((folder, how))
+
+    for model in (tiny, "org/name", "gpt2", "name.of/a-model_1"):
+        text_env.open_model(Opened, model)
+        assert asked.pop() == (model, {})
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    text_env.open_model(Opened, "a.gguf", dtype="x")
+    assert asked.pop() == (".", {"gguf_file": "a.gguf", "dtype": "x"})
+    with pytest.raises(ValueError, match=r"model=a\.gguf: "):
+        text_env.read_model("a.gguf")  # no GGUF file at all
+    for path in ("./none", "~/none", "a/b/none", "C:\\none", str(tmp_path / "none")):
+        with pytest.raises(ValueError, match="no such folder, and no name of the hub; give"):
+            text_env.open_model(AutoConfig, path)
 
 
 # --- make_data.py ---
@@ -1266,7 +1282,7 @@ def test_prompts_that_leave_no_room_for_the_response_are_dropped(tmp_path, tiny,
     assert (
         len(siren.train(siren.Run(siren.Config(eval_prompts=2, eval_samples=2, **knobs)))) == 9
     )
-    assert "data: dropped 1 of 31 prompts" in capsys.readouterr().err
+    assert "left out: 1 of 31 prompts" in capsys.readouterr().err
 
 
 def test_padding_without_an_embedding_is_not_used(tmp_path, data):
@@ -1356,9 +1372,9 @@ def test_four_steps_of_smollm2(options, tmp_path, rank, monkeypatch):
     monkeypatch.setattr(siren, "score", score)
     monkeypatch.setattr(siren.Run, "save", save)
     records = siren.train(siren.Run(siren.Config(**how, out=str(tmp_path / "a"))))
-    # in four steps, and six times while the model is tried: two rollouts, a row alone and
+    # in four steps, and three times while the model is tried: a rollout, a row alone and
     # prompts read once
-    assert len(checked) == 10
+    assert len(checked) == 7
     assert max(checked) < 1e-3  # the cache's log-probs are the full pass's
     assert [record["step"] for record in records] == list(range(5))
     for record in records[1:]:

@@ -77,6 +77,7 @@ RULES = [  # how tokens are rewritten, in this order, three times for what is ne
 def latex(text):
     """An answer in one way of LaTeX, as tokens with spaces between them."""
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2 ", re.sub(r"\{,\}|,\\!", ",", text))
+    # in brackets a comma separates, so (10,100) is a pair; elsewhere 1,234 is one number
     if ", " in text or not re.search(r"(?<!\\)[(\[]|\\\{|\\lbrace", text):
         text = THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
     return " ".join(filter(None, (SIGNS.get(token, token) for token in TOKEN.findall(text))))
@@ -92,7 +93,7 @@ def normalize(answer):
     number = re.fullmatch(rf"(-? ?{N})( \\%)?", text)
     if number:
         return Fraction(number[1].replace(" ", "")) / (100 if number[2] else 1)
-    return text if re.search(r"\w", text) else ""
+    return text
 
 
 def equal(given, answer):

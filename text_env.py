@@ -38,7 +38,7 @@ from siren import require
 
 # -------------------------------------------------------------------------------- 1. options
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
-MODEL_FORMS = "a folder that transformers loads, a .gguf file, or a hub id"
+MODEL_FORMS = "a folder that transformers loads, or a hub id such as Qwen/Qwen3-0.6B"
 DATA_FORMS = "FILE.jsonl, or, with pip install datasets, FILE.parquet or hub:NAME:CONFIG:SPLIT"
 OPTIONS = {  # name: default, the pattern of what is allowed, and the same in words
     "model": ("", ".+", MODEL_FORMS),
@@ -214,16 +214,14 @@ class TextTask:
         sources = [self.config, self.tokenizer]
         if has_file(self.tokenizer.name_or_path, "generation_config.json"):
             sources.append(open_model(GenerationConfig, model))
-        found = [getattr(source, "eos_token_id", None) for source in sources]
-        ends = {i for ids in found for i in (ids if isinstance(ids, list) else [ids])} - {None}
+        ends = [getattr(source, "eos_token_id", None) for source in sources]
+        ends = {i for ids in ends for i in (ids if isinstance(ids, list) else [ids])} - {None}
         vocab = self.config.vocab_size
         ids = {*self.tokenizer.get_vocab().values()}
         added = self.tokenizer.added_tokens_decoder  # some of these have no embedding: padding
         inside = all(type(i) is int and 0 <= i < vocab for i in ends | (ids - added.keys()))
-        rule = (
-            f"eos_token_id {ends}, {len(ids)} tokens up to {max(ids, default=0)}: needs an EOS"
-        )
-        rule = f"{rule}, four tokens, and all of them in the vocabulary of {vocab}"
+        found = f"eos_token_id {ends}, {len(ids)} tokens up to {max(ids, default=0)}"
+        rule = f"{found}; needs an EOS, four tokens, and all in the vocabulary of {vocab}"
         require(inside and ends and min(vocab, len(ids)) >= 4, f"model={model}: {rule}")
         self.eos_ids = sorted(ends)
         self.pad_id = self.eos_ids[0]  # siren.py masks by position, so any token will do
@@ -241,9 +239,7 @@ class TextTask:
             require(inside, f"{where} has token {largest}, outside of the vocabulary")
         context = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         most = min(options.max_prompt, context - self.cfg.max_tokens)
-        what = (
-            f"prompts of {name} have over {most} tokens (max_prompt, or context - max_tokens)"
-        )
+        what = f"prompts of {name} have over {most} tokens (max_prompt, context - max_tokens)"
         return keep(rows, lambda row: len(row.prompt) <= most, 0.99, what)
 
     def encode(self, question):
@@ -271,8 +267,12 @@ class TextTask:
 
     def heldout(self, n):
         """n problems that are never trained on, or all of them if they are fewer."""
-        n = min(n, len(self._heldout))
-        return {"heldout": random.Random("heldout").sample(self._heldout, n)}
+        there = len(self._heldout)
+        if n > there:
+            say(
+                f"--eval-prompts {n}: there are {there} problems to evaluate on; all are taken"
+            )
+        return {"heldout": random.Random("heldout").sample(self._heldout, min(n, there))}
 
     def build_model(self):
         """The model on its device, tried, with adapters and recomputed layers if wanted."""
@@ -284,9 +284,7 @@ class TextTask:
         rows = [row._replace(where="") for row in [*self._train, *self._heldout]]
         try_model(network, self.options.model, [row.prompt for row in rows], self.cfg)
         frozen = [p.flatten() for p in network.parameters() if not p.requires_grad]
-        sums = [
-            p.view(torch.int16).sum().item() for p in frozen
-        ]  # of bits: exact; for --resume
+        sums = [p.view(torch.int16).sum().item() for p in frozen]  # of bits, so exact
         self.fingerprint = hashlib.sha256(ascii([rows, sums]).encode()).hexdigest()
         return network
 
@@ -313,11 +311,9 @@ def open_model(what, model, **options):
     """what.from_pretrained of a model."""
     with one_line(f"model={model}: {what.__name__}", f"give {MODEL_FORMS}"):
         path = Path(model).expanduser()
-        there = path.exists() or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model)
-        require(there, "no such folder, and no name of the hub")
-        if path.suffix == ".gguf":
-            options = options | {"gguf_file": path.name}
-            path = path.parent
+        near = path.parent.name and path.parent.exists()  # a/b in a folder a is no hub id
+        hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) and not near
+        require(hub or path.is_dir(), "no such folder, and no name of the hub")
         return what.from_pretrained(str(path), **options)
 
 

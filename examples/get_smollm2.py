@@ -18,14 +18,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for text_env.py, from wherever this starts
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers import AutoTokenizer  # noqa: E402
-
-from text_env import open_model, read_model  # noqa: E402
-
-FOLDER = ROOT / "models" / "smollm2-135m"
+FOLDER = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m"
 
 
 def find_gguf() -> Path:
@@ -42,13 +38,14 @@ def convert(gguf: Path, folder: Path) -> None:
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        model = read_model(str(gguf))
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # a GGUF file has been turned into plain weights; without this it can't be saved
         model.hf_quantizer = None
         model.is_quantized = False
         del model.config.quantization_config
         model.save_pretrained(part)
-        open_model(AutoTokenizer, str(gguf)).save_pretrained(part)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

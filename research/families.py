@@ -229,7 +229,7 @@ def judge_folder(family: str, why: str) -> dict[str, Any]:
             said = "nothing"
         except ValueError as error:
             said = str(error)
-    if said == f"model={folder}: {why}; give {text_env.MODEL_FORMS}":
+    if said == f"model={folder}: AutoModelForCausalLM: {why}; give {text_env.MODEL_FORMS}":
         reason = f"transformers can't build it: {why}"
         return {"verdict": "refused", "reason": reason, "unbuilt": True}
     return {"verdict": "broken", "reason": f"not built: {why}; text_env says: {said}"}
@@ -240,7 +240,8 @@ def judge(family: str) -> dict[str, Any]:
     try:
         model = build(family)
     except Exception as error:  # whatever a model may raise
-        return judge_folder(family, text_env.reason_of(error))
+        why = str(error).strip().partition("\n")[0].strip(" .") or type(error).__name__
+        return judge_folder(family, why)
     cfg = siren.Config(max_tokens=TOKENS, device="cpu")
     try:
         with contextlib.redirect_stderr(io.StringIO()):

@@ -391,7 +391,8 @@ def sample(model, task, problems, cfg, key, samples, temperature):
         first = active[::samples]  # a prompt is read once; its responses share what was read
         logits = read(model, cache, ids[first, :P], attention_mask[first, :P])
         logits = logits.repeat_interleave(samples, 0)
-        cache.reorder_cache(torch.arange(len(active), device=model.device) // samples)
+        copies = torch.arange(len(active), device=model.device) // samples  # 0 0 0 1 1 1 2 ...
+        cache.reorder_cache(copies)
         for t in range(P, ids.shape[1]):
             log_pi = (logits / temperature).log_softmax(-1)  # [active, V]
             tokens = draw(log_pi.exp(), generator)  # [active, 1]
@@ -462,7 +463,7 @@ def verify(response, answer, find_answer=None, equal=None):
 # ---------------------------------------------------------------------------- 5. training step
 def forward(model, rollout):
     """The hidden states [B, T, D] that predict the responses, by one pass without a cache."""
-    if hasattr(model, "read_rollout"):  # a faster way of the task, with the same result
+    if hasattr(model, "read_rollout"):  # the same, faster: text_env.py adds it, the toy not
         return model.read_rollout(rollout)
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)  # [B, P + T]
     attention_mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
@@ -579,7 +580,7 @@ def evaluate(model, task, problems, cfg):
 
 
 # ------------------------------------------ 7. the run: nothing below this line is about SIREN
-# what may change when a run goes on
+# the settings that may change when a run is resumed
 MUTABLE = {"steps", "out", "save_every", "eval_every", "device", "chunk", "micro_batch_size"}
 NO_SIGNAL = """no signal for ten steps: the rewards of every group are all alike. Perhaps the
 problems are too easy; --max-tokens is too small, or the model has another EOS (ended_share is
@@ -595,10 +596,12 @@ class Run:
         self.cfg = cfg
         self.folder = folder_of(cfg)
         self.folder.mkdir(parents=True, exist_ok=True)
+        # if it is taken, the error has the file's name in it
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
         free = resume or not (self.folder / "checkpoint.pt").exists()
         require(free, f"--out {self.folder}: holds a run; add --resume, or name another --out")
-        module, *options = re.split(r"[:,](?=\w+=)", cfg.task)  # before each name=value
+        # toy_env:vocab=96,slip=.1 -> "toy_env", "vocab=96", "slip=.1"
+        module, *options = re.split(r"[:,](?=\w+=)", cfg.task)
         options = dict(option.split("=", 1) for option in options)
         try:
             self.task = importlib.import_module(module).load(cfg, **options)
@@ -698,15 +701,17 @@ def report(records):
         last = values[-1:] if "/" in name else values[-10:]
         if values:
             print(f"{name:20}{values[0]:8.3f}{sum(last) / len(last):8.3f}")
-    print(end=f"{NO_SIGNAL}\n" if no_signal(records) else "", flush=True)
+    if no_signal(records):
+        print(NO_SIGNAL)
+    sys.stdout.flush()
 
 
 def main(argv=None):
-    """The command: fields of Config are its flags; others belong to the task, so --vocab 96
-    is --task toy_env:vocab=96, and --model is text_env's. It exits with 0: done, 1: stopped,
-    2: bad input, or 130: Ctrl-C."""
+    """The command: the fields of Config are its flags, and others belong to the task. It exits
+    with 0: done, 1: stopped by an error, 2: bad input, or 130: Ctrl-C."""
     parser = argparse.ArgumentParser("siren.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    # the help for a flag is the comment behind its field in Config
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", Path(__file__).read_text(), re.M))
     for field in dataclasses.fields(Config):
         words = f"{comments[field.name]} [{field.default}]"
@@ -719,7 +724,7 @@ def main(argv=None):
     expected += (PickleError,)  # from a file that is no checkpoint
     run = None
     try:
-        if rest:  # flags of the task, such as --vocab 96 or --vocab=96
+        if rest:  # flags of the task: --vocab 96 --slip=.1 -> toy_env:vocab=96,slip=.1
             words = re.split(r"(?:^| )--([\w-]+)[= ]", " ".join(rest))  # "", name, value, ...
             require(words[0] == "" and len(words) > 2, f"{' '.join(rest)}: see --help")
             pairs = [f"{k.replace('-', '_')}={x}" for k, x in zip(words[1::2], words[2::2])]

@@ -241,11 +241,16 @@ def siren_loss(loss, entropy, mask, anchor, beta, peak_quantile=0.8, regularizer
 # The rest of the block, for speed and errors, may be skipped.
 def likeliest(log_pi, top_p, k=16):
     """log_pi.sort(-1, descending=True).values, but only its first k columns, since to sort
-    150,000 tokens is slow. Where k tokens do not reach p, it tries 16 times as many."""
+    150,000 tokens is slow. In rows where k tokens do not reach p, it tries 16 times as many;
+    the other rows are filled up with -inf."""
     k = min(k, log_pi.shape[-1])
     top = log_pi.topk(k).values
-    enough = k == log_pi.shape[-1] or (top.detach().exp().sum(-1) >= top_p).all()
-    return top if enough else likeliest(log_pi, top_p, 16 * k)
+    short = top.detach().exp().sum(-1) < top_p  # the rows that need more
+    if k < log_pi.shape[-1] and short.any():
+        longer = likeliest(log_pi[short], top_p, 16 * k)
+        top = torch.nn.functional.pad(top, (0, longer.shape[-1] - k), value=-torch.inf)
+        top[short] = longer
+    return top
 
 
 def require(ok, rule):

@@ -68,6 +68,8 @@ LOOSE = [
     *[("A\\text{ or }C", "A\\text{ and }C"), ("3\\text{ sixths}", "3"), ("x+1=x+2", "x+2")],
     *[("5\\text{ cm}^{2}", "5\\text{ cm}^{3}"), ("5\\text{ percent}", "5\\text{ cm}")],
     ("\\emptyset", "\\{\\emptyset\\}"),
+    *[("0,05", "0,5"), ("(1,05)", "(1,5)"), ("12:05", "12:5"), ("1st", "1"), ("2nd", "2")],
+    *[("1/2 \\cdot 10^2", "0.005"), ("x^3 \\cdot 10^2", "x^300")],
 ]  # fmt: skip
 # right, and rejected: a chain that ends in the answer, and letters that differ in their form
 STRICT = [

@@ -65,8 +65,8 @@ RULES = [  # how tokens are rewritten, in this order, three times for what is ne
     (r"(?:, )?\band\b", ","),
     (r"(?<!\S)([a-z]) (?=[a-z](?!\S))", r"\1"),  # x y, but not \sin h
     (r"(?<!\S)10 \^ (?:([0-9])|\{ ?(-?) ?([0-9]{1,2}) ?\})(?!\S| [0-9^!])", r"1e\1\2\3"),
-    (r"(?<!\S)([0-9.]+) \\cdot 1e", r"\1e"),  # 2.5 \times 10^3
-    (r"(?<![0-9] )(?<!\S)([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)(?!\S)", exact),  # 0.50
+    (rf"{START}([0-9.]+) \\cdot 1e", r"\1e"),  # 2.5 \times 10^3
+    (r"(?<![0-9] )(?<!\S)(?!0[0-9])([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)(?!\S)", exact),  # 0.50
     (rf"(?:(?<=[0-9] )|{START})({N}) / ({N})(?! [^-+,)\]}}=<>\\]| \\[a-z])", exact),
     (rf"\\frac {ARGUMENT} ?{ARGUMENT}(?![0-9])", exact),  # \frac{2}{4} and \frac12
     (r"(\\[a-z]+) \( (\w+|\\[a-z]+) \)(?! [\w\\({^!'/])", r"\1 \2"),
@@ -107,9 +107,11 @@ BUDGET = 10.0  # for all questions of a step that take more than a second each
 REFUSED = r"\A\s*\Z|[\s\S]{201}|\\f?box|\^[{\s-]*(\d{6}|\d+\s*\^)|\d{5}\s*!|!\s*\)*\s*!"
 WORD = rf"{STYLE}(?: \^ (\S+))?|(?<!\S)([A-Za-z]{{3,}})|(\\[$%]|\\circ)|(?<=\d )([A-Za-z]+)\Z"
 AMOUNT = r"hundred|thousand|.*llion|dozen|hal[fv]|quarter|third|(?!mon).*th\Z|squared|cubed"
-AMOUNT = re.compile(AMOUNT + r"|(?:mor|l|not)\Z")  # less, without its es
-MARK = re.compile(r"'|\\[lc]?dots|[0-9A-F] _ (?:\{ )?\S+|[0-9] [0-9]|\\frac [0-9]{3}|\{ \}")
+AMOUNT = re.compile(AMOUNT + r"|(?:coupl|mor|l|not|pair|ten|st|[nr]d)\Z")  # less, without es
+MARK = re.compile(r"'|(?<!\S)0\d|\\[lc]?dots|[0-9A-F] _ (?:\{ )?\S+|\d \d|\\frac \d{3}|\{ \}")
 NAME = r"(?<![^,}r] )(?<!\S)(?:[A-Za-z]+(?: \( [a-z] \))?|\( [a-z](?: , [a-z])+ \)) = "
+# all other spaces go: behind one, a letter is a unit for the library, which reads no further
+SPACE = r"([0-9,] (?=[0-9])|[A-Za-z]{2} (?=[A-Za-z])|[A-Za-z] (?=[A-Za-z]{2}))| "
 
 
 def is_loose(given, answer):
@@ -188,7 +190,7 @@ def serve(seconds):
 
     def read(text):  # as LaTeX only: the library's other way goes through Python's eval
         text = re.sub(rf"\\\$ ?|[a-z] \\in |{STYLE}(?: \^ \S+)?\Z", "", text.strip("\n"))
-        text = re.sub(r" ?([{}^_]) ?", r"\1", text)
+        text = re.sub(SPACE, r"\1", text)
         return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
 
     grader.sympy_numeric_eq = lambda *_: False  # it rounds to six decimals; algebra decides

@@ -93,7 +93,7 @@ Row = namedtuple("Row", "question answer words where prompt", defaults=[()])
 
 def read_rows(spec, *keys):
     """The problems of a file or a data set, or a slice of them; keys are its two columns."""
-    name, *ends = re.fullmatch(r"(.*?)(?:#(-?\d*):(-?\d*))?", spec, re.DOTALL).groups()
+    name, *ends = re.fullmatch(r"(.*?)(?:#(-?[0-9]+)?:(-?[0-9]+)?)?", spec, re.DOTALL).groups()
     with one_line(name, f"give {DATA_FORMS}"):
         path = Path(name.removeprefix("hub:")).expanduser()
         if name.startswith("hub:"):
@@ -122,21 +122,23 @@ def read_row(raw, where, question_key="question", answer_key="answer"):
         question = column(raw, question_key)
         answer = column(raw, answer_key)
         if type(answer) in (int, float, Decimal):
+            most = 15 if type(answer) is float else 17  # of 0.1 + 0.2, a float has 17
             number = Decimal(str(answer))
             plain = number.is_finite() and abs(number.adjusted()) < 100
-            exact = plain and len(number.as_tuple().digits) <= 17
-            require(exact, f"{str(answer)[:40]} has more than 17 digits; write it as a text")
+            exact = plain and len(number.as_tuple().digits) <= most
+            require(exact, f"{str(answer)[:40]} has more than {most} digits; write a text")
             answer = f"{number:f}"  # 0.00001, not 1e-05
         chat = question if isinstance(question, list) else []
+        require(not chat or chat[-1].get("role") != "assistant", "the chat has its response")
         texts = [message.get(part) for message in chat for part in ("role", "content")]
         for text in [answer, *(texts or [question])]:
             require(isinstance(text, str) and text.strip(), f"{str(text)[:40]!r} is no text")
             text.encode()  # refuses half a character
         answer = plain_boxes(answer)
-        marks = max(answer.count("\\boxed"), answer.count("####"))
+        marks = len(re.findall(r"(?:####[\s$]*)?\\boxed|####", answer))
         require(marks <= 1, f"the answer has {marks} boxes or ####; leave the one that counts")
     answer = answer.rpartition("####")[2].strip()
-    words = " ".join(str(question).split())
+    words = " ".join(" ".join(texts[1::2] or [question]).split())
     return Row(question, siren.extract_answer(answer) or answer, words, where)
 
 
@@ -148,7 +150,7 @@ def no_twins(pairs):  # of keys; Python's json would take the last of two
 def column(row, key):
     """What a row has under a name, or under the names of a dotted path."""
     for name in [key] if key in row else key.split("."):
-        require(name in row, f"no {name} in {', '.join(row)}"[:200])
+        require(name in row, f"no {name} in {', '.join(map(str, row))}"[:200])
         row = row[name]
     return row
 
@@ -171,10 +173,10 @@ def matchable(rows, name, equal=equal):
     def fits(row):
         right = siren.verify(f"\\boxed{{{row.answer}}}", row.answer, None, equal)
         words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", row.answer)
-        prose = len(words) > (2 if "\n" in row.answer else 12)
+        prose = len(words) > (2 if "\n" in row.answer else 12) or "\\boxed" in row.answer
         return right and not prose and len(row.answer) <= MAX_ANSWER
 
-    what = f"answers of {name} can't be matched: they are prose, or their braces don't match"
+    what = f"answers of {name} can't be matched: prose, or boxes or braces that don't match"
     return keep(rows, fits, 0.01, what)
 
 
@@ -231,6 +233,8 @@ class TextTask:
         """The problems with their prompts, without those that leave no room for a response."""
         options = self.options
         rows = read_rows(getattr(options, name), options.question_key, options.answer_key)
+        own = options.prompt != PROMPT and any(isinstance(row.question, list) for row in rows)
+        require(not own, "prompt: the messages of a chat stay as they are; leave --prompt out")
         rows = matchable(rows, name, self.equal)
         with one_line(f"model={options.model}", "mend its tokenizer or chat template"):
             rows = [row._replace(prompt=self.encode(row.question)) for row in rows]
@@ -244,13 +248,13 @@ class TextTask:
 
     def encode(self, question):
         """The prompt for a question, a text or the messages of a chat, as token ids."""
-        chat = question
-        if isinstance(question, str):
-            text = self.options.prompt.replace("{question}", question)
-            chat = [{"role": "user", "content": text}]
-            if not self.tokenizer.chat_template:
-                return self.tokenizer(text).input_ids
-        how = {"add_generation_prompt": True, "return_dict": False}
+        text = self.options.prompt.replace("{question}", str(question))
+        chat = question if isinstance(question, list) else [{"role": "user", "content": text}]
+        if chat is not question and not self.tokenizer.chat_template:
+            return self.tokenizer(text).input_ids
+        template = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"  # also tomorrow
+        template += self.tokenizer.get_chat_template()
+        how = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
         return self.tokenizer.apply_chat_template(chat, **how)
 
     def train_problems(self, n, key):
@@ -269,9 +273,7 @@ class TextTask:
         """n problems that are never trained on, or all of them if they are fewer."""
         there = len(self._heldout)
         if n > there:
-            say(
-                f"--eval-prompts {n}: there are {there} problems to evaluate on; all are taken"
-            )
+            say(f"--eval-prompts {n}: only {there} are there to evaluate on; all are taken")
         return {"heldout": random.Random("heldout").sample(self._heldout, min(n, there))}
 
     def build_model(self):
@@ -283,9 +285,11 @@ class TextTask:
             recompute_layers(network)
         rows = [row._replace(where="") for row in [*self._train, *self._heldout]]
         try_model(network, self.options.model, [row.prompt for row in rows], self.cfg)
-        frozen = [p.flatten() for p in network.parameters() if not p.requires_grad]
-        sums = [p.view(torch.int16).sum().item() for p in frozen]  # of bits, so exact
-        self.fingerprint = hashlib.sha256(ascii([rows, sums]).encode()).hexdigest()
+        config = network.config.to_diff_dict() | {"transformers_version": ""}
+        world = hashlib.sha256(ascii([rows, self.eos_ids, config]).encode())
+        for weight in [p for p in network.parameters() if not p.requires_grad]:
+            world.update(weight.cpu().flatten().view(torch.uint8).numpy())
+        self.fingerprint = world.hexdigest()
         return network
 
     def decode(self, ids):
@@ -314,7 +318,7 @@ def open_model(what, model, **options):
         near = path.parent.name and path.parent.exists()  # a/b in a folder a is no hub id
         hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) and not near
         require(hub or path.is_dir(), "no such folder, and no name of the hub")
-        return what.from_pretrained(str(path), **options)
+        return what.from_pretrained(str(path), trust_remote_code=False, **options)
 
 
 def read_model(model, dtype="float32"):
@@ -325,6 +329,8 @@ def read_model(model, dtype="float32"):
     for name, weight in network.named_parameters():
         bad += [] if weight.isfinite().all() else [f"weights that are not finite, in {name}"]
     require(not bad, f"model={model}: has {', '.join(bad[:1])}; get the whole model again")
+    if info["unexpected_keys"]:
+        say(f"model={model}: leaves out weights such as {min(info['unexpected_keys'])}")
     return network
 
 
@@ -457,8 +463,7 @@ def gaps_of(network, text, few, cfg):
     alone = rollout.rows(slice(1))
     alone = alone._replace(prompt=alone.prompt[:, -n:], prompt_mask=alone.prompt_mask[:, -n:])
     ids = alone.prompt[:, -few:]
-    hidden = network.base_model(ids, use_cache=False).last_hidden_state
-    logits = network.get_output_embeddings()(hidden)
+    logits = network.get_output_embeddings()(network.base_model(ids).last_hidden_state)
     gaps = {
         "its logits and its head's": (network(ids).logits - logits).abs().max(),
         "sampling and scoring": rollout.logp - logp,

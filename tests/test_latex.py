@@ -114,6 +114,10 @@ WRONG = [
     *[(r"1\frac{-3}{4}", r"1-\frac34"), (r"\frac{1}{-0}", "0"), ("1/-0", "0"), ("1/00", "0")],
     *[(r"\sqrt{x}y", r"\sqrt{xy}"), (r"e^{x}y", "e^{xy}"), (r"\sin(x)/2", r"\sin(x/2)")],
     *[(r"\frac{x}{2}^2", r"\frac{1}{2}x^2"), (r"2^\frac12", "2^1/2"), ("10^2^3", "1000000")],
+    # a nought in front counts, unless the number is the whole answer
+    *[("0,05", "0,5"), ("(1,05)", "(1,5)"), ("3,07", "3,7"), ("12:05", "12:5")],
+    *[(r"1/2 \cdot 10^2", "0.005"), (r"3/4 \times 10^{2}", r"\frac{3}{400}")],
+    *[(r"x^3 \cdot 10^2", "x^300"), (r"2^3\cdot 10^2", "2^300"), (r"a_2\cdot 10^3", "a_2000")],
 ]  # fmt: skip
 EXTRACT = [  # response, the content of its last box
     *[("the answer is 5", None), ("", None), (r"\boxed", None), (r"\boxed{", None)],

@@ -68,11 +68,18 @@ LOOSE = [
     *[("A\\text{ or }C", "A\\text{ and }C"), ("3\\text{ sixths}", "3"), ("x+1=x+2", "x+2")],
     *[("5\\text{ cm}^{2}", "5\\text{ cm}^{3}"), ("5\\text{ percent}", "5\\text{ cm}")],
     ("\\emptyset", "\\{\\emptyset\\}"),
+    *[("0,05", "0,5"), ("(1,05)", "(1,5)"), ("12:05", "12:5"), ("1st", "1"), ("2nd", "2")],
+    *[("1/2 \\cdot 10^2", "0.005"), ("x^3 \\cdot 10^2", "x^300")],
+    # behind a space, the library takes a, b, c, d, e, f, g, h, q and s for units
+    *[("(a,b)", "(b,a)"), ("[a,b]", "[a,c]"), ("3ab+c", "3ab+d"), ("(a+b)c", "(a+b)d")],
+    *[("1e5", "1e6"), ("-e x", "-e y"), ("5 g x", "5 g y"), ("2\\pi h+1", "2\\pi h+2")],
+    *[("1, b, 2", "1, b, 3"), ("x^2 a + 1", "x^2 a + 2"), ("(e, 1)", "(e, 2)")],
+    *[("5\\text{ tens}", "5"), ("2 pairs", "2"), ("3\\text{ couples}", "3")],
 ]  # fmt: skip
 # right, and rejected: a chain that ends in the answer, and letters that differ in their form
 STRICT = [
     *[("x=2+3=5", "5"), ("2+3=5", "5"), ("c", "C"), ("\\text{No}", "no"), ("yx", "xy")],
-    *[("\\angle A = 30^\\circ", "30^\\circ"), ("3*sqrt(5)", "3\\sqrt{5}")],
+    *[("\\angle A = 30^\\circ", "30^\\circ")],
 ]
 STILL = [  # and what stays equal
     *[("0.5x", "\\frac{x}{2}"), ("2.5\\times 10^3", "2500"), ("\\frac{\\pi}{2}", "0.5\\pi")],
@@ -83,6 +90,8 @@ STILL = [  # and what stays equal
     *[("5 cm", "5"), ("5", "5\\text{ cm}"), ("3\\text{ hours}", "3\\text{ hour}")],
     *[("5\\text{ dollars}", "\\$5"), ("12\\text{ and }5", "5, 12"), ("CAT", "\\text{CAT}")],
     *[("x=1\\text{ or }x=2", "1, 2"), ("(a+b)^2", "a^2+2ab+b^2"), ("√2", "\\sqrt{2}")],
+    ("3*sqrt(5)", "3\\sqrt{5}"),
+    *[("c+2ba", "2ab+c"), ("(a, b)", "(a,b)"), ("a e^2", "e^2a"), ("b+\\sin a", "\\sin a+b")],
     *[("(−∞, 3]", "(-\\infty,3]"), ("\\lbrace 1,2\\rbrace", "\\{1,2\\}"), ("5:3", "5{:}3")],
 ]  # fmt: skip
 
@@ -104,7 +113,7 @@ def test_what_is_known_to_be_rejected(grader, pair):
 
 def test_the_counts_of_the_judged_pairs(grader):
     """docs/verifier.md: false accepts and rejects of 634 and 382 pairs."""
-    for path, (accepts, rejects) in zip(verdicts.FILES, [(0, 27), (0, 28)], strict=True):
+    for path, (accepts, rejects) in zip(verdicts.FILES, [(0, 26), (0, 27)], strict=True):
         lines = path.read_bytes().splitlines()
         errors = verdicts.count([json.loads(line) for line in lines], grader.equal)
         accepted = sum(n for (_, side), n in errors.items() if side == "accepts")

@@ -147,8 +147,8 @@ BAD_LINES = {
         b'{"question": "\\ud800", "answer": "a"}',
         "'utf-8' codec can't encode",
     ),
-    "nan": (b'{"question": "q", "answer": NaN}', "nan has more than 17 digits"),
-    "infinity": (b'{"question": "q", "answer": -Infinity}', "-inf has more than 17 digits"),
+    "nan": (b'{"question": "q", "answer": NaN}', "nan has more than 15 digits"),
+    "infinity": (b'{"question": "q", "answer": -Infinity}', "-inf has more than 15 digits"),
     "nested": (b"[" * 100_000, "recursion"),
     "a list": (b'["q", "a"]', "no question in q, a"),
     "null": (b"null", "'NoneType' is not iterable"),
@@ -370,6 +370,8 @@ CHANGED = {
     ),
     "two golds": ({"question": "q", "answer": "#### 1 #### 2"}, "has 2 boxes or ####"),
     "two boxes": ({"question": "q", "answer": "\\boxed{1} #### \\boxed{2}"}, "2 boxes"),
+    "a box and ####": ({"question": "q", "answer": "\\boxed{1} #### 2"}, "2 boxes or ####"),
+    "a box far behind ####": ({"question": "q", "answer": "#### 1 or \\boxed{2}"}, "2 boxes"),
 }
 
 
@@ -389,6 +391,27 @@ def test_numbers_keep_all_of_their_digits(tmp_path):
         assert text_env.normalize(row.answer) == Fraction(number)
 
 
+def test_a_box_right_behind_the_marks(tmp_path):
+    golds = ["so\n#### \\boxed{7}", "so #### $\\boxed{7}$", "####\\fbox{7}"]
+    rows = [{"question": "q", "answer": gold} for gold in golds]
+    rows = text_env.read_rows(write_lines(tmp_path / "a.jsonl", *rows))
+    assert [row.answer for row in rows] == ["7", "7", "7"]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.float32(), pyarrow.float64()], ids=str)
+def test_what_a_float_rounds_is_no_gold(tmp_path, kind):
+    """0.1 in 32 bits is 0.10000000149011612, and 0.1 + 0.2 in 64 bits is as long."""
+    rows = [{"question": "q", "answer": x} for x in (0.5, 18.0, 0.1 + 0.2)]
+    table = pyarrow.Table.from_pylist(rows)
+    table = table.set_column(1, "answer", table["answer"].cast(kind))
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(table, path)
+    with pytest.raises(ValueError, match=r"a\.parquet:3: 0\.30.* has more than 15 digits"):
+        text_env.read_rows(path)
+    parquet.write_table(table.slice(0, 2), path)
+    assert [row.answer for row in text_env.read_rows(path)] == ["0.5", "18.0"]
+
+
 def test_a_very_long_line(tmp_path, tiny):
     """A torn one is named in one short line; a whole one is a problem."""
     path = tmp_path / "long.jsonl"
@@ -398,6 +421,63 @@ def test_a_very_long_line(tmp_path, tiny):
     assert len(str(error.value)) < 300
     path.write_bytes(path.read_bytes() + b'", "answer": "1"}\n')
     assert len(text_env.read_rows(str(path))[1].question) == 10_000_000
+
+
+def test_rows_of_a_slice_that_is_none(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", *sums(3))
+    for end in ("#-:3", "#:-", "#1:2:3", "#\u0663:", "#2"):
+        with pytest.raises(ValueError, match=r"a\.jsonl#.*: .*No such file"):
+            text_env.read_rows(path + end)
+
+
+def test_a_list_of_problems_on_one_line(tmp_path):
+    path = write_lines(tmp_path / "a.json", sums(2))
+    with pytest.raises(ValueError, match=r"a\.json:1: no question in {'question': 'What"):
+        text_env.read_rows(path)
+
+
+def test_a_chat_that_holds_its_response(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "it is 4"}]
+    path = write_lines(tmp_path / "a.jsonl", {"question": chat, "answer": "4"})
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the chat has its response; expected"):
+        text_env.read_rows(path)
+    write_lines(tmp_path / "a.jsonl", {"question": [*chat, chat[0]], "answer": "4"})
+    assert len(text_env.read_rows(path)) == 1  # an example in front is no response
+
+
+def test_a_chat_that_is_evaluated_on(tmp_path, tiny):
+    """Whatever the order of its keys and its spaces, and also beside the same as a text."""
+    forms = [
+        [{"role": "user", "content": "What is 1 ?"}],
+        [{"content": " What  is 1 ?\n", "role": "user"}],
+        "What is 1 ?",
+    ]
+    for i, form in enumerate(forms):
+        write_lines(tmp_path / f"{i}.jsonl", {"question": form, "answer": "1"})
+    for i, j in [(0, 1), (1, 0), (0, 2), (2, 1)]:
+        with pytest.raises(ValueError, match="1 of 1 problems of data are evaluated on"):
+            load(
+                model=tiny,
+                data=str(tmp_path / f"{i}.jsonl"),
+                eval_data=str(tmp_path / f"{j}.jsonl"),
+            )
+
+
+def test_a_prompt_around_a_chat_is_refused(tmp_path, tiny):
+    chat = [{"role": "user", "content": "What is 1 ?"}]
+    path = write_lines(tmp_path / "a.jsonl", {"question": chat, "answer": "1"})
+    with pytest.raises(ValueError, match="prompt: the messages of a chat stay as they"):
+        load(model=tiny, data=path, prompt="{question} in a box")
+
+
+def test_a_template_that_writes_the_date(tmp_path, tiny, data):
+    """The prompts of a run that goes on tomorrow are those of today."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    now = "{{ strftime_now('%f') }} {{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(now)
+    task = load(model=str(folder), data=data, prompt="{question}")
+    assert task.encode("plus") == ids_of("<unk> <unk> <unk> plus")  # 26 Jul 2024
 
 
 @pytest.mark.parametrize("ending", ["exact", "math"])
@@ -430,6 +510,7 @@ def test_several_boxes_in_one_gold(tmp_path):
 
 def test_golds_that_nothing_matches(tmp_path, tiny, capsys):
     bad = ["}", "x}{y", "a" * 201, "$ $", ".", "\\boxed{}", "\\boxed{5"]
+    bad += ["so \\boxed 42", "it is \\boxed 5 cm"]  # no box can hold these
     for gold in bad:
         held = write_lines(tmp_path / "held.jsonl", *sums(1, 99))
         rows = [*sums(90), *({"question": f"q {i}", "answer": "1"} for i in range(9))]
@@ -542,6 +623,26 @@ def test_the_fingerprint_of_the_rows_and_the_frozen_weights(tmp_path, tiny, data
             weight.mul_(1.5)
     network.save_pretrained(folder)
     assert world(model=folder, lora_rank=2) != same
+    network = AutoModelForCausalLM.from_pretrained(tiny)
+    network.model.layers[0].mlp.up_proj.weight.data = (
+        network.model.layers[0].mlp.up_proj.weight.data.flip(0)  # the same numbers elsewhere
+    )
+    network.save_pretrained(tmp_path / "flipped")
+    for path in Path(tiny).glob("*tok*"):
+        shutil.copy(path, tmp_path / "flipped")
+    shutil.copy(Path(tiny) / "chat_template.jinja", tmp_path / "flipped")
+    assert world(model=str(tmp_path / "flipped"), lora_rank=2) != same
+    # the rest of the folder, with the same weights
+    for name, text in {
+        "generation_config.json": '{"eos_token_id": [1, 2]}',
+        "config.json": json.dumps(
+            json.loads((Path(tiny) / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+        ),
+    }.items():
+        other = tmp_path / name
+        shutil.copytree(tiny, other)
+        (other / name).write_text(text)
+        assert world(model=str(other)) != plain
     # weights that are trained are in the checkpoint
     assert world(model=folder) == plain
 
@@ -1155,6 +1256,31 @@ def test_pickled_weights_are_weights_only(tmp_path, tiny):
     assert trap.read_text() == "it ran"  # so the trap works
 
 
+def test_code_in_a_model_is_neither_run_nor_asked_about(tmp_path, tiny, data, monkeypatch):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    trap = tmp_path / "trap"
+    (folder / "own.py").write_text(f"open({str(trap)!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # at a terminal
+    with pytest.raises(ValueError, match="contains custom code"):
+        load(model=str(folder), data=data)
+    assert not trap.exists()
+
+
+def test_weights_that_are_not_used_are_named(tmp_path, tiny, capsys):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    text_env.read_model(str(folder))
+    assert "leaves out weights such as model.layers.1.input_lay" in capsys.readouterr().err
+    text_env.read_model(tiny)
+    assert "leaves out" not in capsys.readouterr().err
+
+
 def test_where_a_model_is(tmp_path, tiny, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -1167,7 +1293,7 @@ def test_where_a_model_is(tmp_path, tiny, monkeypatch):
 
     for model in (tiny, "org/name", "gpt2", "name.of/a-model_1"):
         text_env.open_model(Opened, model)
-        assert asked.pop() == (model, {})
+        assert asked.pop() == (model, {"trust_remote_code": False})
     (tmp_path / "models").mkdir()  # so that models/none is no name of the hub
     for path in (
         "models/none",

@@ -332,7 +332,6 @@ class Config:
     def __post_init__(self):
         require(self.regularizer in ("anchor", "bonus", "none"), "--regularizer: see --help")
         require(self.algorithm in ("dr_grpo", "grpo"), "--algorithm: see --help")
-        require(self.mini_batches <= self.prompts, "--mini-batches: at most --prompts")
         may_be_0 = ["steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps"]
         may_be_0 += [field.name for field in dataclasses.fields(self) if field.default == 0]
         for name, value in vars(self).items():
@@ -340,6 +339,8 @@ class Config:
             high = 1 if name in ("top_p", "peak_quantile", "clip_low") else 1e9
             rule = f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}"
             require(isinstance(value, str) or low <= value <= high, rule)
+        rule = f"--mini-batches {self.mini_batches}: must be at most --prompts"
+        require(self.mini_batches <= self.prompts, rule)
 
 
 # ---------------------------------------------------------------------------------- 3. sampler

@@ -165,7 +165,7 @@ FITS = {  # function -> arguments that it accepts
         "mask": TWO["mask"],
         "max_tokens": 3,
     },
-    siren.siren_loss: TWO | {"policy": torch.zeros(()), "anchor": 1.0, "beta": 0.2},
+    siren.siren_loss: TWO | {"loss": torch.zeros(()), "anchor": 1.0, "beta": 0.2},
 }
 NO_BOOL = {"mask": torch.ones(2, 3)}
 ONE_COLUMN = {"mask": torch.ones(2, 1).bool()}

@@ -311,7 +311,7 @@ def test_the_report(tmp_path):
         "4 tokens of the first step: 50% have H' = 0, 50% are peaks; |V_p| has median 2"
         in text
     )
-    assert "99th percentile 90; 25.0% have more than the 64 tokens" in text
+    assert "99th percentile 90; 25.0% have more than 64 tokens" in text
     assert (
         "| dr_grpo, seed 1 | 0.62 | - | 0.25 | - | 0.25 |" in text
     )  # 5 of 8, 1 of 4; 3 of 12 cut

@@ -279,6 +279,7 @@ def stats_in_chunks(hidden, head, tokens, top_p, temperature, chunk=0):
     module, [N] -> [N] each. The logits must be the output of the head and nothing more."""
 
     def stats_of(hidden, tokens):
+        """token_stats of a chunk."""
         return token_stats(head(hidden), tokens, top_p, temperature)
 
     # 2 million logits fit the cache of a CPU, 64 million keep a GPU busy
@@ -351,9 +352,11 @@ class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
     text_env.py uses it, to find models whose sampler and new pass disagree."""
 
     def rows(self, index):
+        """A part of it, such as a mini-batch."""
         return Rollout(*(tensor[index] for tensor in self))
 
     def responses(self):
+        """The token ids of each response, without padding."""
         return [ids[mask].tolist() for ids, mask in zip(self.tokens, self.mask)]
 
 
@@ -383,7 +386,8 @@ def sample(model, task, problems, cfg, key, samples, temperature):
     prompts = [torch.tensor(problem.prompt) for problem in problems for _ in range(samples)]
     eos = torch.tensor(task.eos_ids, device=model.device)
 
-    def padded(rows, value):  # [B, P + max_tokens]: room for the responses is on the right
+    def padded(rows, value):
+        """[B, P + max_tokens]: padding on the left, room for the responses on the right."""
         left = torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side="left")
         return torch.nn.functional.pad(left, (0, cfg.max_tokens), value=value).to(eos.device)
 
@@ -631,7 +635,7 @@ class Run:
                 getattr(self.cfg, name) == old, f"--resume: --{name} was {old}; leave it out"
             )
         same = saved["world"] == getattr(self.task, "fingerprint", None)
-        require(same, "--resume: the data or the frozen weights are not those of the run")
+        require(same, "--resume: the data or the model is not that of the run")
         self.model.load_state_dict(saved["model"], strict=False)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.anchor = saved["anchor"]
@@ -733,6 +737,8 @@ def main(argv=None):
         if rest:  # flags of the task: --vocab 96 --slip=.1 -> toy_env:vocab=96,slip=.1
             words = re.split(r"(?:^| )--([\w-]+)[= ]", " ".join(rest))  # "", name, value, ...
             require(words[0] == "" and len(words) > 2, f"{' '.join(rest)}: see --help")
+            one = not re.search(r",\w+=", " ".join(words[2::2]))  # it would be another flag
+            require(one, f"{' '.join(rest)}: no comma may stand before a name and =")
             pairs = [f"{k.replace('-', '_')}={x}" for k, x in zip(words[1::2], words[2::2])]
             task = flags.get("task", "text_env" if "model" in words else Config.task)
             flags["task"] = f"{task}{',' if ':' in task else ':'}{','.join(pairs)}"

@@ -146,7 +146,15 @@ EQUIVALENT = {
     ],
     "of one column the first is the last": [
         "token_stats: log_pi.gather(-1, tokens[..., None])[..., 0]"
-        " -> log_pi.gather(-1, tokens[..., None])[..., -1]"
+        " -> log_pi.gather(-1, tokens[..., None])[..., -1]",
+        "sample: tokens[:, 0] -> tokens[:, -1]",
+        "sample: log_pi.gather(1, tokens)[:, 0] -> log_pi.gather(1, tokens)[:, -1]",
+        "sample: (~torch.isin(tokens[:, 0], eos)).nonzero()[:, 0]"
+        " -> (~torch.isin(tokens[:, 0], eos)).nonzero()[:, -1]",
+    ],
+    "of two dimensions the second is the last": [
+        "sample: (logits / temperature).log_softmax(-1)"
+        " -> (logits / temperature).log_softmax(1)"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
         "peak_mask: quantile * last.cpu().double() -> quantile * last.cpu()",

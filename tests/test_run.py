@@ -274,7 +274,7 @@ def test_a_checkpoint_is_of_the_data_and_the_frozen_weights_that_the_task_has(
     assert run(tmp_path, resume=True, steps=2)[-1]["step"] == 2
     monkeypatch.setattr(toy_env.ToyWorld, "fingerprint", "another")
     code, _, lines = command("--resume", f"--out={tmp_path}", "--steps=3")
-    assert code == 2 and len(lines) == 1 and "are not those of the run" in lines[0]
+    assert code == 2 and len(lines) == 1 and "is not that of the run" in lines[0]
 
 
 def test_bad_input_found_late_leaves_the_folder_free(tmp_path):
@@ -462,6 +462,10 @@ def test_options_of_the_task_arrive_as_they_were_written(tmp_path, monkeypatch):
         code, _, lines = command(f"--out={tmp_path}", *flags)
         assert code == 2 and "enough" in lines[0], lines
         assert given.pop() == expected
+    for flags in (["--prompt", "{question},split=test"], ["--vocab=300,slip=0"]):
+        code, _, lines = command(f"--out={tmp_path}", *flags)  # a value that sets another flag
+        assert code == 2 and "no comma may stand before a name and =" in lines[0], lines
+        assert not given
 
 
 def test_resume_takes_its_flags_from_the_run(tmp_path, monkeypatch):

@@ -1374,13 +1374,13 @@ def test_resuming_in_another_world_is_refused(tmp_path, tiny, capsys):
     write_lines(tmp_path / "a.jsonl", *({**row, "answer": "7"} for row in sums(30)))
     capsys.readouterr()
     said = run(capsys, "--resume", *out, "--steps", "2")
-    assert "the data or the frozen weights are not those of the run" in said
+    assert "the data or the model is not that of the run" in said
     write_lines(tmp_path / "a.jsonl", *sums(30))
     network = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         network.lm_head.weight.mul_(1.5)
     network.save_pretrained(folder)
-    assert "the frozen weights are not" in run(capsys, "--resume", *out, "--steps", "2")
+    assert "the model is not that of" in run(capsys, "--resume", *out, "--steps", "2")
     shutil.copy(Path(tiny) / "model.safetensors", folder)
     assert command("--resume", *out, "--steps", "2") == 0
 

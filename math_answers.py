@@ -1,9 +1,4 @@
-r"""Which answers are right: the exact rule, and equality by algebra (docs/verifier.md).
-No text is ever run as code.
-
-    equal("0.50", r"\frac{1}{2}")                # True: they are the same number
-    Grader().equal(r"2\sqrt{2}", r"\sqrt{8}")    # True by algebra; pip install math-verify
-"""
+"""Which answers are right: the exact rule, and equality by algebra (docs/verifier.md)."""
 
 import functools
 import re
@@ -16,10 +11,11 @@ from fractions import Fraction
 from subprocess import DEVNULL, PIPE, Popen
 
 # ------------------------------------------------------------------- 1. where is the answer?
+CUT_OFF = "[cut off]"  # stands behind a response that never ended
 AFTER = r"(?=\s*(?:\Z|\n|\$|\\[)\]]|[.,;:!?](?:\s|\$|\Z)))"  # what may follow \boxed 5
 BARE_BOX = re.compile(r"\\boxed(?:\s*([0-9]|\\[A-Za-z]+)|\s+([A-Za-z]))" + AFTER)
 SIGN = r"(?:(?<![0-9)])(?<![0-9)] )[-\u2212\u2013] ?(?:\\?\$)?)?"  # not that of a subtraction
-LAST_NUMBER = SIGN + r"(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?"
+LAST_NUMBER = "(?a)" + SIGN + r"(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?"
 
 
 def plain_boxes(text):
@@ -28,12 +24,13 @@ def plain_boxes(text):
 
 
 def last_number(text):
-    """The last number of a text, for models that don't box their answer, or None."""
-    return (re.findall("(?a)" + LAST_NUMBER, text) or [None])[-1]
+    """The last number of a text, for models that don't box their answer. None: it has none."""
+    numbers = [] if text.endswith(CUT_OFF) else re.findall(LAST_NUMBER, text)
+    return numbers[-1] if numbers else None
 
 
 # ------------------------------------------------------------------------- 2. the exact rule
-MAX_ANSWER = 200  # characters; a longer answer is compared as it stands
+MAX_CHARS = 200  # a longer answer is compared as it stands
 SAME = r"""\le ≤ \leq \leqslant | \ge ≥ \geq \geqslant | \ne ≠ \neq | \cdot · \times × |
 \emptyset ∅ \varnothing | \infty ∞ | \pi π | \{ \lbrace | \} \rbrace | \sqrt √ | \cup ∪ |
 \frac \dfrac \tfrac \cfrac | / \div ÷ | pmatrix bmatrix | : \colon | \% % percent | - − – |
@@ -85,7 +82,7 @@ def latex(text):
 
 def normalize(answer):
     """What equal answers have in common: an exact number (Fraction), or else a text."""
-    if len(answer) > MAX_ANSWER:
+    if len(answer) > MAX_CHARS:
         return answer.strip()
     text = latex(answer)
     for pattern, to in RULES * 3:
@@ -116,10 +113,8 @@ SPACE = r"([0-9,] (?=[0-9])|[A-Za-z]{2} (?=[A-Za-z])|[A-Za-z] (?=[A-Za-z]{2}))| 
 
 def is_loose(given, answer):
     """Would math-verify be too generous here? The table of docs/verifier.md says how."""
-    words = []  # of both, alike in singular and plural
-    for text in (given, answer):
-        found = " ".join(part for parts in re.findall(WORD, text) for part in parts).lower()
-        words.append({word.rstrip("es") for word in found.split()})
+    found = [" ".join(map(" ".join, re.findall(WORD, text))) for text in (given, answer)]
+    words = [{w.rstrip("es") for w in text.lower().split()} for text in found]  # plural or not
     units = words[0] != words[1] if all(words) else any(map(AMOUNT.match, words[0] | words[1]))
     numbers = {type(normalize(given)), type(normalize(answer))} == {Fraction}
     marks = MARK.findall(given) != MARK.findall(answer) or not (given + answer).isascii()
@@ -129,7 +124,7 @@ def is_loose(given, answer):
 
 
 class Grader:
-    """math-verify in a process of its own, started when first needed. Safe from threads."""
+    """math-verify (pip install math-verify) in its own process. It is safe from threads."""
 
     def __init__(self, seconds=3.0):  # for one question; most need about 0.01
         self.seconds = seconds
@@ -159,12 +154,6 @@ class Grader:
         self.spent = 0.0
         return {"verify_timeouts": late}
 
-    def close(self):
-        """End the process; the next question starts another."""
-        if self._process:
-            self._process.kill()
-            self._process.communicate()
-
     def _ask(self, given, answer):
         """math-verify's verdict; None if the process had to end."""
         if self._process is None or self._process.poll() is not None:
@@ -180,7 +169,7 @@ class Grader:
         seconds = time.monotonic() - start
         self.spent += 0 if reply and seconds < 1 else max(seconds, 1)
         if not reply:
-            self.close()
+            self._process.communicate()  # it has ended
         return reply == "True\n" if reply else None
 
 
@@ -198,9 +187,8 @@ def serve(seconds):
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         given, answer = map(read, line.split("\t"))
-        verdict = verify(answer, given, timeout_seconds=None)
+        print(verify(answer, given, timeout_seconds=None), flush=True)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(verdict, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ r"""Questions for a pretrained language model, as a task of siren.py.
 
 A line of a data file is {"question": "What is 9 plus 8?", "answer": "17"}. The model reads the
 question in its chat template, with PROMPT around it, and is rewarded for a response such as
-"9 + 8 = 17, so the answer is \boxed{17}." (docs/verifier.md says what is right). A question
-may be the messages of a chat, and an answer a number. Of an answer, its one \boxed{} counts,
-or what follows its ####, if it has one.
+"9 + 8 = 17, so the answer is \boxed{17}." More on answers is in docs/verifier.md.
 """
 
 import hashlib
@@ -21,19 +19,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
+from importlib import import_module
 from itertools import chain, count, cycle, groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import has_file
+import transformers
 
 import siren
-from math_answers import MAX_ANSWER, Grader, equal, last_number, normalize, plain_boxes
+from math_answers import CUT_OFF, MAX_CHARS, Grader, equal, last_number, normalize, plain_boxes
 from siren import require
 
 # -------------------------------------------------------------------------------- 1. options
@@ -97,14 +92,10 @@ def read_rows(spec, *keys):
     with one_line(name, f"give {DATA_FORMS}"):
         path = Path(name.removeprefix("hub:")).expanduser()
         if name.startswith("hub:"):
-            from datasets import load_dataset
-
-            path, config, split = (*str(path).split(":", 2), "", "")[:3]
-            raws = load_dataset(path, config or None, split=split)
+            path, config, split = str(path).split(":", 2)
+            raws = import_module("datasets").load_dataset(path, config or None, split=split)
         elif name.endswith(".parquet"):
-            from pyarrow import parquet
-
-            raws = parquet.read_table(path).to_pylist()
+            raws = import_module("pyarrow.parquet").read_table(path).to_pylist()
         else:
             raws = path.read_bytes().splitlines()
     rows = [read_row(raw, f"{name}:{i}", *keys) for i, raw in enumerate(raws, 1)]
@@ -117,8 +108,7 @@ def read_row(raw, where, question_key="question", answer_key="answer"):
     """The Row of a line of JSON or of a dictionary. An answer is never changed silently."""
     with one_line(where, f'expected {{"{question_key}": "...", "{answer_key}": "..."}}'):
         if isinstance(raw, bytes):
-            how = {"parse_float": Decimal, "object_pairs_hook": no_twins}
-            raw = json.loads(raw.decode("utf-8-sig"), **how)
+            raw = json.loads(raw, parse_float=Decimal, object_pairs_hook=no_twins)
         question = column(raw, question_key)
         answer = column(raw, answer_key)
         if type(answer) in (int, float, Decimal):
@@ -157,14 +147,13 @@ def column(row, key):
 
 def keep(rows, fits, most, what):
     """The rows that fit. A larger share of others than `most` is an error."""
-    good = [row for row in rows if fits(row)]
     bad = [row for row in rows if not fits(row)]
     shown = "; ".join(f"{row.where} {row.answer[:40]!r}" for row in bad[:3])
     text = f"{len(bad)} of {len(rows)} {what}: {shown}"
     require(len(bad) <= most * len(rows), text)
     if bad:
         say(f"left out: {text}")
-    return good
+    return [row for row in rows if fits(row)]
 
 
 def matchable(rows, name, equal=equal):
@@ -174,16 +163,13 @@ def matchable(rows, name, equal=equal):
         right = siren.verify(f"\\boxed{{{row.answer}}}", row.answer, None, equal)
         words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", row.answer)
         prose = len(words) > (2 if "\n" in row.answer else 12) or "\\boxed" in row.answer
-        return right and not prose and len(row.answer) <= MAX_ANSWER
+        return right and not prose and len(row.answer) <= MAX_CHARS
 
     what = f"answers of {name} can't be matched: prose, or boxes or braces that don't match"
     return keep(rows, fits, 0.01, what)
 
 
 # ---------------------------------------------------------- 3. the task: prompts and verifier
-CUT_OFF = "[cut off]"  # what decode writes after a response that never ended
-
-
 class TextTask:
     """The questions, the answers and the model that learns to answer: a task of siren.Run."""
 
@@ -191,13 +177,14 @@ class TextTask:
         self.cfg = cfg
         self.options = options = read_options(options, cfg.lr)
         self.normalize = normalize
+        self.find_answer = last_number if options.answer_form == "last-number" else None
         exact = SimpleNamespace(equal=equal, metrics=dict)
         self.grader = Grader() if options.verifier == "math" else exact
         self.equal = self.grader.equal
         self.equal("2(a+b)", "2a+2b")  # an error if math-verify is not installed
-        self.config = open_model(AutoConfig, options.model).get_text_config()
+        self.config = open_model(transformers.AutoConfig, options.model).get_text_config()
         how = {"clean_up_tokenization_spaces": False}
-        self.tokenizer = open_model(AutoTokenizer, options.model, **how)
+        self.tokenizer = open_model(transformers.AutoTokenizer, options.model, **how)
         self._check_tokens()
         rows = self._read("data")
         tenth = rows[-max(1, len(rows) // 10) :]
@@ -214,8 +201,8 @@ class TextTask:
         """Find the tokens that end a response; refuse ids that the model does not have."""
         model = self.options.model
         sources = [self.config, self.tokenizer]
-        if has_file(self.tokenizer.name_or_path, "generation_config.json"):
-            sources.append(open_model(GenerationConfig, model))
+        if transformers.utils.has_file(self.tokenizer.name_or_path, "generation_config.json"):
+            sources.append(open_model(transformers.GenerationConfig, model))
         ends = [getattr(source, "eos_token_id", None) for source in sources]
         ends = {i for ids in ends for i in (ids if isinstance(ids, list) else [ids])} - {None}
         vocab = self.config.vocab_size
@@ -252,14 +239,15 @@ class TextTask:
         chat = question if isinstance(question, list) else [{"role": "user", "content": text}]
         if chat is not question and not self.tokenizer.chat_template:
             return self.tokenizer(text).input_ids
-        template = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"  # also tomorrow
-        template += self.tokenizer.get_chat_template()
-        how = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
-        return self.tokenizer.apply_chat_template(chat, **how)
+        date = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"  # also tomorrow
+        how = {
+            "chat_template": date + self.tokenizer.get_chat_template(),
+            "return_dict": False,
+        }
+        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, **how)
 
     def train_problems(self, n, key):
-        """n training problems, decided by n and key. Steps 1, 2, ... (the keys seed/1, seed/2,
-        ...) walk through all problems in a random order, a new one for each epoch."""
+        """n training problems: keys seed/1, seed/2, ... walk through all, in random orders."""
         seed, _, step = key.rpartition("/")
         start = n * (int(step) - 1 if step.isdecimal() else 0)  # problems before this step
         size = len(self._train)
@@ -293,17 +281,11 @@ class TextTask:
         return network
 
     def decode(self, ids):
-        """The text of a response (token ids), without the token that ends it. Special tokens
-        elsewhere leave a sign: without it, 4 and 2 around one of them would become 42."""
+        """A response's text. A special token leaves a sign: 4 and 2 around it aren't 42."""
         ended = ids[-1] in self.eos_ids
         parts = groupby(ids[:-1] if ended else ids, self._with_text.__contains__)
         texts = [self.tokenizer.decode([*part]) if ok else "\ufffd" for ok, part in parts]
         return plain_boxes("".join(texts) + ("" if ended else CUT_OFF))
-
-    def find_answer(self, text):
-        """The last number of a text, if that may be the answer and was not cut off."""
-        boxed = self.options.answer_form == "boxed"
-        return None if boxed or text.endswith(CUT_OFF) else last_number(text)
 
     def metrics(self, responses):
         """The epoch; with math-verify, the answers that were too slow, and so are wrong."""
@@ -324,7 +306,7 @@ def open_model(what, model, **options):
 def read_model(model, dtype="float32"):
     """A causal language model with the weights of its files; no code in them is run."""
     how = {"dtype": getattr(torch, dtype), "output_loading_info": True, "weights_only": True}
-    network, info = open_model(AutoModelForCausalLM, model, **how)
+    network, info = open_model(transformers.AutoModelForCausalLM, model, **how)
     bad = [f"no weights for {name}" for name in sorted(info["missing_keys"])]
     for name, weight in network.named_parameters():
         bad += [] if weight.isfinite().all() else [f"weights that are not finite, in {name}"]
@@ -337,32 +319,28 @@ def read_model(model, dtype="float32"):
 def add_lora(network, rank, seed):
     """Freeze the weights; add trainable float32 adapters to all linear layers but the head."""
     with one_line(f"lora_rank={rank}", "pip install peft"):
-        from peft import LoraConfig
-        from peft.tuners.tuners_utils import cast_adapter_dtype
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        peft = import_module("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.default_generator.manual_seed(seed)
         network.add_adapter(config)  # no PeftModel around it: that would hide base_model
-    cast_adapter_dtype(network, "default")
+    peft.tuners.tuners_utils.cast_adapter_dtype(network, "default")
     # of a slice, such as the sampler's last position, some processors copy a bfloat16 head
-    head = network.get_output_embeddings()
-    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    network.get_output_embeddings().register_forward_pre_hook(lambda _, x: x[0].contiguous())
 
 
 def recompute_layers(network):
-    """Keep only the input of each layer for the backward pass. The switch in transformers
-    needs training mode, and its dropout would change the policy."""
-    layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    """Keep only each layer's input. (transformers' switch needs training mode, so dropout.)"""
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    layers = [m for m in network.modules() if isinstance(m, kind)]
     require(layers, f"recompute=true: {type(network).__name__} has no layers for it")
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for m in layers:
+        m.forward = partial(torch.utils.checkpoint.checkpoint, m.forward, use_reentrant=False)
 
 
 # ------------------------------------------------ 5. the cache, and a prompt that is read once
 def adapt_cache(network, args, inputs):
     """A forward hook for models that take another cache than the sampler's."""
-    inputs = dict(inputs)
     cache = inputs.pop("past_key_values", None)
     if cache and network.config.model_type == "minimax":  # in a class of its own
         own = sys.modules[type(network).__module__].MiniMaxCache()
@@ -410,14 +388,8 @@ def read_prompts_once(network, rollout):
 
 
 # ------------------------------------------------------------------ 6. tried before training
-# nats by which log-probabilities may differ, in the mean over tokens, and if prompts are read
-# once; bfloat16 keeps 8 bits of a number
-MOST = {torch.float32: (1e-3, 1e-5), torch.bfloat16: (0.15, 0.15)}
-
-
 def try_model(network, model, prompts, cfg):
-    """Before any training: refuse a model that can't be trained right, and let it read each
-    prompt once for all of its responses if that gives the same numbers."""
+    """Refuse a model that can't be trained right; let it read prompts once where it can."""
     if network.base_model is network:  # Llama 4 names a part that it does not have
         network.base_model_prefix = "model"
     if network.config.model_type in ("minimax", "mamba", "mamba2", "falcon_mamba"):
@@ -434,16 +406,15 @@ def try_model(network, model, prompts, cfg):
     few = min(6, cfg.max_tokens)
     text = [*islice(cycle(chain.from_iterable(prompts)), longest - few)]
     name = f"model={model}: a {type(network).__name__}"
-    with one_line(f"{name} can't be sampled and scored", "take another, such as Qwen"):
+    # nats by which log-probabilities may differ in the mean, and if prompts are read once
+    most, most_once = (0.15, 0.15) if network.dtype == torch.bfloat16 else (1e-3, 1e-5)
+    with one_line(f"{name} can't be trained", "take another, such as Qwen"):
         gaps = gaps_of(network, text, few, cfg)
-    most, most_once = MOST[network.dtype]
-    layers = DynamicCache(config=network.config).layers
-    plain = all(type(layer) is DynamicLayer for layer in layers)  # no windows, no states
-    once = gaps.pop("once") <= most_once and plain
-    for what, gap in gaps.items():
-        rule = f"{what} differ by {gap:.3g} nats; take another, such as Qwen"
-        require(gap <= most, f"{name} can't be trained: {rule}")
-    if once:
+        once = gaps.pop("once")
+        for what, gap in gaps.items():
+            require(gap <= most, f"{what} differ by {gap:.3g} nats")
+    layers = {type(x) for x in transformers.DynamicCache(config=network.config).layers}
+    if once <= most_once and layers <= {transformers.cache_utils.DynamicLayer}:
         network.read_rollout = partial(read_prompts_once, network)
     else:
         say(f"{name} reads a prompt again for each response: it has windows, states or biases")
@@ -452,17 +423,15 @@ def try_model(network, model, prompts, cfg):
 @torch.no_grad()
 def gaps_of(network, text, few, cfg):
     """Differences, in nats, that must be 0, in `few` tokens drawn after parts of a text (token
-    ids). A soft cap or a scale behind the head is one, since siren.py calls the head alone."""
-    cfg = replace(cfg, sample_batch=6, micro_batch_size=min(2, cfg.micro_batch_size))
-    cfg = replace(cfg, max_tokens=few, temperature=2.0)  # at 1 many are certain: no gaps
+    ids), at the temperature 2: at 1 many tokens are certain, and show no gaps."""
+    cfg = replace(cfg, micro_batch_size=ROW, max_tokens=few, temperature=2.0)
     problems = [SimpleNamespace(prompt=text[: len(text) * i // 3 or 1]) for i in (1, 2, 3)]
     task = SimpleNamespace(pad_id=text[0], eos_ids=[-1])
     rollout = siren.sample(network, task, problems, cfg, "try", 2, cfg.temperature)
     logp = siren.score(network, rollout, cfg)["logp"]
-    n = len(problems[0].prompt)
-    alone = rollout.rows(slice(1))
-    alone = alone._replace(prompt=alone.prompt[:, -n:], prompt_mask=alone.prompt_mask[:, -n:])
-    ids = alone.prompt[:, -few:]
+    prompt = rollout.prompt[:1, -len(problems[0].prompt) :]  # without padding
+    alone = rollout.rows(slice(1))._replace(prompt=prompt, prompt_mask=prompt >= 0)
+    ids = prompt[:, -few:]  # siren.py calls the head alone, without a soft cap behind it
     logits = network.get_output_embeddings()(network.base_model(ids).last_hidden_state)
     gaps = {
         "its logits and its head's": (network(ids).logits - logits).abs().max(),
@@ -473,7 +442,6 @@ def gaps_of(network, text, few, cfg):
     last = torch.arange(-2, 0).repeat(1 + ROW // (2 * few))  # a full row
     network.read_rollout = partial(read_prompts_once, network)
     with suppress(Exception):  # then each response is read with its prompt
-        cfg = replace(cfg, micro_batch_size=len(last))
         gaps["once"] = siren.score(network, rollout.rows(last), cfg)["logp"] - logp[last]
     del network.read_rollout
     return {what: gap.abs().mean().item() for what, gap in gaps.items()}

@@ -42,9 +42,7 @@ def count(pairs: Sequence[dict], equal: Callable[[str, str], bool]) -> Counter:
 
 def table(pairs: Sequence[dict]) -> str:
     """The table in Markdown, a row per kind and one for the sum."""
-    grader = Grader()
-    both = [count(pairs, text_env.equal), count(pairs, grader.equal)]
-    grader.close()
+    both = [count(pairs, text_env.equal), count(pairs, Grader().equal)]
     heads = (
         "kind | pairs (right) | exact: false accepts | rejects | math: false accepts | rejects"
     )

@@ -213,9 +213,9 @@ def test_fractions_compare_by_value(n, d, k):
 
 
 def test_long_answers_are_compared_as_they_stand_and_not_kept():
-    for length in (text_env.MAX_ANSWER - 1, text_env.MAX_ANSWER):
+    for length in (text_env.MAX_CHARS - 1, text_env.MAX_CHARS):
         assert verify(rf"\boxed{{+{'1' * length}}}", "1" * length) is (
-            length < text_env.MAX_ANSWER
+            length < text_env.MAX_CHARS
         )
     assert verify(rf"\boxed{{ {'1' * 999} }}", "1" * 999) is True
     tracemalloc.start()

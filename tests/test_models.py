@@ -209,7 +209,9 @@ def test_whatever_a_model_raises_is_one_line():
         raise KeyError("no\nsuch layer")
 
     model.base_model.register_forward_pre_hook(fail)
-    with pytest.raises(ValueError, match="m: a Qwen2ForCausalLM can't be sampled") as error:
+    with pytest.raises(
+        ValueError, match="m: a Qwen2ForCausalLM can't be trained: 'no"
+    ) as error:
         try_model(model)
     assert "\n" not in str(error.value)
 
@@ -257,7 +259,7 @@ def test_positions_that_change_beyond_a_limit(kind):
     # why: what the cache holds is no longer what a new pass computes
     del model.read_rollout
     gaps = text_env.gaps_of(model, [5, 6, 7, 8, 9, 10, 11] * 2, 6, CFG)
-    assert gaps["sampling and scoring"] > text_env.MOST[torch.float32][0]
+    assert gaps["sampling and scoring"] > 1e-3  # what text_env allows
 
 
 # ------------------------------------------------------------------------ prompts read once

@@ -153,9 +153,9 @@ def test_a_megabyte(text, size):
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
 def test_the_longest_answers_that_are_read(text):
-    """Up to MAX_ANSWER characters an answer is parsed; the slowest patterns are as long."""
+    """Up to MAX_CHARS characters an answer is parsed; the slowest patterns are as long."""
     for end in ("", "5", "}", "%", "!", "a"):
-        short = text[: text_env.MAX_ANSWER - len(end)] + end
+        short = text[: text_env.MAX_CHARS - len(end)] + end
         start = time.process_time()
         siren.normalize(short)
         text_env.normalize(short)

@@ -22,12 +22,18 @@ ROOT = Path(__file__).resolve().parents[2]
 START = 15  # seconds that starting the process may take on a busy machine
 
 
+def end(grader):
+    """Its process would end with ours."""
+    grader._process.kill()
+    grader._process.communicate()
+
+
 @pytest.fixture(scope="module")
 def grader():
     grader = Grader()
     assert grader.equal("2\\sqrt{2}", "\\sqrt{8}")  # it has started
     yield grader
-    grader.close()
+    end(grader)
 
 
 EQUAL = [
@@ -141,7 +147,7 @@ def test_a_step_has_a_budget_for_slow_answers(monkeypatch):
     task.train_problems(2, "0/1")
     assert grader.equal("2x+6", "2(x+3)")
     assert task.metrics([]) == {"epoch": 2 / 3, "verify_timeouts": 0}
-    grader.close()
+    end(grader)
 
 
 @pytest.mark.parametrize("pair", EQUAL, ids=str)
@@ -213,7 +219,7 @@ def short(tmp_path_factory):
     """A grader with half a second per question, and the empty folder its process works in."""
     folder, grader = tmp_path_factory.mktemp("traps"), Grader(seconds=0.5)
     yield grader, folder
-    grader.close()
+    end(grader)
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
@@ -242,7 +248,7 @@ def test_a_late_answer_is_wrong_and_is_counted(monkeypatch):
         assert grader.timeouts == count and grader._process.poll() is not None
     assert first.returncode == -signal.SIGALRM
     assert grader.equal("2x+4", "2(x+2)")
-    grader.close()
+    end(grader)
 
 
 def test_the_metric_counts_since_the_last_call(tmp_path):
@@ -260,7 +266,7 @@ def test_the_metric_counts_since_the_last_call(tmp_path):
 def test_a_process_that_ended_is_started_again(ending):
     grader = Grader(seconds=2)
     assert grader.equal("2x+2", "2(x+1)")
-    grader.close() if ending == "stop" else grader._process.kill()
+    end(grader) if ending == "stop" else grader._process.kill()
     if ending == "asked":  # while it ends: the question is lost, at most, and nothing raises
         right = grader.equal("2x+6", "2(x+3)")
         assert grader.timeouts == (not right)
@@ -268,8 +274,7 @@ def test_a_process_that_ended_is_started_again(ending):
         grader._process.wait()
         assert grader.equal("2x+6", "2(x+3)") and grader.timeouts == 0
     assert grader.equal("2x+8", "2(x+4)")
-    grader.close()
-    grader.close()  # the second time nothing is left to do
+    end(grader)
 
 
 def test_a_question_in_which_the_process_dies_is_a_slow_one(monkeypatch):
@@ -284,7 +289,7 @@ def test_a_question_in_which_the_process_dies_is_a_slow_one(monkeypatch):
     assert grader.spent == 1 and grader.timeouts == 1
     monkeypatch.undo()
     assert grader.equal("2x+8", "2(x+4)") and grader._process is not ended
-    grader.close()
+    end(grader)
 
 
 def test_no_process_outlives_the_run(tmp_path):

@@ -317,9 +317,10 @@ def test_a_data_set_in_a_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", ["pyarrow", "datasets"])
 def test_without_the_package_it_says_so(tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in (package, f"{package}.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
     spec = {"pyarrow": f"{tmp_path}/a.parquet", "datasets": "hub:a/b:c:d"}[package]
-    with pytest.raises(ValueError, match=f"{package} halted.*pip install datasets") as error:
+    with pytest.raises(ValueError, match=f"{package}.* halted.*pip install datasets") as error:
         text_env.read_rows(spec)
     assert str(error.value).startswith(spec) and "\n" not in str(error.value)
 

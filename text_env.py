@@ -239,11 +239,8 @@ class TextTask:
         chat = question if isinstance(question, list) else [{"role": "user", "content": text}]
         if chat is not question and not self.tokenizer.chat_template:
             return self.tokenizer(text).input_ids
-        date = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"  # also tomorrow
-        how = {
-            "chat_template": date + self.tokenizer.get_chat_template(),
-            "return_dict": False,
-        }
+        day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"  # also tomorrow
+        how = {"chat_template": day + self.tokenizer.get_chat_template(), "return_dict": False}
         return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, **how)
 
     def train_problems(self, n, key):

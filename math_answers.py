@@ -1,4 +1,5 @@
-"""Which answers are right: the exact rule, and equality by algebra (docs/verifier.md)."""
+"""Which answers are right: the exact rule, and equality by algebra (docs/verifier.md).
+No text is ever run as code."""
 
 import functools
 import re

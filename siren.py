@@ -5,7 +5,7 @@ A model that is rewarded for right answers becomes more and more certain, until 
 copies of each other: its entropy collapses. Why each part of SIREN is there:
 1. A bonus for entropy acts on the whole vocabulary, 150,000 tokens. It makes thousands of
    useless tokens likelier, and the entropy explodes. So SIREN restricts the actions: only the
-   nucleus counts, the few likely tokens; the others are left alone (top-p mask).
+   nucleus counts, the few likely tokens (top-p mask).
 2. In most places of a response there is nothing to decide. More entropy there only means
    more mistakes. So SIREN restricts the states: only the peaks count, the positions of a
    response with the highest entropy (peak-entropy mask).
@@ -23,9 +23,8 @@ A response i has n tokens; the policy pi is a distribution over the vocabulary a
     L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised
 
 L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. In the paper, p and
-tau are 0.8, so a fifth of the tokens are peaks. The current policy chooses both masks anew at
-every update; for the gradient they are constants. The masks act on the entropy alone:
-responses are sampled from the whole policy. There is no KL term.
+tau are 0.8. The current policy chooses both masks anew at every update; for the gradient they
+are constants. Responses are sampled from the whole policy. There is no KL term.
 
 The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. Before, the model
 has learned this from examples, some of which are wrong. One token is one number. An example:
@@ -34,19 +33,9 @@ has learned this from examples, some of which are wrong. One token is one number
     response    8 2 10 5 15 1 16 3 19 <eos>    reads: 8, plus 2 is 10, plus 5 is 15, ...
     choices     ^ ^    ^    ^                  reward 1, since the last number is the total
 
-No token but the marked four is a choice: a sum is given by the numbers before it, and the last
-number, here 3, is the only one left.
-
     python siren.py                      # SIREN on the toy: one to two minutes on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0 --beta .02   # it explodes
-
-What they do to a policy, as means over 16 seeds on held-out prompts that are hard. README has
-the settings of each method; maj@16 asks whether the commonest of 16 answers is right:
-
-              before     SIREN    Dr.GRPO    exploding bonus
-    H_agg       1.06      0.93       0.43               6.75
-    maj@16      0.13      0.66       0.48               0.00
 
 Shapes: B responses of at most T tokens, to prompts of at most P tokens; N response tokens in
 all; a vocabulary of V tokens, of which the K likeliest are sorted. Entropies are in nats.
@@ -56,6 +45,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import random
 import re
@@ -63,9 +53,8 @@ import sys
 import time
 from collections import Counter, namedtuple
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
-from pickle import PickleError
+from urllib.parse import parse_qsl, quote
 
 import torch
 from filelock import FileLock
@@ -88,9 +77,9 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """
     require(algorithm in ("dr_grpo", "grpo"), f"algorithm {algorithm!r}: dr_grpo or grpo")
     whole = group_size > 1 and len(rewards) % group_size == 0
-    require(whole, f"{len(rewards)} rewards: must be whole groups of {group_size}, at least 2")
     finite = rewards.is_floating_point() and rewards.isfinite().all()
-    require(finite, f"rewards are {rewards.dtype}: must be floats, and all of them finite")
+    rule = f"must be finite floats in whole groups of {group_size}, at least 2"
+    require(whole and finite, f"{len(rewards)} rewards of {rewards.dtype}: {rule}")
     groups = rewards.view(-1, group_size)
     adv = groups - groups.mean(1, keepdim=True)
     if algorithm == "grpo":
@@ -100,8 +89,7 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
 
 def nucleus(log_pi, top_p):
     """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K], sorted, the
-    likeliest token first. It is -inf outside V_p; the token with which the sum reaches p is
-    inside. With p = 1 nothing is left out, and it is log pi itself, not sorted.
+    likeliest token first, and -inf outside V_p. With p = 1 it is log pi itself, not sorted.
     >>> nucleus(torch.tensor([0.1, 0.6, 0.1, 0.2]).log(), 0.7).exp()  # 0.6 + 0.2 reach 0.7
     tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
@@ -123,10 +111,9 @@ def entropy_of(log_q):
 
 
 def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
-    """What the loss needs to know of each token: "logp", its log-probability, and
-    "nucleus_entropy", H'. Two more are only for reports and have no gradient: "entropy", H
-    over the whole vocabulary, and "nucleus_size", |V_p|. It takes logits [..., V] and the ids
-    of the tokens [...] that they predict; each result has the shape [...].
+    """What the loss needs of the tokens [...] that the logits [..., V] predict: "logp", log pi
+    of the token, and "nucleus_entropy", H'. Only for reports, without gradient: "entropy", H
+    over the whole vocabulary, and "nucleus_size", |V_p|. Each has the shape [...].
     >>> stats = token_stats(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), torch.tensor(0))
     >>> stats["nucleus_entropy"]  # 0.6 + 0.3 reach p = 0.8, so q is 2/3 and 1/3
     tensor(0.6365)
@@ -144,22 +131,19 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
 def peak_mask(entropy, mask, quantile):
     """The peak-entropy mask (the paper's Eq. 9): where a response has a real choice. entropy
     (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile is tau:
-    0.8 keeps the highest fifth, 0 switches this mask off. theta_i is the value at the place
-    tau * (n - 1) of the n sorted H', counted from 0, or at the next place if this is no whole
-    number. H' > 0 is our own condition: if theta_i is 0, every token would be a peak.
-    >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0]])  # sorted 0.0 0.1 0.5 0.9
+    0.8 keeps the highest fifth, 0 switches this mask off. H' > 0 is our own condition: if
+    theta_i is 0, every token would be a peak.
+    >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0]])  # sorted 0.0 0.1 0.5 0.9, at places 0 to 3
     >>> peak_mask(h, torch.ones(1, 4).bool(), 0.6)  # place 0.6 * 3 = 1.8, so 2: theta is 0.5
     tensor([[False,  True,  True, False]])
     """
     require(mask.dtype == torch.bool and mask.shape == entropy.shape, "mask: bool, [B, T]")
     if quantile == 0 or mask.numel() == 0:
         return mask
-    h = entropy.detach()
-    ordered = h.masked_fill(~mask, torch.inf).sort(1).values  # padding comes last
-    last = mask.sum(1, keepdim=True).clamp(min=1) - 1  # [B, 1], n - 1
-    place = (quantile * last.cpu().double() - 1e-6).ceil()  # 0.55 * 20 is 11.000000000000002
-    theta = ordered.gather(1, place.long().to(h.device))  # [B, 1], the tau-quantile
-    return mask & (h >= theta) & (h > 0)
+    h = entropy.detach().double().masked_fill(~mask, torch.nan)
+    # rounding must not lift a whole place to the next: 0.55 * 20 is 11.000000000000002
+    theta = h.nanquantile(quantile - 1e-9, 1, keepdim=True, interpolation="higher")  # [B, 1]
+    return (h >= theta) & (h > 0)
 
 
 def aggregate_entropy(entropy, peak, mask):
@@ -192,10 +176,10 @@ def policy_loss(
     tensor(-1.2000)
     """
     require(algorithm in ("dr_grpo", "grpo"), f"algorithm {algorithm!r}: dr_grpo or grpo")
-    require(max_tokens >= 1, f"max_tokens {max_tokens}: must be at least 1")
     fits = logp.shape == old_logp.shape == mask.shape and mask.dtype == torch.bool
     fits = fits and adv.shape in (mask.shape, mask.shape[:1])
     require(fits, "logp, old_logp, mask (bool): [B, T] each; adv: [B] or [B, T]")
+    require(max_tokens >= 1, f"max_tokens {max_tokens}: must be at least 1")
     adv = adv.detach() if adv.dim() == 2 else adv.detach()[:, None]  # [B, T] or [B, 1]
     log_ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(-20, 20)  # [B, T]
     ratio = log_ratio.exp()  # the clamp keeps it finite
@@ -290,7 +274,7 @@ def stats_in_chunks(hidden, head, tokens, top_p, temperature, chunk=0):
 # --------------------------------------------------------------------------------- 2. settings
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a run. Each field is a flag, and its comment is the flag's help."""
+    """The settings of a run. Each field is a flag: top_p is set by --top-p .8, for example."""
 
     task: str = "toy_env"  # module[:name=value,...] with the questions and the model
     seed: int = 0  # with the number of a step, it decides every random draw
@@ -306,9 +290,9 @@ class Config:
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
     regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
-    # Three values of the toy are not those of the paper. beta depends on max_tokens and on the
-    # task (docs/beta.md). p = 0.8 would leave out one of the five numbers that are all good at
-    # first. tau = 0.8 would keep a fifth of the tokens, but four of ten are choices
+    # The toy needs other values than the paper: beta depends on max_tokens and on the task
+    # (docs/beta.md), p = 0.8 would leave out one of five equal numbers, and with tau = 0.8 a
+    # fifth of the tokens would be peaks, but four of ten are choices
     beta: float = 0.2  # the weight of the regulariser (paper: 0.005)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
@@ -334,11 +318,11 @@ class Config:
         require(self.regularizer in ("anchor", "bonus", "none"), "--regularizer: see --help")
         require(self.algorithm in ("dr_grpo", "grpo"), "--algorithm: see --help")
         may_be_0 = ["steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps"]
-        may_be_0 += [field.name for field in dataclasses.fields(self) if field.default == 0]
-        for name, value in vars(self).items():
-            low = 0 if name in may_be_0 else 1e-12
-            high = 1 if name in ("top_p", "peak_quantile", "clip_low") else 1e9
-            rule = f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}"
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            low = 0 if field.default == 0 or field.name in may_be_0 else 1e-12
+            high = 1 if field.name in ("top_p", "peak_quantile", "clip_low") else 1e9
+            rule = f"--{field.name.replace('_', '-')} {value}: must be {low:g} to {high:g}"
             require(isinstance(value, str) or low <= value <= high, rule)
         rule = f"--mini-batches {self.mini_batches}: must be at most --prompts"
         require(self.mini_batches <= self.prompts, rule)
@@ -348,8 +332,7 @@ class Config:
 class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
     """B prompts [B, P], padded on the left, and their responses (tokens) [B, T], padded on
     the right. The masks are False in the padding; they come from positions, not from ids,
-    since pad may equal EOS. logp [B, T] is that of the tokens when they were drawn; only
-    text_env.py uses it, to find models whose sampler and new pass disagree."""
+    since pad may equal EOS. logp [B, T] is that of the tokens when they were drawn."""
 
     def rows(self, index):
         """A part of it, such as a mini-batch."""
@@ -383,25 +366,21 @@ def sample(model, task, problems, cfg, key, samples, temperature):
     from transformers import DynamicCache  # here, since the method needs only torch
 
     generator = torch.Generator(model.device).manual_seed(random.Random(key).getrandbits(63))
-    prompts = [torch.tensor(problem.prompt) for problem in problems for _ in range(samples)]
     eos = torch.tensor(task.eos_ids, device=model.device)
-
-    def padded(rows, value):
-        """[B, P + max_tokens]: padding on the left, room for the responses on the right."""
-        left = torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side="left")
-        return torch.nn.functional.pad(left, (0, cfg.max_tokens), value=value).to(eos.device)
-
-    ids = padded(prompts, task.pad_id)
-    attention_mask = padded([torch.ones_like(prompt) for prompt in prompts], 0)
-    P = ids.shape[1] - cfg.max_tokens
-    logp = torch.zeros(ids.shape, device=eos.device)
+    prompts = [problem.prompt for problem in problems for _ in range(samples)]
+    P = max(map(len, prompts))
+    ids = torch.full((len(prompts), P + cfg.max_tokens), task.pad_id, device=model.device)
+    attention_mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):  # on the left is padding, on the right room
+        ids[i, P - len(prompt) : P] = torch.tensor(prompt)
+        attention_mask[i, P - len(prompt) : P] = 1
+    logp = torch.zeros(ids.shape, device=model.device)
     size = max(1, cfg.sample_batch // samples) * samples
-    for active in torch.arange(len(ids), device=eos.device).split(size):  # rows of ids
+    for active in torch.arange(len(ids), device=model.device).split(size):  # rows of ids
         cache = DynamicCache(config=model.config)
         first = active[::samples]  # a prompt is read once; its responses share what was read
-        logits = read(model, cache, ids[first, :P], attention_mask[first, :P])
-        logits = logits.repeat_interleave(samples, 0)
         copies = torch.arange(len(active), device=model.device) // samples  # 0 0 0 1 1 1 2 ...
+        logits = read(model, cache, ids[first, :P], attention_mask[first, :P])[copies]
         cache.reorder_cache(copies)
         for t in range(P, ids.shape[1]):
             log_pi = (logits / temperature).log_softmax(-1)  # [active, V]
@@ -415,8 +394,9 @@ def sample(model, task, problems, cfg, key, samples, temperature):
             if len(goes_on) < len(active):  # what has ended leaves the batch
                 cache.reorder_cache(goes_on)
                 active = active[goes_on]
-            so_far = attention_mask[active, : t + 1]
-            logits = read(model, cache, ids[active, t : t + 1], so_far)
+            logits = read(
+                model, cache, ids[active, t : t + 1], attention_mask[active, : t + 1]
+            )
     mask = attention_mask.bool()
     end = P + mask[:, P:].any(0).sum()  # of the longest response
     return Rollout(ids[:, :P], mask[:, :P], ids[:, P:end], mask[:, P:end], logp[:, P:end])
@@ -428,21 +408,21 @@ NUMBER = re.compile(rf"[+-]?({DIGITS}(\.[0-9]+)?|[0-9]+/0*[1-9][0-9]*)")
 
 
 def extract_answer(text, find_answer=None):
-    r"""The content of the last \boxed{...}, or None if its brace is never closed. Without a
+    r"""The content of the last outermost \boxed{...}, or None if it is never closed. Without a
     box: what find_answer, the task's own rule, finds in the text.
-
     >>> extract_answer(r"so \boxed{3}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
     start = None  # of the last box
     depth = 0  # how many braces are open in it
-    for found in re.finditer(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", text):
-        kind = found.lastgroup  # None for \{ and \}, which are no braces
-        if kind == "box" and depth == 0:
+    for found in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text):  # \{ and \} are no braces
+        word = found[0]
+        box = word.startswith(r"\boxed")
+        if box and depth == 0:  # it stands in no other box
             start = found.end()
-        if kind == "box" or (kind == "open" and depth > 0):
+        if box or (word == "{" and depth > 0):
             depth += 1
-        if kind == "close" and depth > 0:
+        if word == "}" and depth > 0:
             depth -= 1
             end = found.start()
     if start is None:
@@ -452,7 +432,6 @@ def extract_answer(text, find_answer=None):
 
 def normalize(answer):
     """An exact number (2.50, 1,234 or 1/2), or else the text itself.
-
     >>> normalize(" -1,234.50"), normalize("2/4"), normalize("x + 1")
     (Fraction(-2469, 2), Fraction(1, 2), 'x + 1')
     """
@@ -483,21 +462,23 @@ def forward(model, rollout):
     return hidden[:, rollout.prompt.shape[1] - 1 : -1]  # position t predicts token t + 1
 
 
-def score_part(model, cfg, *rollout):
+def score_part(model, rollout, cfg):
     """token_stats of responses under the model as it is now: [B, T] each, 0 in padding."""
-    part = Rollout(*rollout)
-    hidden = forward(model, part)[part.mask]  # [N, D], without padding
+    mask = rollout.mask
+    hidden = forward(model, rollout)[mask]  # [N, D], without padding
     head = model.get_output_embeddings()
-    tokens = part.tokens[part.mask]  # [N]
+    tokens = rollout.tokens[mask]  # [N]
     # the same as token_stats(head(hidden), tokens, cfg.top_p, cfg.temperature)
     stats = stats_in_chunks(hidden, head, tokens, cfg.top_p, cfg.temperature, cfg.chunk)
-    zeros = torch.zeros_like(part.logp)
-    return {k: zeros.to(x.dtype).masked_scatter(part.mask, x) for k, x in stats.items()}
+    zeros = torch.zeros_like(rollout.logp)
+    return {k: zeros.to(x.dtype).masked_scatter(mask, x) for k, x in stats.items()}
 
 
 def score(model, rollout, cfg):
     """The same of a rollout of any size, one micro-batch at a time."""
-    return in_parts(partial(score_part, model, cfg), cfg.micro_batch_size, *rollout)
+    return in_parts(
+        lambda *part: score_part(model, Rollout(*part), cfg), cfg.micro_batch_size, *rollout
+    )
 
 
 def update(run, rollout, old_logp, adv):
@@ -541,8 +522,7 @@ def training_step(run, step):
         old = score(run.model, rollout, cfg)  # [B, T] each
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
-    if run.anchor == 0:
-        run.anchor = h_agg  # H*: of the whole first batch, before any update
+    run.anchor = run.anchor or h_agg  # H*: of the whole first batch, before any update
     # 4. update: once for each mini-batch of whole groups, in random order
     run.optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
     order = list(range(cfg.prompts))
@@ -610,9 +590,8 @@ class Run:
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
         free = resume or not (self.folder / "checkpoint.pt").exists()
         require(free, f"--out {self.folder}: holds a run; add --resume, or name another --out")
-        # toy_env:vocab=96,slip=.1 -> "toy_env", "vocab=96", "slip=.1"
-        module, *options = re.split(r"[:,](?=\w+=)", cfg.task)
-        options = dict(option.split("=", 1) for option in options)
+        module, _, options = cfg.task.partition(":")  # toy_env:vocab=96,slip=.1
+        options = dict(parse_qsl(options, keep_blank_values=True, separator=","))
         try:
             self.task = importlib.import_module(module).load(cfg, **options)
         except (AttributeError, ImportError, TypeError) as error:
@@ -620,26 +599,12 @@ class Run:
         self.heldout = self.task.heldout(cfg.eval_prompts)  # name -> problems
         self.model = self.task.build_model().to(cfg.device).eval()  # eval: without dropout
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        options = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "fused": True}
+        options = {"weight_decay": cfg.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.weights, **options)
         self.anchor = cfg.anchor  # H*; 0 until the first batch has been scored
         self.records = []  # the metrics of each step; step 0 is an evaluation alone
         if resume:
             self.restore(load_checkpoint(self.folder))
-
-    def restore(self, saved):
-        """Go on from a checkpoint, in the same world and with the same settings."""
-        for name in vars(self.cfg).keys() - MUTABLE:
-            old = saved["config"][name]
-            require(
-                getattr(self.cfg, name) == old, f"--resume: --{name} was {old}; leave it out"
-            )
-        same = saved["world"] == getattr(self.task, "fingerprint", None)
-        require(same, "--resume: the data or the model is not that of the run")
-        self.model.load_state_dict(saved["model"], strict=False)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.anchor = saved["anchor"]
-        self.records = saved["records"]
 
     def save(self):
         """Write the checkpoint, whole or not at all, whenever the process is killed."""
@@ -652,6 +617,19 @@ class Run:
         with open(part, "ab") as file:
             file.write(hashlib.sha256(part.read_bytes()).digest())
         part.replace(self.folder / "checkpoint.pt")
+
+    def restore(self, saved):
+        """Go on from a checkpoint, in the same world and with the same settings."""
+        for name in vars(self.cfg).keys() - MUTABLE:
+            old = saved["config"][name]
+            same = getattr(self.cfg, name) == old
+            require(same, f"--resume: --{name} was {old}; leave it out")
+        same = saved["world"] == getattr(self.task, "fingerprint", None)
+        require(same, "--resume: the data or the model is not that of the run")
+        self.model.load_state_dict(saved["model"], strict=False)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.anchor = saved["anchor"]
+        self.records = saved["records"]
 
 
 def folder_of(cfg):
@@ -717,44 +695,44 @@ def report(records):
 
 
 def main(argv=None):
-    """The command: the fields of Config are its flags, and others belong to the task. It exits
-    with 0: done, 1: stopped by an error, 2: bad input, or 130: Ctrl-C."""
-    parser = argparse.ArgumentParser("siren.py", usage=argparse.SUPPRESS, allow_abbrev=False)
+    """The command. A flag that is no field of Config belongs to the task. It exits with 0:
+    done, 1: stopped by an error, 2: bad input, or 130: Ctrl-C."""
+    fields = inspect.getsource(Config).partition("\n    def")[0]
+    parser = argparse.ArgumentParser("siren.py", argparse.SUPPRESS, fields, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    # the help for a flag is the comment behind its field in Config
-    comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", Path(__file__).read_text(), re.M))
     for field in dataclasses.fields(Config):
-        words = f"{comments[field.name]} [{field.default}]"
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, help=words)
+        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS)
     given, rest = parser.parse_known_args(argv)
     flags = vars(given)
     resume = flags.pop("resume")
-    expected = (AssertionError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
-    expected += (PickleError,)  # from a file that is no checkpoint
     run = None
     try:
         if rest:  # flags of the task: --vocab 96 --slip=.1 -> toy_env:vocab=96,slip=.1
-            words = re.split(r"(?:^| )--([\w-]+)[= ]", " ".join(rest))  # "", name, value, ...
-            require(words[0] == "" and len(words) > 2, f"{' '.join(rest)}: see --help")
-            one = not re.search(r",\w+=", " ".join(words[2::2]))  # it would be another flag
-            require(one, f"{' '.join(rest)}: no comma may stand before a name and =")
-            pairs = [f"{k.replace('-', '_')}={x}" for k, x in zip(words[1::2], words[2::2])]
-            task = flags.get("task", "text_env" if "model" in words else Config.task)
+            words = []
+            for word in rest:
+                words += word.split("=", 1) if word.startswith("--") else [word]
+            require(len(words) % 2 == 0, f"{' '.join(rest)}: a flag needs one value")
+            names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
+            pairs = [f"{name}={quote(value)}" for name, value in zip(names, words[1::2])]
+            task = flags.get("task", "text_env" if "model" in names else Config.task)
             flags["task"] = f"{task}{',' if ':' in task else ':'}{','.join(pairs)}"
         if resume:
             saved = load_checkpoint(folder_of(Config(**flags)))["config"]
-            require(vars(Config()).keys() == saved.keys(), "--resume: not a run of siren.py")
-            flags = {**saved, "out": "", **flags}
+            flags = saved | {"out": ""} | flags
         run = Run(Config(**flags), resume)
         report(train(run))
     except BrokenPipeError:
         sys.stdout = None  # nobody reads the table any more
     except KeyboardInterrupt:
         parser.exit(130, "siren.py: interrupted; --resume goes on\n")
-    except expected as error:
-        code = 2 if run is None or isinstance(error, ValueError) else 1
-        parser.exit(code, f"siren.py: {' '.join(str(error).split())}\n")
+    except Exception as error:
+        bad_input = run is None or isinstance(error, ValueError)
+        if not bad_input and not isinstance(error, OSError | RuntimeError):
+            raise  # a mistake in the code: its traceback says where
+        text = " ".join(str(error).split())
+        parser.exit(2 if bad_input else 1, f"siren.py: {text}\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ r"""Questions for a pretrained language model, as a task of siren.py.
 
 A line of a data file is {"question": "What is 9 plus 8?", "answer": "17"}. The model reads the
 question in its chat template, with PROMPT around it, and is rewarded for a response such as
-"9 + 8 = 17, so the answer is \boxed{17}." More on answers is in docs/verifier.md.
+"9 + 8 = 17, so the answer is \boxed{17}." (docs/verifier.md says what is right). A question
+may be the messages of a chat, and an answer a number. Of an answer, its one \boxed{} counts,
+or what follows its ####, if it has one.
 """
 
 import hashlib

@@ -86,11 +86,7 @@ NOT_ASKED = {
         "(ratio - 1 - log_ratio).detach().sum() / tokens": METRIC,
     },
     "entropy_of": {"enabled=False": INPUT},
-    "peak_mask": {
-        "mask.numel() == 0": INPUT,
-        "last.cpu()": INPUT,
-        "place.long().to(h.device)": INPUT,
-    },
+    "peak_mask": {"mask.numel() == 0": INPUT},
     "token_stats": {
         "temperature=1.0": INPUT,
         "top_p=0.8": INPUT,
@@ -157,11 +153,11 @@ EQUIVALENT = {
         " -> (logits / temperature).log_softmax(1)"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "peak_mask: quantile * last.cpu().double() -> quantile * last.cpu()",
-        "peak_mask: quantile * last.cpu().double() - 1e-06"
-        " -> quantile * last.cpu().double() - 0",
-        "peak_mask: (quantile * last.cpu().double() - 1e-06).ceil"
-        " -> (quantile * last.cpu().double()).ceil",
+        "peak_mask: entropy.detach().double() -> entropy.detach()",
+        "peak_mask: h.nanquantile(quantile - 1e-09, 1, keepdim=True, interpolation='higher')"
+        " -> h.nanquantile(quantile - 0, 1, keepdim=True, interpolation='higher')",
+        "peak_mask: h.nanquantile(quantile - 1e-09, 1, keepdim=True, interpolation='higher')"
+        " -> h.nanquantile(quantile, 1, keepdim=True, interpolation='higher')",
     ],
     "the first of two is the first of one, and the last of one is its first": [
         "maj_at_k: counts.most_common(1) -> counts.most_common(2)",

@@ -543,7 +543,7 @@ BAD_FLAGS = """
 --recompute | --recompute
 --task=nowhere | No module named 'nowhere'
 --task=toy_env:x=1 | x=1
---task=toy_env:gap | toy_env:gap
+--task=toy_env:gap | gap=: needs a number
 --task=toy_env:seed=x | seed=x
 --task=json | json
 --task=math | math

@@ -173,7 +173,7 @@ REFUSED = [  # function, what does not fit, words of the error
     *[(siren.group_advantages, {"algorithm": x}, f"{x!r}") for x in ("Dr.GRPO", "", None)],
     *[(siren.group_advantages, {"group_size": x}, f"{x}") for x in (0, 1, 4, -2)],
     *[
-        (siren.group_advantages, {"rewards": torch.tensor([1, 0, x, 0])}, "must be floats")
+        (siren.group_advantages, {"rewards": torch.tensor([1, 0, x, 0])}, "finite floats")
         for x in (1, True, math.nan, math.inf, -math.inf)
     ],
     (siren.group_advantages, {"rewards": torch.tensor([True, False])}, "torch.bool"),

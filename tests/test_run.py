@@ -424,8 +424,7 @@ def test_help_documents_every_field(capsys):
         line = next(line for line in comments if line.startswith(f"    {field.name}: "))
         about = line.partition("  # ")[2]
         assert len(about) > 3, f"{field.name} has no comment"
-        assert f"--{field.name.replace('_', '-')}" in text and " ".join(about.split()) in text
-        assert f"[{field.default}]" in text
+        assert f"--{field.name.replace('_', '-')}" in text and " ".join(line.split()) in text
     assert "--resume" in text
 
 
@@ -458,14 +457,13 @@ def test_options_of_the_task_arrive_as_they_were_written(tmp_path, monkeypatch):
         (["--prompt=a = b, c", "--vocab=3"], {"prompt": "a = b, c", "vocab": "3"}),
         (["--low", "-1"], {"low": "-1"}),
         (["--task", "toy_env:vocab=300,split=test"], {"vocab": "300", "split": "test"}),
+        (["--prompt", "{question},split=test"], {"prompt": "{question},split=test"}),
+        (["--vocab=300,slip=0"], {"vocab": "300,slip=0"}),  # a value sets no other flag
+        (["--prompt", "50% + é & ü\n=\\box{}"], {"prompt": "50% + é & ü\n=\\box{}"}),
     ):
         code, _, lines = command(f"--out={tmp_path}", *flags)
         assert code == 2 and "enough" in lines[0], lines
         assert given.pop() == expected
-    for flags in (["--prompt", "{question},split=test"], ["--vocab=300,slip=0"]):
-        code, _, lines = command(f"--out={tmp_path}", *flags)  # a value that sets another flag
-        assert code == 2 and "no comma may stand before a name and =" in lines[0], lines
-        assert not given
 
 
 def test_resume_takes_its_flags_from_the_run(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ EQUIVALENT = {
     ],
     "comparisons have no gradient": [
         "nucleus: log_pi.detach().exp -> log_pi.exp",
-        "peak_mask: entropy.detach() -> entropy",
+        "peak_mask: entropy.detach().double -> entropy.double",
     ],
     "of one column the first is the last": [
         "token_stats: log_pi.gather(-1, tokens[..., None])[..., 0]"
@@ -153,9 +153,10 @@ EQUIVALENT = {
         " -> (logits / temperature).log_softmax(1)"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "peak_mask: entropy.detach().double() -> entropy.detach()",
+        "peak_mask: entropy.detach().double().masked_fill -> entropy.detach().masked_fill",
+        "peak_mask: quantile - 1e-09 -> quantile - 0",
         "peak_mask: h.nanquantile(quantile - 1e-09, 1, keepdim=True, interpolation='higher')"
-        " -> h.nanquantile(quantile - 0, 1, keepdim=True, interpolation='higher')",
+        " -> h.nanquantile(quantile - 1e-09, 1, keepdim=True)",
         "peak_mask: h.nanquantile(quantile - 1e-09, 1, keepdim=True, interpolation='higher')"
         " -> h.nanquantile(quantile, 1, keepdim=True, interpolation='higher')",
     ],

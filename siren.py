@@ -17,28 +17,39 @@ A response i has n tokens; the policy pi is a distribution over the vocabulary a
     V_p     = the nucleus: the fewest tokens whose probabilities pi add up to p or more
     H'_t    = -sum over v in V_p of q_v log q_v, where q = pi / pi(V_p) is renormalised
     theta_i = the tau-quantile of the n values of H' in response i
-    H_i     = the mean of H' over the peaks of response i, where H' >= theta_i (and H' > 0)
+    H_i     = the mean of H' over the peaks of response i: H' >= theta_i (and, by us, H' > 0)
     H_agg   = the mean of H_i over the responses
     H*      = the anchor: H_agg of all responses of the first step, before any update
     L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised
 
 L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. In the paper, p and
-tau are 0.8. The current policy chooses both masks anew at every update; for the gradient they
-are constants. Responses are sampled from the whole policy. There is no KL term.
+tau are 0.8, so a fifth of the tokens are peaks. The current policy chooses both masks anew at
+every update, and the gradient does not pass through this choice. Responses are sampled from
+the whole policy, without a mask. There is no KL term.
 
-The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. Before, the model
-has learned this from examples, some of which are wrong. One token is one number. An example:
+The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. The base model
+has learned it from examples, some of which are wrong. One token is one number. An example:
 
     prompt      8 3 1 5 2 =
     response    8 2 10 5 15 1 16 3 19 <eos>    reads: 8, plus 2 is 10, plus 5 is 15, ...
     choices     ^ ^    ^    ^                  reward 1, since the last number is the total
 
+No token but the marked four is a choice: a sum is given by the numbers before it, and the last
+number, here 3, is the only one left.
+
     python siren.py                      # SIREN on the toy: one to two minutes on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0 --beta .02   # it explodes
 
+Means over 16 seeds on held-out prompts that are hard (README has the settings of each method;
+maj@16 asks whether the commonest of 16 answers is right):
+
+              before     SIREN    Dr.GRPO    exploding bonus
+    H_agg       1.06      0.93       0.43               6.75
+    maj@16      0.13      0.66       0.48               0.00
+
 Shapes: B responses of at most T tokens, to prompts of at most P tokens; N response tokens in
-all; a vocabulary of V tokens, of which the K likeliest are sorted. Entropies are in nats.
+all; a vocabulary of V tokens. Entropies are in nats. Read sections 1 and 5 first.
 """
 
 import argparse
@@ -88,8 +99,8 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
 
 
 def nucleus(log_pi, top_p):
-    """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K], sorted, the
-    likeliest token first, and -inf outside V_p. With p = 1 it is log pi itself, not sorted.
+    """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K], of the K
+    likeliest tokens, sorted; -inf outside V_p. With p = 1 it is log pi itself, not sorted.
     >>> nucleus(torch.tensor([0.1, 0.6, 0.1, 0.2]).log(), 0.7).exp()  # 0.6 + 0.2 reach 0.7
     tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
@@ -111,9 +122,10 @@ def entropy_of(log_q):
 
 
 def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
-    """What the loss needs of the tokens [...] that the logits [..., V] predict: "logp", log pi
-    of the token, and "nucleus_entropy", H'. Only for reports, without gradient: "entropy", H
-    over the whole vocabulary, and "nucleus_size", |V_p|. Each has the shape [...].
+    """What the loss needs to know of each token: "logp", its log-probability, and
+    "nucleus_entropy", H'. Two more are only for reports and have no gradient: "entropy", H
+    over the whole vocabulary, and "nucleus_size", |V_p|. It takes logits [..., V] and the ids
+    of the tokens [...] that they predict; each result has the shape [...].
     >>> stats = token_stats(torch.tensor([0.6, 0.3, 0.06, 0.04]).log(), torch.tensor(0))
     >>> stats["nucleus_entropy"]  # 0.6 + 0.3 reach p = 0.8, so q is 2/3 and 1/3
     tensor(0.6365)
@@ -131,8 +143,9 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
 def peak_mask(entropy, mask, quantile):
     """The peak-entropy mask (the paper's Eq. 9): where a response has a real choice. entropy
     (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile is tau:
-    0.8 keeps the highest fifth, 0 switches this mask off. H' > 0 is our own condition: if
-    theta_i is 0, every token would be a peak.
+    0.8 keeps the highest fifth, 0 switches this mask off. theta_i is the value at the place
+    tau * (n - 1) of the n sorted H', counted from 0, or at the next place if this is no whole
+    number. H' > 0 is our own condition: if theta_i is 0, every token would be a peak.
     >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0]])  # sorted 0.0 0.1 0.5 0.9, at places 0 to 3
     >>> peak_mask(h, torch.ones(1, 4).bool(), 0.6)  # place 0.6 * 3 = 1.8, so 2: theta is 0.5
     tensor([[False,  True,  True, False]])
@@ -140,8 +153,8 @@ def peak_mask(entropy, mask, quantile):
     require(mask.dtype == torch.bool and mask.shape == entropy.shape, "mask: bool, [B, T]")
     if quantile == 0 or mask.numel() == 0:
         return mask
-    h = entropy.detach().double().masked_fill(~mask, torch.nan)
-    # rounding must not lift a whole place to the next: 0.55 * 20 is 11.000000000000002
+    h = entropy.detach().double().masked_fill(~mask, torch.nan)  # NaN does not count
+    # "higher": the value at the next place. 1e-9, since 0.55 * 20 is 11.000000000000002
     theta = h.nanquantile(quantile - 1e-9, 1, keepdim=True, interpolation="higher")  # [B, 1]
     return (h >= theta) & (h > 0)
 
@@ -246,10 +259,9 @@ def require(ok, rule):
 # === end: copy to here ===
 # Skip these two when you first read. They save memory; copy them, too, for a large model.
 def in_parts(function, size, *tensors):
-    """function(*tensors), a dictionary of tensors, with `size` rows in memory at once. The
-    loss has to see all rows at once: it squares their mean, H_agg, and this is not the mean of
-    squares. So only what comes before the loss is computed in parts. A part keeps its results
-    alone; the backward pass computes all else again (checkpointing)."""
+    """function(*tensors), a dictionary of tensors, computed for `size` rows at a time. To save
+    memory, a part keeps nothing but its results, and the backward pass computes the rest again
+    (checkpointing). The loss itself has to see all rows: it squares the mean of all, H_agg."""
     if len(tensors[0]) <= size:
         return function(*tensors)
     again = {"use_reentrant": False, "preserve_rng_state": False}
@@ -290,9 +302,9 @@ class Config:
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
     regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
-    # The toy needs other values than the paper: beta depends on max_tokens and on the task
-    # (docs/beta.md), p = 0.8 would leave out one of five equal numbers, and with tau = 0.8 a
-    # fifth of the tokens would be peaks, but four of ten are choices
+    # Three values of the toy are not those of the paper. beta depends on max_tokens and on the
+    # task (docs/beta.md). p = 0.8 would leave out one of the five numbers that are all good at
+    # first. tau = 0.8 would keep a fifth of the tokens, but four of ten are choices
     beta: float = 0.2  # the weight of the regulariser (paper: 0.005)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
@@ -381,7 +393,7 @@ def sample(model, task, problems, cfg, key, samples, temperature):
         first = active[::samples]  # a prompt is read once; its responses share what was read
         copies = torch.arange(len(active), device=model.device) // samples  # 0 0 0 1 1 1 2 ...
         logits = read(model, cache, ids[first, :P], attention_mask[first, :P])[copies]
-        cache.reorder_cache(copies)
+        cache.reorder_cache(copies)  # row i becomes a copy of row copies[i]
         for t in range(P, ids.shape[1]):
             log_pi = (logits / temperature).log_softmax(-1)  # [active, V]
             tokens = draw(log_pi.exp(), generator)  # [active, 1]
@@ -475,7 +487,7 @@ def score_part(model, rollout, cfg):
 
 
 def score(model, rollout, cfg):
-    """The same of a rollout of any size, one micro-batch at a time."""
+    """score_part of a rollout of any size, by micro-batches."""
     return in_parts(
         lambda *part: score_part(model, Rollout(*part), cfg), cfg.micro_batch_size, *rollout
     )
@@ -517,12 +529,14 @@ def training_step(run, step):
     right = [verify(x, y, task.find_answer, task.equal) for x, y in zip(texts, answers)]
     rewards = torch.tensor(right, device=run.model.device).float()  # [B]
     adv = group_advantages(rewards, cfg.group_size, cfg.algorithm)  # [B]
-    # 3. score before any update: the old log-probabilities and, at first, the anchor
+    # 3. score before any update: the old log-probabilities and, at first, the anchor. (The
+    # sampler's own log-probabilities are a little different, since it read with a cache)
     with torch.no_grad():
         old = score(run.model, rollout, cfg)  # [B, T] each
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
-    run.anchor = run.anchor or h_agg  # H*: of the whole first batch, before any update
+    if run.anchor == 0:
+        run.anchor = h_agg  # H*: of the whole first batch, before any update
     # 4. update: once for each mini-batch of whole groups, in random order
     run.optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
     order = list(range(cfg.prompts))
@@ -586,7 +600,7 @@ class Run:
         self.cfg = cfg
         self.folder = folder_of(cfg)
         self.folder.mkdir(parents=True, exist_ok=True)
-        # if it is taken, the error has the file's name in it
+        # if it is taken, the error shows this name
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
         free = resume or not (self.folder / "checkpoint.pt").exists()
         require(free, f"--out {self.folder}: holds a run; add --resume, or name another --out")

@@ -743,7 +743,7 @@ def main(argv=None):
         parser.exit(130, "siren.py: interrupted; --resume goes on\n")
     except Exception as error:
         bad_input = run is None or isinstance(error, ValueError)
-        if not bad_input and not isinstance(error, OSError | RuntimeError):
+        if not bad_input and not isinstance(error, MemoryError | OSError | RuntimeError):
             raise  # a mistake in the code: its traceback says where
         text = " ".join(str(error).split())
         parser.exit(2 if bad_input else 1, f"siren.py: {text}\n")

@@ -529,10 +529,9 @@ def training_step(run, step):
     right = [verify(x, y, task.find_answer, task.equal) for x, y in zip(texts, answers)]
     rewards = torch.tensor(right, device=run.model.device).float()  # [B]
     adv = group_advantages(rewards, cfg.group_size, cfg.algorithm)  # [B]
-    # 3. score before any update: the old log-probabilities and, at first, the anchor. (The
-    # sampler's own log-probabilities are a little different, since it read with a cache)
+    # 3. score before any update: the old log-probabilities and, at first, the anchor
     with torch.no_grad():
-        old = score(run.model, rollout, cfg)  # [B, T] each
+        old = score(run.model, rollout, cfg)  # [B, T] each; rollout.logp has other rounding
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
     if run.anchor == 0:

@@ -604,6 +604,7 @@ class Run:
         free = resume or not (self.folder / "checkpoint.pt").exists()
         require(free, f"--out {self.folder}: holds a run; add --resume, or name another --out")
         module, _, options = cfg.task.partition(":")  # toy_env:vocab=96,slip=.1
+        options = options.replace("+", "%2B")  # in a web address, + would be a space
         options = dict(parse_qsl(options, keep_blank_values=True, separator=","))
         try:
             self.task = importlib.import_module(module).load(cfg, **options)

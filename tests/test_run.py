@@ -459,6 +459,8 @@ def test_options_of_the_task_arrive_as_they_were_written(tmp_path, monkeypatch):
         (["--task", "toy_env:vocab=300,split=test"], {"vocab": "300", "split": "test"}),
         (["--prompt", "{question},split=test"], {"prompt": "{question},split=test"}),
         (["--vocab=300,slip=0"], {"vocab": "300,slip=0"}),  # a value sets no other flag
+        (["--task", "toy_env:prompt=1+1"], {"prompt": "1+1"}),
+        (["--prompt", "1 + 1"], {"prompt": "1 + 1"}),
         (["--prompt", "50% + é & ü\n=\\box{}"], {"prompt": "50% + é & ü\n=\\box{}"}),
     ):
         code, _, lines = command(f"--out={tmp_path}", *flags)

@@ -603,9 +603,7 @@ class Run:
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
         free = resume or not (self.folder / "checkpoint.pt").exists()
         require(free, f"--out {self.folder}: holds a run; add --resume, or name another --out")
-        module, _, options = cfg.task.partition(":")  # toy_env:vocab=96,slip=.1
-        options = options.replace("+", "%2B")  # in a web address, + would be a space
-        options = dict(parse_qsl(options, keep_blank_values=True, separator=","))
+        module, options = module_and_options(cfg.task)
         try:
             self.task = importlib.import_module(module).load(cfg, **options)
         except (AttributeError, ImportError, TypeError) as error:
@@ -644,6 +642,26 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.anchor = saved["anchor"]
         self.records = saved["records"]
+
+
+def module_and_options(task):
+    """The two parts of toy_env:vocab=96,slip=.1; in a value, a comma is written %2C."""
+    module, _, options = task.partition(":")
+    options = options.replace("+", "%2B")  # in a web address, + would be a space
+    return module, dict(parse_qsl(options, keep_blank_values=True, separator=","))
+
+
+def with_flags(task, words):
+    """The task with flags of its own: toy_env, --vocab 96 --slip=.1 -> the form above."""
+    parts = []
+    for word in words:
+        parts += word.split("=", 1) if word.startswith("--") else [word]
+    require(len(parts) % 2 == 0, f"{' '.join(words)}: a flag needs one value; see --help")
+    names = [name.removeprefix("--").replace("-", "_") for name in parts[::2]]
+    pairs = [f"{name}={quote(value)}" for name, value in zip(names, parts[1::2])]
+    if "model" in names and task == Config.task:
+        task = "text_env"
+    return f"{task}{',' if ':' in task else ':'}{','.join(pairs)}"
 
 
 def folder_of(cfg):
@@ -723,15 +741,8 @@ def main(argv=None):
     resume = flags.pop("resume")
     run = None
     try:
-        if rest:  # flags of the task: --vocab 96 --slip=.1 -> toy_env:vocab=96,slip=.1
-            words = []
-            for word in rest:
-                words += word.split("=", 1) if word.startswith("--") else [word]
-            require(len(words) % 2 == 0, f"{' '.join(rest)}: a flag needs one value")
-            names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
-            pairs = [f"{name}={quote(value)}" for name, value in zip(names, words[1::2])]
-            task = flags.get("task", "text_env" if "model" in names else Config.task)
-            flags["task"] = f"{task}{',' if ':' in task else ':'}{','.join(pairs)}"
+        if rest:
+            flags["task"] = with_flags(flags.get("task", Config.task), rest)
         if resume:
             saved = load_checkpoint(folder_of(Config(**flags)))["config"]
             flags = saved | {"out": ""} | flags

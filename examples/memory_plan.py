@@ -20,7 +20,6 @@ import dataclasses
 import importlib
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -338,8 +337,7 @@ def read_config(model: str) -> dict[str, Any]:
 
 def make_run(cfg: siren.Config, refill: bool = False) -> Run:
     """The run that these flags ask for. ValueError: no such model, or one of another shape."""
-    module, _, rest = cfg.task.partition(":")
-    given = dict(part.split("=", 1) for part in re.split(r",(?=\w+=)", rest) if "=" in part)
+    module, given = siren.module_and_options(cfg.task)
     if "model" not in given:  # a task that makes its own model, such as the toy
         task = importlib.import_module(module).load(cfg, **given)
         prompt = max(len(problem.prompt) for problem in task.train_problems(64, "plan"))
@@ -458,14 +456,8 @@ def read_flags(argv: list[str] | None) -> tuple[Run, float | None]:
     gb = flags.pop("gpu_gb")
     require(gb is None or 0 < gb < 1e6, f"--gpu-gb {gb}: must be above 0; write such as 24")
     refill = "refill" in flags.pop("plug")
-    # what is left are flags of the task: --name value or --name=value
-    words = re.split(r"(?:^| )--([\w-]+)[= ]", " ".join(rest))  # "", name, value, name, ...
-    require(words[0] == "", f"{words[0]}: is no flag; see --help")
-    options = {k.replace("-", "_"): value for k, value in zip(words[1::2], words[2::2])}
-    if "model" in options and flags["task"] == siren.Config.task:
-        flags["task"] = "text_env"
-    for name, value in options.items():
-        flags["task"] += f"{',' if ':' in flags['task'] else ':'}{name}={value}"
+    if rest:
+        flags["task"] = siren.with_flags(flags["task"], rest)
     return make_run(siren.Config(**flags), refill), gb
 
 

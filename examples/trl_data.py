@@ -1,7 +1,6 @@
 """What trl_siren.py trains on, as TRL wants it: model, tokenizer, data, reward function."""
 
 import importlib
-import re
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,9 +12,8 @@ import text_env
 
 def load_task(cfg):
     """The task of a siren.Config, "module:name=value,name=value", as siren.Run loads it."""
-    module, _, rest = cfg.task.partition(":")
-    pairs = [option.split("=", 1) for option in re.split(r",(?=\w+=)", rest) if option]
-    return importlib.import_module(module).load(cfg, **dict(pairs))
+    module, options = siren.module_and_options(cfg.task)
+    return importlib.import_module(module).load(cfg, **options)
 
 
 def toy_tokenizer(task, vocab):

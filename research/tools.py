@@ -9,7 +9,6 @@ import argparse
 import fcntl
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import siren
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,8 +95,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def load_task(cfg: Any) -> Any:
     """The task of a siren.Config, "module:name=value,name=value", as siren.Run loads it."""
-    module, _, rest = cfg.task.partition(":")
-    options = dict(re.findall(r"(\w+)=(.*?)(?=,\w+=|$)", rest, re.DOTALL))
+    module, options = siren.module_and_options(cfg.task)
     return importlib.import_module(module).load(cfg, **options)
 
 

@@ -17,7 +17,7 @@ A response i has n tokens; the policy pi is a distribution over the vocabulary a
     V_p     = the nucleus: the fewest tokens whose probabilities pi add up to p or more
     H'_t    = -sum over v in V_p of q_v log q_v, where q = pi / pi(V_p) is renormalised
     theta_i = the tau-quantile of the n values of H' in response i
-    H_i     = the mean of H' over the peaks of response i: H' >= theta_i (and, by us, H' > 0)
+    H_i     = the mean of H' over the peaks of response i: H' >= theta_i (our rule: and H' > 0)
     H_agg   = the mean of H_i over the responses
     H*      = the anchor: H_agg of all responses of the first step, before any update
     L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised

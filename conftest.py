@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.tbstyle = "short"  # the student's own errors, in few lines
     if config.option.reportchars == "fE":  # pytest's default
         config.option.reportchars = ""  # the summary by exercises says it shorter
+
+
+@pytest.hookimpl(optionalhook=True)  # there is no such hook without pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With -n: the tests of a file stay together, since they share what they have trained."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

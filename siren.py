@@ -3,53 +3,49 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
 
 A model that is rewarded for right answers becomes more and more certain, until its samples are
 copies of each other: its entropy collapses. Why each part of SIREN is there:
-1. A bonus for entropy acts on the whole vocabulary, 150,000 tokens. It makes thousands of
-   useless tokens likelier, and the entropy explodes. So SIREN restricts the actions: only the
-   nucleus counts, the few likely tokens (top-p mask).
+1. A reward for entropy acts on the whole vocabulary, which may have 150,000 tokens. It makes
+   thousands of useless tokens likely, and the entropy explodes. So SIREN restricts the
+   actions: only the nucleus counts, the few likely tokens (top-p mask).
 2. In most places of a response there is nothing to decide. More entropy there only means
    more mistakes. So SIREN restricts the states: only the peaks count, the positions of a
    response with the highest entropy (peak-entropy mask).
-3. A bonus pushes the entropy up for ever. So SIREN pulls the entropy of nucleus and peaks to
-   an anchor, the value that it had before training, from below and above (self-anchored).
+3. A reward for entropy pushes it up for ever. So SIREN has an anchor, the entropy that the
+   model had before training, and pulls the entropy to it, up or down (self-anchored).
 
-A response i has n tokens; the policy pi is a distribution over the vocabulary at each token t.
+A response i has n tokens; pi is the policy at token t, a distribution over the vocabulary.
 
-    V_p     = the nucleus: the fewest tokens whose probabilities pi add up to p or more
-    H'_t    = -sum over v in V_p of q_v log q_v, where q = pi / pi(V_p) is renormalised
+    V_p     = the nucleus: the fewest tokens whose probabilities add up to p or more
+    q       = pi on the nucleus, divided by the sum of these probabilities
+    H'_t    = -sum over v in V_p of q_v log q_v, the entropy of q at token t
     theta_i = the tau-quantile of the n values of H' in response i
-    H_i     = the mean of H' over the peaks of response i: H' >= theta_i (our rule: and H' > 0)
-    H_agg   = the mean of H_i over the responses
+    H_i     = the mean of H' over the peaks of response i, the tokens with H' >= theta_i
+    H_agg   = the mean of H_i over the responses of a mini-batch
     H*      = the anchor: H_agg of all responses of the first step, before any update
     L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised
 
-L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. In the paper, p and
-tau are 0.8, so a fifth of the tokens are peaks. The current policy chooses both masks anew at
-every update, and the gradient does not pass through this choice. Responses are sampled from
-the whole policy, without a mask. There is no KL term.
+L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. The paper has p = 0.8
+and tau = 0.8: a fifth of the tokens are peaks. At every update the masks are those of the
+policy as it is then. They have no gradient. Responses are sampled from the whole policy,
+without a mask. There is no KL term.
 
 The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. The base model
-has learned it from examples, some of which are wrong. One token is one number. An example:
+has learned it from examples in which some sums are always wrong: 8 plus 5 is always 23. Other
+orders avoid such a sum, and a model that still tries many orders can find them.
 
-    prompt      8 3 1 5 2 =
-    response    8 2 10 5 15 1 16 3 19 <eos>    reads: 8, plus 2 is 10, plus 5 is 15, ...
-    choices     ^ ^    ^    ^                  reward 1, since the last number is the total
+    prompt      8 3 1 5 2 =                    one token is one number
+    response    8 2 10 5 15 1 16 3 19 <eos>    8, plus 2 is 10, plus 5 is 15, plus 1 is 16, ...
+    choices     ^ ^    ^    ^                  reward 1: the last number is the total
 
-No token but the marked four is a choice: a sum is given by the numbers before it, and the last
-number, here 3, is the only one left.
+Only the four marked tokens are choices: which number of the prompt comes next. The others
+follow from what is there: each sum, and the 3, which is the only number left.
 
     python siren.py                      # SIREN on the toy: one to two minutes on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
     python siren.py --regularizer bonus --top-p 1 --peak-quantile 0 --beta .02   # it explodes
 
-Means over 16 seeds on held-out prompts that are hard (README has the settings of each method;
-maj@16 asks whether the commonest of 16 answers is right):
-
-              before     SIREN    Dr.GRPO    exploding bonus
-    H_agg       1.06      0.93       0.43               6.75
-    maj@16      0.13      0.66       0.48               0.00
-
-Shapes: B responses of at most T tokens, to prompts of at most P tokens; N response tokens in
-all; a vocabulary of V tokens. Entropies are in nats. Read sections 1 and 5 first.
+What they reach is in README.md. If time is short, read sections 1 and 5. Shapes: B responses
+of at most T tokens, to prompts of at most P; N response tokens in all; V tokens in the
+vocabulary, K columns with the likeliest; D numbers in a hidden state. Entropies are in nats.
 """
 
 import argparse
@@ -65,7 +61,7 @@ import time
 from collections import Counter, namedtuple
 from fractions import Fraction
 from pathlib import Path
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote, unquote
 
 import torch
 from filelock import FileLock
@@ -73,11 +69,6 @@ from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------- 1. the method
-# In a trainer, with the logits [B, T, V] that predict the tokens [B, T] of B responses:
-#     stats = token_stats(logits, tokens)
-#     loss, _ = policy_loss(stats["logp"], old_logp, adv, mask, max_tokens)  # or your own
-#     loss, info = siren_loss(loss, stats["nucleus_entropy"], mask, anchor, beta)
-# The anchor is info["h_agg"] of all responses of the first step, with anchor=0.0.
 # === begin: copy from here (needs nothing but `import torch`) ===
 def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     """A_i = r_i - the mean r of its group: is response i better than usual for its prompt?
@@ -99,14 +90,14 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
 
 
 def nucleus(log_pi, top_p):
-    """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K], of the K
-    likeliest tokens, sorted; -inf outside V_p. With p = 1 it is log pi itself, not sorted.
+    """The policy on its nucleus (top-p mask): log pi [..., V] -> log q [..., K], the likeliest
+    token first, and -inf outside V_p. With p = 1 it is log pi itself, not sorted.
     >>> nucleus(torch.tensor([0.1, 0.6, 0.1, 0.2]).log(), 0.7).exp()  # 0.6 + 0.2 reach 0.7
     tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
     require(0 < top_p <= 1, f"top_p {top_p}: must be above 0 and at most 1")
     if top_p == 1:
-        return log_pi  # all tokens; the sum below may reach 1 too early, by rounding
+        return log_pi  # all tokens; a sum of rounded numbers may reach 1 too early
     log_pi = likeliest(log_pi, top_p)  # or, slower: log_pi.sort(-1, descending=True).values
     pi = log_pi.detach().exp()  # in the example 0.6 0.2 0.1 0.1
     mass_before = pi.cumsum(-1) - pi  # the sum of the tokens before it: 0.0 0.6 0.8 0.9
@@ -143,26 +134,27 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
 def peak_mask(entropy, mask, quantile):
     """The peak-entropy mask (the paper's Eq. 9): where a response has a real choice. entropy
     (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile is tau:
-    0.8 keeps the highest fifth, 0 switches this mask off. theta_i is the value at the place
-    tau * (n - 1) of the n sorted H', counted from 0, or at the next place if this is no whole
-    number. H' > 0 is our own condition: if theta_i is 0, every token would be a peak.
-    >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0]])  # sorted 0.0 0.1 0.5 0.9, at places 0 to 3
-    >>> peak_mask(h, torch.ones(1, 4).bool(), 0.6)  # place 0.6 * 3 = 1.8, so 2: theta is 0.5
+    0.8 keeps about the highest fifth; 0 switches this mask off. theta_i is in place j of the
+    n sorted H', counted from 0, where j is tau * (n - 1), rounded up. If theta_i is 0, tokens
+    without a choice would be peaks, too; so we ask for H' > 0 as well, a rule of our own.
+    >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0]])  # sorted: 0.0 0.1 0.5 0.9
+    >>> peak_mask(h, torch.ones(1, 4).bool(), 0.6)  # 0.6 * 3 is 1.8, so j is 2 and theta 0.5
     tensor([[False,  True,  True, False]])
     """
     require(mask.dtype == torch.bool and mask.shape == entropy.shape, "mask: bool, [B, T]")
     if quantile == 0 or mask.numel() == 0:
         return mask
-    h = entropy.detach().double().masked_fill(~mask, torch.nan)  # NaN does not count
-    # "higher": the value at the next place. 1e-9, since 0.55 * 20 is 11.000000000000002
-    theta = h.nanquantile(quantile - 1e-9, 1, keepdim=True, interpolation="higher")  # [B, 1]
-    return (h >= theta) & (h > 0)
+    ordered = entropy.detach().masked_fill(~mask, torch.inf).sort(1).values  # padding last
+    j = quantile * (mask.sum(1, keepdim=True).double() - 1)  # [B, 1]
+    j = (j - 1e-9).ceil().clamp(min=0)  # - 1e-9, since 0.55 * 20 is 11.000000000000002
+    theta = ordered.gather(1, j.long())  # [B, 1]
+    return (entropy >= theta) & (entropy > 0) & mask
 
 
 def aggregate_entropy(entropy, peak, mask):
     """H_agg, a scalar: the mean over the responses of the mean of H' over a response's peaks.
-    entropy (H'), peak, mask [B, T]. A response without a peak counts as 0; a row without a
-    token does not count.
+    entropy (H'), peak, mask [B, T]. A response without a peak counts as 0, since it has no
+    entropy; a row without a token is only padding and does not count.
     >>> h = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
     >>> aggregate_entropy(h, peak=h >= 2, mask=torch.ones(2, 2).bool())  # (3 + 2) / 2
     tensor(2.5000)
@@ -181,8 +173,8 @@ def policy_loss(
           min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
     where ratio_t = exp(logp_t - old_logp_t): how much likelier the token has become since it
     was sampled. logp (with gradient), old_logp, mask (bool) [B, T]; adv (A) [B] or, for each
-    token, [B, T]. max_tokens is the longest length allowed. GRPO divides by each response's
-    own length instead.
+    token, [B, T]. max_tokens is the longest length allowed: a constant, so that every token
+    has the same weight. GRPO divides by each response's own length instead.
     >>> logp, old_logp = torch.tensor([[0.5]]).log(), torch.tensor([[0.4]]).log()
     >>> one = torch.ones(1)  # 0.5 / 0.4 = 1.25 is clipped to 1.2
     >>> policy_loss(logp, old_logp, adv=one, mask=one[None].bool(), max_tokens=1)[0]
@@ -212,7 +204,7 @@ def siren_loss(loss, entropy, mask, anchor, beta, peak_quantile=0.8, regularizer
     loss           a policy loss, a scalar with gradient: policy_loss's or any other
     entropy        [B, T] H' with gradient, the "nucleus_entropy" of token_stats
     mask           [B, T] bool, True at the tokens of the response
-    anchor         H*: aggregate_entropy of the first step, before any update
+    anchor         H*: H_agg of all responses of the first step, before any update
     beta           the weight of the regulariser
     peak_quantile  tau; 0.8 in the paper
     regularizer    "anchor"; "bonus", -beta * H_agg, the naive way; or "none"
@@ -237,9 +229,9 @@ def siren_loss(loss, entropy, mask, anchor, beta, peak_quantile=0.8, regularizer
 
 # The rest of the block, for speed and errors, may be skipped.
 def likeliest(log_pi, top_p, k=16):
-    """log_pi.sort(-1, descending=True).values, but only its first k columns, since to sort
-    150,000 tokens is slow. In rows where k tokens do not reach p, it tries 16 times as many;
-    the other rows are filled up with -inf."""
+    """log_pi.sort(-1, descending=True).values, but only its first k columns: to sort 150,000
+    tokens is slow. Rows in which these k do not reach p are done again with 16 * k, and the
+    other rows are then filled up with -inf."""
     k = min(k, log_pi.shape[-1])
     top = log_pi.topk(k).values
     short = top.detach().exp().sum(-1) < top_p  # the rows that need more
@@ -257,22 +249,21 @@ def require(ok, rule):
 
 
 # === end: copy to here ===
-# Skip these two when you first read. They save memory; copy them, too, for a large model.
+# Skip these two when you first read: they only save memory. For a large model copy them, too.
 def in_parts(function, size, *tensors):
-    """function(*tensors), a dictionary of tensors, computed for `size` rows at a time. To save
-    memory, a part keeps nothing but its results, and the backward pass computes the rest again
-    (checkpointing). The loss itself has to see all rows: it squares the mean of all, H_agg."""
+    """The same as function(*tensors), a dictionary of tensors, but `size` rows at a time. Of a
+    part only the results stay in memory; backward() computes the rest again."""
     if len(tensors[0]) <= size:
         return function(*tensors)
-    again = {"use_reentrant": False, "preserve_rng_state": False}
+    again = {"use_reentrant": False, "preserve_rng_state": False}  # advised; faster
     parts = zip(*(tensor.split(size) for tensor in tensors))
     found = [torch.utils.checkpoint.checkpoint(function, *part, **again) for part in parts]
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def stats_in_chunks(hidden, head, tokens, top_p, temperature, chunk=0):
-    """token_stats of head(hidden), with `chunk` rows of logits in memory at once: [N, D], a
-    module, [N] -> [N] each. The logits must be the output of the head and nothing more."""
+    """The same as token_stats(head(hidden), tokens, ...), but `chunk` tokens at a time: hidden
+    [N, D], tokens [N] -> [N] each. The model must not change the logits after its head."""
 
     def stats_of(hidden, tokens):
         """token_stats of a chunk."""
@@ -288,8 +279,8 @@ def stats_in_chunks(hidden, head, tokens, top_p, temperature, chunk=0):
 class Config:
     """The settings of a run. Each field is a flag: top_p is set by --top-p .8, for example."""
 
-    task: str = "toy_env"  # module[:name=value,...] with the questions and the model
-    seed: int = 0  # with the number of a step, it decides every random draw
+    task: str = "toy_env"  # module of problems and model; toy_env:vocab=96 sets its vocab
+    seed: int = 0  # of all random draws
     steps: int = 200  # training steps: sample, verify, score, update
     # 256 responses = 32 prompts x 8                 a step samples, verifies and scores them
     # |----64----|----64----|----64----|----64----|  mini-batches of whole groups: one update
@@ -298,13 +289,13 @@ class Config:
     group_size: int = 8  # responses per prompt (paper: 8)
     mini_batches: int = 4  # updates per step (paper: 16)
     micro_batch_size: int = 64  # responses in memory at once; only rounding changes with it
-    sample_batch: int = 1024  # responses that are sampled at once
+    sample_batch: int = 1024  # responses that are sampled at the same time
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
     regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
-    # Three values of the toy are not those of the paper. beta depends on max_tokens and on the
-    # task (docs/beta.md). p = 0.8 would leave out one of the five numbers that are all good at
-    # first. tau = 0.8 would keep a fifth of the tokens, but four of ten are choices
+    # Why SIREN's three numbers differ from the paper's: beta depends on max_tokens and on the
+    # task (docs/beta.md). The toy's first token is one of five numbers, all about as likely,
+    # and p = 0.8 would leave one of them out. Four tokens of ten are choices: tau = 0.6
     beta: float = 0.2  # the weight of the regulariser (paper: 0.005)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
@@ -329,22 +320,26 @@ class Config:
     def __post_init__(self):
         require(self.regularizer in ("anchor", "bonus", "none"), "--regularizer: see --help")
         require(self.algorithm in ("dr_grpo", "grpo"), "--algorithm: see --help")
-        may_be_0 = ["steps", "beta", "peak_quantile", "clip_low", "clip_high", "warmup_steps"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            low = 0 if field.default == 0 or field.name in may_be_0 else 1e-12
-            high = 1 if field.name in ("top_p", "peak_quantile", "clip_low") else 1e9
-            rule = f"--{field.name.replace('_', '-')} {value}: must be {low:g} to {high:g}"
-            require(isinstance(value, str) or low <= value <= high, rule)
+        may_be_0 = ["seed", "steps", "beta", "peak_quantile", "anchor", "clip_low"]
+        may_be_0 += ["clip_high", "warmup_steps", "weight_decay", "eval_every", "chunk"]
+        for name, value in vars(self).items():
+            least = 0 if name in may_be_0 else 1e-12
+            most = 1 if name in ("top_p", "peak_quantile", "clip_low") else 1e9
+            rule = f"--{name.replace('_', '-')} {value}: must be {least:g} to {most:g}"
+            require(isinstance(value, str) or least <= value <= most, rule)
         rule = f"--mini-batches {self.mini_batches}: must be at most --prompts"
         require(self.mini_batches <= self.prompts, rule)
 
 
 # ---------------------------------------------------------------------------------- 3. sampler
+# A task (toy_env.py, text_env.py) has train_problems(n, key), heldout(n), build_model(),
+# decode(ids), metrics(responses), pad_id, eos_ids; find_answer, equal and normalize may be
+# None. A problem has a prompt (token ids) and an answer (a text).
 class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
     """B prompts [B, P], padded on the left, and their responses (tokens) [B, T], padded on
-    the right. The masks are False in the padding; they come from positions, not from ids,
-    since pad may equal EOS. logp [B, T] is that of the tokens when they were drawn."""
+    the right. The masks are False in the padding; the ids do not show it, since a model's
+    padding may be its EOS. logp [B, T], log pi of each token when it was drawn, is only for
+    text_env.py, which compares it with that of `score`."""
 
     def rows(self, index):
         """A part of it, such as a mini-batch."""
@@ -356,16 +351,16 @@ class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
 
 
 def draw(pi, generator):
-    """A token for each row of pi [n, V]: the first whose running sum exceeds a random share of
-    the whole. torch.multinomial would draw V random numbers for a row instead of one."""
-    total = pi.cumsum(-1)
+    """A token for each row of pi [n, V], as from torch.multinomial, but with one random number
+    u for a row instead of V: the first token at which the running sum of pi exceeds u."""
+    total = pi.cumsum(-1)  # the last sum is 1, but for rounding
     u = torch.rand(len(pi), 1, device=pi.device, generator=generator)
     return torch.searchsorted(total, u * total[:, -1:], right=True).clamp(max=pi.shape[1] - 1)
 
 
-def read(model, cache, ids, attention_mask):
-    """The logits [n, V] of the token after ids [n, l]. `cache` has what was read before;
-    attention_mask [n, all so far] is 0 at padding, which must not shift a row's positions."""
+def next_logits(model, cache, ids, attention_mask):
+    """The logits [n, V] of the token after ids [n, l], which are added to the KV cache of what
+    was before. attention_mask [n, all so far] is 0 at padding, which counts as no position."""
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": True}
     return model(ids, **inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
@@ -374,7 +369,7 @@ def read(model, cache, ids, attention_mask):
 @torch.no_grad()
 def sample(model, task, problems, cfg, key, samples, temperature):
     """A Rollout of `samples` responses to each problem, side by side. Tokens are drawn from
-    the whole policy, without a top-p mask. `key`, a text, decides the draws."""
+    the whole policy, without a top-p mask. The text `key` is the seed of the draws."""
     from transformers import DynamicCache  # here, since the method needs only torch
 
     generator = torch.Generator(model.device).manual_seed(random.Random(key).getrandbits(63))
@@ -383,17 +378,20 @@ def sample(model, task, problems, cfg, key, samples, temperature):
     P = max(map(len, prompts))
     ids = torch.full((len(prompts), P + cfg.max_tokens), task.pad_id, device=model.device)
     attention_mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):  # on the left is padding, on the right room
+    for i, prompt in enumerate(prompts):  # padding | prompt | room for the response
         ids[i, P - len(prompt) : P] = torch.tensor(prompt)
         attention_mask[i, P - len(prompt) : P] = 1
     logp = torch.zeros(ids.shape, device=model.device)
-    size = max(1, cfg.sample_batch // samples) * samples
-    for active in torch.arange(len(ids), device=model.device).split(size):  # rows of ids
+    size = max(1, cfg.sample_batch // samples) * samples  # all responses to some prompts
+    for rows in torch.arange(len(ids), device=model.device).split(size):
+        # each prompt is read once; then logits and cache get a copy for each of its responses
         cache = DynamicCache(config=model.config)
-        first = active[::samples]  # a prompt is read once; its responses share what was read
-        copies = torch.arange(len(active), device=model.device) // samples  # 0 0 0 1 1 1 2 ...
-        logits = read(model, cache, ids[first, :P], attention_mask[first, :P])[copies]
-        cache.reorder_cache(copies)  # row i becomes a copy of row copies[i]
+        once = rows[::samples]
+        logits = next_logits(model, cache, ids[once, :P], attention_mask[once, :P])
+        copies = torch.arange(len(rows), device=model.device) // samples  # 0 0 0 1 1 1 2 ...
+        logits = logits[copies]
+        cache.reorder_cache(copies)  # its row i becomes what was row copies[i]
+        active = rows  # those whose responses have not ended
         for t in range(P, ids.shape[1]):
             log_pi = (logits / temperature).log_softmax(-1)  # [active, V]
             tokens = draw(log_pi.exp(), generator)  # [active, 1]
@@ -403,12 +401,11 @@ def sample(model, task, problems, cfg, key, samples, temperature):
             goes_on = (~torch.isin(tokens[:, 0], eos)).nonzero()[:, 0]
             if len(goes_on) == 0 or t == ids.shape[1] - 1:
                 break
-            if len(goes_on) < len(active):  # what has ended leaves the batch
+            if len(goes_on) < len(active):  # the others have ended: no more passes for them
                 cache.reorder_cache(goes_on)
                 active = active[goes_on]
-            logits = read(
-                model, cache, ids[active, t : t + 1], attention_mask[active, : t + 1]
-            )
+            last = ids[active, t : t + 1]
+            logits = next_logits(model, cache, last, attention_mask[active, : t + 1])
     mask = attention_mask.bool()
     end = P + mask[:, P:].any(0).sum()  # of the longest response
     return Rollout(ids[:, :P], mask[:, :P], ids[:, P:end], mask[:, P:end], logp[:, P:end])
@@ -416,16 +413,17 @@ def sample(model, task, problems, cfg, key, samples, temperature):
 
 # --------------------------------------------------------------------------------- 4. verifier
 DIGITS = r"([0-9]+|[1-9][0-9]{0,2}(,[0-9]{3})+)"  # 1234 or 1,234
-NUMBER = re.compile(rf"[+-]?({DIGITS}(\.[0-9]+)?|[0-9]+/0*[1-9][0-9]*)")
+NUMBER = re.compile(rf"[+-]?({DIGITS}(\.[0-9]+)?|[0-9]+/0*[1-9][0-9]*)")  # -5, 1.5 or 3/4
 
 
 def extract_answer(text, find_answer=None):
-    r"""The content of the last outermost \boxed{...}, or None if it is never closed. Without a
-    box: what find_answer, the task's own rule, finds in the text.
+    r"""The content of the last outermost \boxed{...}, as language models give answers; None if
+    it is never closed. Without a box: what find_answer finds, the task's own rule (in the toy
+    the last number).
     >>> extract_answer(r"so \boxed{3}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
-    start = None  # of the last box
+    start = None  # of the last box's content, and then its end
     depth = 0  # how many braces are open in it
     for found in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text):  # \{ and \} are no braces
         word = found[0]
@@ -454,7 +452,7 @@ def normalize(answer):
 
 def verify(response, answer, find_answer=None, equal=None):
     """Is the response right? A task may have its own rule, equal(given, answer), as for LaTeX.
-    A response is never run as code, and its check takes little time, however long it is."""
+    Whatever a response says, it is never run as code; the time is linear in its length."""
     given = extract_answer(response, find_answer)
     if given is None:
         return False
@@ -464,7 +462,7 @@ def verify(response, answer, find_answer=None, equal=None):
 # ---------------------------------------------------------------------------- 5. training step
 def forward(model, rollout):
     """The hidden states [B, T, D] that predict the responses, by one pass without a cache."""
-    if hasattr(model, "read_rollout"):  # the same, faster: text_env.py adds it, the toy not
+    if hasattr(model, "read_rollout"):  # text_env.py may add it: the same, but faster
         return model.read_rollout(rollout)
     ids = torch.cat([rollout.prompt, rollout.tokens], 1)  # [B, P + T]
     attention_mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
@@ -487,15 +485,18 @@ def score_part(model, rollout, cfg):
 
 
 def score(model, rollout, cfg):
-    """score_part of a rollout of any size, by micro-batches."""
-    return in_parts(
-        lambda *part: score_part(model, Rollout(*part), cfg), cfg.micro_batch_size, *rollout
-    )
+    """The same as score_part, but a micro-batch at a time, since memory may be short."""
+
+    def score_rows(*tensors):
+        """score_part of a micro-batch."""
+        return score_part(model, Rollout(*tensors), cfg)
+
+    return in_parts(score_rows, cfg.micro_batch_size, *rollout)
 
 
 def update(run, rollout, old_logp, adv):
-    """One update of the weights with a mini-batch -> its metrics. H_agg is that of these
-    responses alone; the anchor is that of a whole step."""
+    """One update of the weights with a mini-batch -> its metrics. The loss has the square of a
+    mean over all of its responses. So it is not the sum of the losses of micro-batches."""
     cfg = run.cfg
     mask = rollout.mask
     now = score(run.model, rollout, cfg)  # [B, T] each, with gradient
@@ -531,7 +532,7 @@ def training_step(run, step):
     adv = group_advantages(rewards, cfg.group_size, cfg.algorithm)  # [B]
     # 3. score before any update: the old log-probabilities and, at first, the anchor
     with torch.no_grad():
-        old = score(run.model, rollout, cfg)  # [B, T] each; rollout.logp has other rounding
+        old = score(run.model, rollout, cfg)  # as in `update`: the first ratios are 1
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
     if run.anchor == 0:
@@ -539,10 +540,12 @@ def training_step(run, step):
     # 4. update: once for each mini-batch of whole groups, in random order
     run.optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
     order = list(range(cfg.prompts))
-    random.Random(f"{key}/0").shuffle(order)  # another key than that of the samples
+    random.Random(f"{key}/0").shuffle(order)  # `key` itself was that of the samples
     groups = torch.arange(len(adv)).view(-1, cfg.group_size)[order]  # [prompts, group_size]
-    mini_batches = [rows.flatten() for rows in groups.tensor_split(cfg.mini_batches)]
-    updates = [update(run, rollout.rows(i), old["logp"][i], adv[i]) for i in mini_batches]
+    updates = []
+    for mini_batch in groups.tensor_split(cfg.mini_batches):
+        i = mini_batch.flatten()  # row numbers of responses
+        updates.append(update(run, rollout.rows(i), old["logp"][i], adv[i]))
     # 5. measure (docs/metrics.md)
     metrics = {name: sum(x[name] for x in updates) / len(updates) for name in updates[0]}
     tokens = rollout.mask.sum().item()
@@ -571,10 +574,11 @@ def evaluate(model, task, problems, cfg):
         own = texts[i * k : (i + 1) * k]
         right = [verify(text, problem.answer, task.find_answer, task.equal) for text in own]
         given = [extract_answer(text, task.find_answer) for text in own]
-        # right answers vote alike, however they are written; no answer is no vote
-        form = task.normalize or normalize
-        pairs = [(ok, answer) for ok, answer in zip(right, given) if answer is not None]
-        votes = Counter("right" if ok else f"wrong: {form(answer)}" for ok, answer in pairs)
+        form = task.normalize or normalize  # 0.5 and 1/2 are votes for the same answer
+        votes = Counter()
+        for ok, answer in zip(right, given):
+            if answer is not None:
+                votes["right" if ok else f"wrong: {form(answer)}"] += 1
         total[f"avg@{k}"] += sum(right) / k
         total[f"maj@{k}"] += bool(votes) and votes.most_common(1)[0][0] == "right"
         total[f"pass@{k}"] += any(right)
@@ -591,15 +595,13 @@ low); the prompt asks for no \\boxed{}, or the data's answers have another form.
 
 
 class Run:
-    """The state of a run, and its folder, which belongs to one process at a time. A task has
-    train_problems(n, key), heldout(n), build_model(), decode(ids), metrics(responses), pad_id,
-    eos_ids; find_answer, equal and normalize, which may be None (see toy_env.py)."""
+    """The state of a run, and its folder, which belongs to one process at a time."""
 
     def __init__(self, cfg, resume=False):
         self.cfg = cfg
         self.folder = folder_of(cfg)
         self.folder.mkdir(parents=True, exist_ok=True)
-        # if it is taken, the error shows this name
+        # the error of a second process shows this name
         self.lock = FileLock(self.folder / "used by another process", timeout=0).acquire()
         free = resume or not (self.folder / "checkpoint.pt").exists()
         require(free, f"--out {self.folder}: holds a run; add --resume, or name another --out")
@@ -621,13 +623,13 @@ class Run:
     def save(self):
         """Write the checkpoint, whole or not at all, whenever the process is killed."""
         state = {"config": vars(self.cfg), "anchor": self.anchor, "records": self.records}
-        state["world"] = getattr(self.task, "fingerprint", None)
+        state["world"] = getattr(self.task, "fingerprint", None)  # data and frozen weights
         state["model"] = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         state["optimizer"] = self.optimizer.state_dict()
         part = self.folder / "checkpoint.part"
         torch.save(state, part)
         with open(part, "ab") as file:
-            file.write(hashlib.sha256(part.read_bytes()).digest())
+            file.write(hashlib.sha256(part.read_bytes()).digest())  # see load_checkpoint
         part.replace(self.folder / "checkpoint.pt")
 
     def restore(self, saved):
@@ -645,14 +647,15 @@ class Run:
 
 
 def module_and_options(task):
-    """The two parts of toy_env:vocab=96,slip=.1; in a value, a comma is written %2C."""
+    """The parts of "toy_env:vocab=96,slip=.1": the module, and a dictionary of texts. In a
+    value, % and a comma are written %25 and %2C, as in a web address."""
     module, _, options = task.partition(":")
-    options = options.replace("+", "%2B")  # in a web address, + would be a space
-    return module, dict(parse_qsl(options, keep_blank_values=True, separator=","))
+    parts = [option.partition("=") for option in options.split(",") if option]
+    return module, {name: unquote(value) for name, _, value in parts}
 
 
 def with_flags(task, words):
-    """The task with flags of its own: toy_env, --vocab 96 --slip=.1 -> the form above."""
+    """The task with flags of its own: toy_env, --vocab 96 --slip=.1 -> the text above."""
     parts = []
     for word in words:
         parts += word.split("=", 1) if word.startswith("--") else [word]
@@ -660,7 +663,7 @@ def with_flags(task, words):
     names = [name.removeprefix("--").replace("-", "_") for name in parts[::2]]
     pairs = [f"{name}={quote(value)}" for name, value in zip(names, parts[1::2])]
     if "model" in names and task == Config.task:
-        task = "text_env"
+        task = "text_env"  # --model is a flag of this task alone
     return f"{task}{',' if ':' in task else ':'}{','.join(pairs)}"
 
 
@@ -729,13 +732,14 @@ def report(records):
 def main(argv=None):
     """The command. A flag that is no field of Config belongs to the task. It exits with 0:
     done, 1: stopped by an error, 2: bad input, or 130: Ctrl-C."""
-    fields = inspect.getsource(Config).partition("\n    def")[0]
-    parser = argparse.ArgumentParser("siren.py", argparse.SUPPRESS, fields, allow_abbrev=False)
+    parser = argparse.ArgumentParser("siren.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    # --help shows the lines of Config above, with their comments
+    parser.description = inspect.getsource(Config).partition("\n    def")[0]
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS)
+        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS)  # only if given
     given, rest = parser.parse_known_args(argv)
     flags = vars(given)
     resume = flags.pop("resume")
@@ -745,7 +749,7 @@ def main(argv=None):
             flags["task"] = with_flags(flags.get("task", Config.task), rest)
         if resume:
             saved = load_checkpoint(folder_of(Config(**flags)))["config"]
-            flags = saved | {"out": ""} | flags
+            flags = saved | {"out": ""} | flags  # the flags given now win
         run = Run(Config(**flags), resume)
         report(train(run))
     except BrokenPipeError:
@@ -753,7 +757,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130, "siren.py: interrupted; --resume goes on\n")
     except Exception as error:
-        bad_input = run is None or isinstance(error, ValueError)
+        bad_input = run is None or isinstance(error, ValueError)  # before the first step
         if not bad_input and not isinstance(error, MemoryError | OSError | RuntimeError):
             raise  # a mistake in the code: its traceback says where
         text = " ".join(str(error).split())
@@ -761,6 +765,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.modules["siren"] = sys.modules["__main__"]  # for tasks that import siren
+    sys.modules["siren"] = sys.modules["__main__"]  # a task that imports siren gets this file
     sys.path.append(str(Path(__file__).parent))  # where tasks are, also with python -I
     main()

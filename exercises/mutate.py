@@ -109,7 +109,7 @@ NOT_ASKED = {
         "max(1, cfg.sample_batch // samples)": INPUT,
         "config=model.config": INPUT,
     },
-    "read": {
+    "next_logits": {
         ".float()": INPUT,
         "use_cache": "a model that is given a cache uses it",
         "logits_to_keep=1": SPEED,
@@ -138,7 +138,7 @@ EQUIVALENT = {
     ],
     "comparisons have no gradient": [
         "nucleus: log_pi.detach().exp -> log_pi.exp",
-        "peak_mask: entropy.detach().double -> entropy.double",
+        "peak_mask: entropy.detach().masked_fill -> entropy.masked_fill",
     ],
     "of one column the first is the last": [
         "token_stats: log_pi.gather(-1, tokens[..., None])[..., 0]"
@@ -153,12 +153,9 @@ EQUIVALENT = {
         " -> (logits / temperature).log_softmax(1)"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "peak_mask: entropy.detach().double().masked_fill -> entropy.detach().masked_fill",
-        "peak_mask: quantile - 1e-09 -> quantile - 0",
-        "peak_mask: h.nanquantile(quantile - 1e-09, 1, keepdim=True, interpolation='higher')"
-        " -> h.nanquantile(quantile - 1e-09, 1, keepdim=True)",
-        "peak_mask: h.nanquantile(quantile - 1e-09, 1, keepdim=True, interpolation='higher')"
-        " -> h.nanquantile(quantile, 1, keepdim=True, interpolation='higher')",
+        "peak_mask: mask.sum(1, keepdim=True).double() - 1 -> mask.sum(1, keepdim=True) - 1",
+        "peak_mask: (j - 1e-09).ceil -> j.ceil",
+        "peak_mask: j - 1e-09 -> j - 0",
     ],
     "the first of two is the first of one, and the last of one is its first": [
         "maj_at_k: counts.most_common(1) -> counts.most_common(2)",

@@ -1,6 +1,5 @@
 """README.md: its call example runs, its commands are the study's, and what is bold stands."""
 
-import csv
 import dataclasses
 import re
 import subprocess
@@ -131,16 +130,3 @@ def test_the_differences_that_are_bold_stand_and_no_others():
         for score, cell in zip(study_report.SCORES, cells.split(" | ")):
             key = (names.get(name, name), score, cell.strip("*"))
             assert cell.startswith("**") == (p_of[key] < 0.05), key
-
-
-def test_the_table_in_sirens_docstring_is_that_of_the_results():
-    with open(ROOT / "results" / "main.csv") as file:
-        hard = [x for x in csv.DictReader(file) if (x["grade"], x["temperature"]) == GRADE]
-    for column, words in {"h_agg": "    H_agg       ", "maj@16": "    maj@16      "}.items():
-        (line,) = [x for x in siren.__doc__.splitlines() if x.startswith(words)]
-        shown = re.findall(r"\d\.\d\d", line)
-        for method, value in zip(
-            ("base", "siren", "dr_grpo", "naive_exploding"), shown, strict=True
-        ):
-            values = [float(row[column]) for row in hard if row["method"] == method]
-            assert len(values) == 16 and value == f"{sum(values) / 16:.2f}", (method, column)

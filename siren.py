@@ -3,20 +3,20 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
 
 A model that is rewarded for right answers becomes more and more certain, until its samples are
 copies of each other: its entropy collapses. Why each part of SIREN is there:
-1. A reward for entropy acts on the whole vocabulary, which may have 150,000 tokens. It makes
-   thousands of useless tokens likely, and the entropy explodes. So SIREN restricts the
-   actions: only the nucleus counts, the few likely tokens (top-p mask).
+1. A bonus for entropy in the loss acts on the whole vocabulary, often 150,000 tokens. It lifts
+   thousands of useless tokens, and the entropy explodes. So SIREN restricts the actions: only
+   the nucleus counts, the few likely tokens (top-p mask).
 2. In most places of a response there is nothing to decide. More entropy there only means
    more mistakes. So SIREN restricts the states: only the peaks count, the positions of a
    response with the highest entropy (peak-entropy mask).
-3. A reward for entropy pushes it up for ever. So SIREN has an anchor, the entropy that the
-   model had before training, and pulls the entropy to it, up or down (self-anchored).
+3. A bonus pushes the entropy up for ever. So SIREN has an anchor, the entropy that the model
+   had before training, and pulls the entropy to it, up or down (self-anchored).
 
-A response i has n tokens; pi is the policy at token t, a distribution over the vocabulary.
+A response i has n tokens; pi is the policy at one of them, t: a distribution over all tokens.
 
     V_p     = the nucleus: the fewest tokens whose probabilities add up to p or more
     q       = pi on the nucleus, divided by the sum of these probabilities
-    H'_t    = -sum over v in V_p of q_v log q_v, the entropy of q at token t
+    H'_t    = -sum over v in V_p of q_v log q_v, the entropy of q (H is that of pi)
     theta_i = the tau-quantile of the n values of H' in response i
     H_i     = the mean of H' over the peaks of response i, the tokens with H' >= theta_i
     H_agg   = the mean of H_i over the responses of a mini-batch
@@ -24,13 +24,13 @@ A response i has n tokens; pi is the policy at token t, a distribution over the 
     L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised
 
 L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. The paper has p = 0.8
-and tau = 0.8: a fifth of the tokens are peaks. At every update the masks are those of the
-policy as it is then. They have no gradient. Responses are sampled from the whole policy,
-without a mask. There is no KL term.
+and tau = 0.8: a fifth of the tokens are peaks. Both masks are computed from the current policy
+at every update, without gradient. Responses are sampled from the whole policy, without a mask.
+There is no KL term.
 
 The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. The base model
-has learned it from examples in which some sums are always wrong: 8 plus 5 is always 23. Other
-orders avoid such a sum, and a model that still tries many orders can find them.
+has learned it from examples with errors, such as 8 + 5 = 23, which it repeats. Other orders
+avoid such a sum, and a model that still tries many orders can find one that does.
 
     prompt      8 3 1 5 2 =                    one token is one number
     response    8 2 10 5 15 1 16 3 19 <eos>    8, plus 2 is 10, plus 5 is 15, plus 1 is 16, ...
@@ -41,11 +41,12 @@ follow from what is there: each sum, and the 3, which is the only number left.
 
     python siren.py                      # SIREN on the toy: one to two minutes on a CPU
     python siren.py --regularizer none   # Dr.GRPO alone: the entropy collapses
-    python siren.py --regularizer bonus --top-p 1 --peak-quantile 0 --beta .02   # it explodes
+    # a bonus without the two masks: the entropy explodes
+    python siren.py --regularizer bonus --top-p 1 --peak-quantile 0 --beta .02
 
-What they reach is in README.md. If time is short, read sections 1 and 5. Shapes: B responses
-of at most T tokens, to prompts of at most P; N response tokens in all; V tokens in the
-vocabulary, K columns with the likeliest; D numbers in a hidden state. Entropies are in nats.
+The results are in README.md. If time is short, read sections 1 and 5. Shapes: B responses of
+at most T tokens to prompts of at most P tokens; N response tokens in all; a vocabulary of V
+tokens, K of them sorted; hidden states of D numbers. Entropies are in nats.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def nucleus(log_pi, top_p):
     """
     require(0 < top_p <= 1, f"top_p {top_p}: must be above 0 and at most 1")
     if top_p == 1:
-        return log_pi  # all tokens; a sum of rounded numbers may reach 1 too early
+        return log_pi  # no mask; below, a rounded sum might reach 1 before the last token
     log_pi = likeliest(log_pi, top_p)  # or, slower: log_pi.sort(-1, descending=True).values
     pi = log_pi.detach().exp()  # in the example 0.6 0.2 0.1 0.1
     mass_before = pi.cumsum(-1) - pi  # the sum of the tokens before it: 0.0 0.6 0.8 0.9
@@ -134,9 +135,10 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
 def peak_mask(entropy, mask, quantile):
     """The peak-entropy mask (the paper's Eq. 9): where a response has a real choice. entropy
     (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile is tau:
-    0.8 keeps about the highest fifth; 0 switches this mask off. theta_i is in place j of the
-    n sorted H', counted from 0, where j is tau * (n - 1), rounded up. If theta_i is 0, tokens
-    without a choice would be peaks, too; so we ask for H' > 0 as well, a rule of our own.
+    0.8 keeps about the highest fifth; 0 switches this mask off.
+
+        theta_i = sorted[j], where sorted has the n values of H' and j = ceil(tau * (n - 1))
+        peak    = H' >= theta_i and H' > 0 (our own rule: a peak has at least two options)
     >>> h = torch.tensor([[0.1, 0.9, 0.5, 0.0]])  # sorted: 0.0 0.1 0.5 0.9
     >>> peak_mask(h, torch.ones(1, 4).bool(), 0.6)  # 0.6 * 3 is 1.8, so j is 2 and theta 0.5
     tensor([[False,  True,  True, False]])
@@ -145,8 +147,8 @@ def peak_mask(entropy, mask, quantile):
     if quantile == 0 or mask.numel() == 0:
         return mask
     ordered = entropy.detach().masked_fill(~mask, torch.inf).sort(1).values  # padding last
-    j = quantile * (mask.sum(1, keepdim=True).double() - 1)  # [B, 1]
-    j = (j - 1e-9).ceil().clamp(min=0)  # - 1e-9, since 0.55 * 20 is 11.000000000000002
+    n = mask.sum(1, keepdim=True).double()  # [B, 1]
+    j = (quantile * (n - 1) - 1e-9).ceil().clamp(min=0)  # 0.55 * 20 is 11.000000000000002
     theta = ordered.gather(1, j.long())  # [B, 1]
     return (entropy >= theta) & (entropy > 0) & mask
 
@@ -154,7 +156,7 @@ def peak_mask(entropy, mask, quantile):
 def aggregate_entropy(entropy, peak, mask):
     """H_agg, a scalar: the mean over the responses of the mean of H' over a response's peaks.
     entropy (H'), peak, mask [B, T]. A response without a peak counts as 0, since it has no
-    entropy; a row without a token is only padding and does not count.
+    entropy; a row of padding alone does not count.
     >>> h = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
     >>> aggregate_entropy(h, peak=h >= 2, mask=torch.ones(2, 2).bool())  # (3 + 2) / 2
     tensor(2.5000)
@@ -255,7 +257,7 @@ def in_parts(function, size, *tensors):
     part only the results stay in memory; backward() computes the rest again."""
     if len(tensors[0]) <= size:
         return function(*tensors)
-    again = {"use_reentrant": False, "preserve_rng_state": False}  # advised; faster
+    again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random here
     parts = zip(*(tensor.split(size) for tensor in tensors))
     found = [torch.utils.checkpoint.checkpoint(function, *part, **again) for part in parts]
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
@@ -263,7 +265,7 @@ def in_parts(function, size, *tensors):
 
 def stats_in_chunks(hidden, head, tokens, top_p, temperature, chunk=0):
     """The same as token_stats(head(hidden), tokens, ...), but `chunk` tokens at a time: hidden
-    [N, D], tokens [N] -> [N] each. The model must not change the logits after its head."""
+    [N, D], tokens [N] -> [N] each. The model must not change logits after its head."""
 
     def stats_of(hidden, tokens):
         """token_stats of a chunk."""
@@ -337,9 +339,9 @@ class Config:
 # None. A problem has a prompt (token ids) and an answer (a text).
 class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
     """B prompts [B, P], padded on the left, and their responses (tokens) [B, T], padded on
-    the right. The masks are False in the padding; the ids do not show it, since a model's
-    padding may be its EOS. logp [B, T], log pi of each token when it was drawn, is only for
-    text_env.py, which compares it with that of `score`."""
+    the right. The masks are False in the padding, whose id may be that of EOS. logp [B, T] is
+    log pi of each token when it was drawn: other rounding than in `score`, so it is not
+    used in the loss; text_env.py compares the two."""
 
     def rows(self, index):
         """A part of it, such as a mini-batch."""
@@ -359,8 +361,9 @@ def draw(pi, generator):
 
 
 def next_logits(model, cache, ids, attention_mask):
-    """The logits [n, V] of the token after ids [n, l], which are added to the KV cache of what
-    was before. attention_mask [n, all so far] is 0 at padding, which counts as no position."""
+    """The logits [n, V] of the next token after what is in the KV cache and ids [n, l], which
+    join it. attention_mask [n, all so far] is 0 at padding; positions are counted without it.
+    """
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": True}
     return model(ids, **inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
@@ -495,8 +498,8 @@ def score(model, rollout, cfg):
 
 
 def update(run, rollout, old_logp, adv):
-    """One update of the weights with a mini-batch -> its metrics. The loss has the square of a
-    mean over all of its responses. So it is not the sum of the losses of micro-batches."""
+    """One update of the weights with a mini-batch -> its metrics. The loss squares a mean over
+    all of its responses, so it is no sum of losses of micro-batches (see in_parts instead)."""
     cfg = run.cfg
     mask = rollout.mask
     now = score(run.model, rollout, cfg)  # [B, T] each, with gradient
@@ -532,7 +535,7 @@ def training_step(run, step):
     adv = group_advantages(rewards, cfg.group_size, cfg.algorithm)  # [B]
     # 3. score before any update: the old log-probabilities and, at first, the anchor
     with torch.no_grad():
-        old = score(run.model, rollout, cfg)  # as in `update`: the first ratios are 1
+        old = score(run.model, rollout, cfg)  # as in `update`: the first ratios are 1 exactly
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
     if run.anchor == 0:
@@ -551,7 +554,7 @@ def training_step(run, step):
     tokens = rollout.mask.sum().item()
     metrics["reward"] = rewards.mean().item()
     mixed = rewards.view(-1, cfg.group_size).std(1) > 0  # right and wrong responses
-    metrics["mixed_groups"] = mixed.float().mean().item()  # only these teach anything
+    metrics["mixed_groups"] = mixed.float().mean().item()  # only these have an advantage
     metrics["entropy"] = old["entropy"].sum().item() / tokens
     metrics["nucleus_size"] = old["nucleus_size"].sum().item() / tokens
     metrics["h_agg"] = h_agg  # of the whole rollout, before its updates
@@ -749,7 +752,7 @@ def main(argv=None):
             flags["task"] = with_flags(flags.get("task", Config.task), rest)
         if resume:
             saved = load_checkpoint(folder_of(Config(**flags)))["config"]
-            flags = saved | {"out": ""} | flags  # the flags given now win
+            flags = saved | {"out": ""} | flags  # flags of now win; the folder may have moved
         run = Run(Config(**flags), resume)
         report(train(run))
     except BrokenPipeError:

@@ -153,9 +153,9 @@ EQUIVALENT = {
         " -> (logits / temperature).log_softmax(1)"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "peak_mask: mask.sum(1, keepdim=True).double() - 1 -> mask.sum(1, keepdim=True) - 1",
-        "peak_mask: (j - 1e-09).ceil -> j.ceil",
-        "peak_mask: j - 1e-09 -> j - 0",
+        "peak_mask: mask.sum(1, keepdim=True).double() -> mask.sum(1, keepdim=True)",
+        "peak_mask: (quantile * (n - 1) - 1e-09).ceil -> (quantile * (n - 1)).ceil",
+        "peak_mask: quantile * (n - 1) - 1e-09 -> quantile * (n - 1) - 0",
     ],
     "the first of two is the first of one, and the last of one is its first": [
         "maj_at_k: counts.most_common(1) -> counts.most_common(2)",

@@ -209,7 +209,7 @@ def siren_loss(loss, entropy, mask, anchor, beta, peak_quantile=0.8, regularizer
     anchor         H*: H_agg of all responses of the first step, before any update
     beta           the weight of the regulariser
     peak_quantile  tau; 0.8 in the paper
-    regularizer    "anchor"; "bonus", -beta * H_agg, the naive way; or "none"
+    regularizer    "anchor"; "bonus", -beta * H_agg, without an anchor; or "none"
     >>> h, mask = torch.tensor([[1.5, 0.0, 0.0, 0.0]]), torch.ones(1, 4).bool()
     >>> siren_loss(torch.tensor(0.0), h, mask, anchor=1.0, beta=2.0)[0]  # 2 * (1.5 - 1)^2
     tensor(0.5000)
@@ -294,14 +294,15 @@ class Config:
     sample_batch: int = 1024  # responses that are sampled at the same time
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
-    regularizer: str = "anchor"  # anchor (SIREN), bonus (the naive way) or none
-    # Why SIREN's three numbers differ from the paper's: beta depends on max_tokens and on the
-    # task (docs/beta.md). The toy's first token is one of five numbers, all about as likely,
-    # and p = 0.8 would leave one of them out. Four tokens of ten are choices: tau = 0.6
+    regularizer: str = "anchor"  # anchor (SIREN), bonus (without an anchor) or none
+    # Why SIREN's three numbers differ from the paper's: beta depends on the task and on
+    # max_tokens, by which the policy loss alone is divided (docs/beta.md). The toy's first
+    # token is one of five numbers, all about as likely, and p = 0.8 would leave one of them
+    # out. Four tokens of ten are choices: tau = 0.6
     beta: float = 0.2  # the weight of the regulariser (paper: 0.005)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
-    anchor: float = 0.0  # H* itself, in nats; 0: H_agg of the first batch
+    anchor: float = 0.0  # H* itself, in nats; 0: H_agg of the first step
     algorithm: str = "dr_grpo"  # or grpo (see group_advantages and policy_loss)
     clip_low: float = 0.2  # pi / old pi is clipped at 1 - this
     clip_high: float = 0.2  # pi / old pi is clipped at 1 + this
@@ -539,7 +540,7 @@ def training_step(run, step):
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
     if run.anchor == 0:
-        run.anchor = h_agg  # H*: of the whole first batch, before any update
+        run.anchor = h_agg  # H*: of all responses of the first step, before any update
     # 4. update: once for each mini-batch of whole groups, in random order
     run.optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
     order = list(range(cfg.prompts))

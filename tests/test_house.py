@@ -151,7 +151,7 @@ def block():
 @pytest.mark.parametrize(
     "what, count, most",
     [
-        ("lines of siren.py", len(source_of("siren.py").splitlines()), 773),
+        ("lines of siren.py", len(source_of("siren.py").splitlines()), 774),
         ("lines of code in siren.py", code_lines(source_of("siren.py")), 481),
         ("lines between the copy marks", block().count("\n"), 180),
         ("lines of toy_env.py", len(source_of("toy_env.py").splitlines()), 330),

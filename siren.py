@@ -4,13 +4,13 @@ Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", arX
 A model that is rewarded for right answers becomes more and more certain, until its samples are
 copies of each other: its entropy collapses. Why each part of SIREN is there:
 1. A bonus for entropy in the loss acts on the whole vocabulary, often 150,000 tokens. It lifts
-   thousands of useless tokens, and the entropy explodes. So SIREN restricts the actions: only
-   the nucleus counts, the few likely tokens (top-p mask).
-2. In most places of a response there is nothing to decide. More entropy there only means
-   more mistakes. So SIREN restricts the states: only the peaks count, the positions of a
+   thousands of useless tokens, and the entropy may explode. So SIREN restricts the actions:
+   only the nucleus counts, the few likely tokens (top-p mask).
+2. In most places of a response there is nothing to decide. More entropy there mostly means
+   mistakes. So SIREN restricts the states: only the peaks count, the positions of a
    response with the highest entropy (peak-entropy mask).
-3. A bonus pushes the entropy up for ever. So SIREN has an anchor, the entropy that the model
-   had before training, and pulls the entropy to it, up or down (self-anchored).
+3. A bonus pushes the entropy up without an end. So SIREN has an anchor, the entropy that the
+   model had before training, and pulls the entropy to it, up or down (self-anchored).
 
 A response i has n tokens; pi is the policy at one of them, t: a distribution over all tokens.
 
@@ -23,18 +23,18 @@ A response i has n tokens; pi is the policy at one of them, t: a distribution ov
     H*      = the anchor: H_agg of all responses of the first step, before any update
     L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised
 
-L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. The paper has p = 0.8
-and tau = 0.8: a fifth of the tokens are peaks. Both masks are computed from the current policy
-at every update, without gradient. Responses are sampled from the whole policy, without a mask.
-There is no KL term.
+L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. The authors have p =
+tau = 0.8: about a fifth of the tokens are peaks. Both masks are computed from the current
+policy at every update, without gradient. Responses are sampled from the whole policy, without
+a mask. There is no KL term.
 
 The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. The base model
 has learned it from examples with errors, such as 8 + 5 = 23, which it repeats. Other orders
-avoid such a sum, and a model that still tries many orders can find one that does.
+avoid such a sum. A model that still tries much can find them, and sometimes the right sum.
 
     prompt      8 3 1 5 2 =                    one token is one number
     response    8 2 10 5 15 1 16 3 19 <eos>    8, plus 2 is 10, plus 5 is 15, plus 1 is 16, ...
-    choices     ^ ^    ^    ^                  reward 1: the last number is the total
+    choices     ^ ^    ^    ^                  reward 1: before <eos> is the total
 
 Only the four marked tokens are choices: which number of the prompt comes next. The others
 follow from what is there: each sum, and the 3, which is the only number left.
@@ -99,7 +99,7 @@ def nucleus(log_pi, top_p):
     require(0 < top_p <= 1, f"top_p {top_p}: must be above 0 and at most 1")
     if top_p == 1:
         return log_pi  # no mask; below, a rounded sum might reach 1 before the last token
-    log_pi = likeliest(log_pi, top_p)  # or, slower: log_pi.sort(-1, descending=True).values
+    log_pi = likeliest(log_pi, top_p)  # or: log_pi.sort(-1, descending=True).values
     pi = log_pi.detach().exp()  # in the example 0.6 0.2 0.1 0.1
     mass_before = pi.cumsum(-1) - pi  # the sum of the tokens before it: 0.0 0.6 0.8 0.9
     inside = log_pi.masked_fill(mass_before >= top_p, -torch.inf)
@@ -109,7 +109,7 @@ def nucleus(log_pi, top_p):
 def entropy_of(log_q):
     """-sum of q log q over the last dimension, where 0 log 0 is 0."""
     finite = log_q.clamp(min=-1e30)  # since 0 * -inf is NaN
-    with torch.autocast(log_q.device.type, enabled=False):  # it would round to bfloat16
+    with torch.autocast(log_q.device.type, enabled=False):  # it would round to 16 bits
         return -torch.linalg.vecdot(log_q.exp(), finite)  # the sum of the products
 
 
@@ -135,7 +135,7 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
 def peak_mask(entropy, mask, quantile):
     """The peak-entropy mask (the paper's Eq. 9): where a response has a real choice. entropy
     (H'), mask (bool, True at a response's own tokens) [B, T] -> bool [B, T]. quantile is tau:
-    0.8 keeps about the highest fifth; 0 switches this mask off.
+    0.8 keeps about the highest fifth; 0 switches this mask off: every token is a peak.
 
         theta_i = sorted[j], where sorted has the n values of H' and j = ceil(tau * (n - 1))
         peak    = H' >= theta_i and H' > 0 (our own rule: a peak has at least two options)
@@ -144,19 +144,21 @@ def peak_mask(entropy, mask, quantile):
     tensor([[False,  True,  True, False]])
     """
     require(mask.dtype == torch.bool and mask.shape == entropy.shape, "mask: bool, [B, T]")
+    require(0 <= quantile <= 1, f"quantile {quantile}: must be 0 to 1")
     if quantile == 0 or mask.numel() == 0:
         return mask
     ordered = entropy.detach().masked_fill(~mask, torch.inf).sort(1).values  # padding last
     n = mask.sum(1, keepdim=True).double()  # [B, 1]
-    j = (quantile * (n - 1) - 1e-9).ceil().clamp(min=0)  # 0.55 * 20 is 11.000000000000002
+    j = (quantile * (n - 1) - 1e-9).ceil().clamp(min=0)  # 0.55 * 100 is 55.00000000000001
     theta = ordered.gather(1, j.long())  # [B, 1]
-    return (entropy >= theta) & (entropy > 0) & mask
+    low = (entropy < theta) | (entropy <= 0)
+    return mask & ~low  # NaN is not low: it stays to be seen in H_agg
 
 
 def aggregate_entropy(entropy, peak, mask):
     """H_agg, a scalar: the mean over the responses of the mean of H' over a response's peaks.
-    entropy (H'), peak, mask [B, T]. A response without a peak counts as 0, since it has no
-    entropy; a row of padding alone does not count.
+    entropy (H'), peak, mask [B, T]. A response without a peak counts as 0, as all its H'
+    are 0; a row of padding alone does not count.
     >>> h = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
     >>> aggregate_entropy(h, peak=h >= 2, mask=torch.ones(2, 2).bool())  # (3 + 2) / 2
     tensor(2.5000)
@@ -231,9 +233,9 @@ def siren_loss(loss, entropy, mask, anchor, beta, peak_quantile=0.8, regularizer
 
 # The rest of the block, for speed and errors, may be skipped.
 def likeliest(log_pi, top_p, k=16):
-    """log_pi.sort(-1, descending=True).values, but only its first k columns: to sort 150,000
-    tokens is slow. Rows in which these k do not reach p are done again with 16 * k, and the
-    other rows are then filled up with -inf."""
+    """log_pi.sort(-1, descending=True).values, but only its first k columns, which is mostly
+    faster. Rows in which these k do not reach p are done again with 16 * k, and the other rows
+    are then filled up with -inf."""
     k = min(k, log_pi.shape[-1])
     top = log_pi.topk(k).values
     short = top.detach().exp().sum(-1) < top_p  # the rows that need more
@@ -257,9 +259,9 @@ def in_parts(function, size, *tensors):
     part only the results stay in memory; backward() computes the rest again."""
     if len(tensors[0]) <= size:
         return function(*tensors)
-    again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random here
+    checkpoint = torch.utils.checkpoint.checkpoint
     parts = zip(*(tensor.split(size) for tensor in tensors))
-    found = [torch.utils.checkpoint.checkpoint(function, *part, **again) for part in parts]
+    found = [checkpoint(function, *part, use_reentrant=False) for part in parts]
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
@@ -279,10 +281,11 @@ def stats_in_chunks(hidden, head, tokens, top_p, temperature, chunk=0):
 # --------------------------------------------------------------------------------- 2. settings
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a run. Each field is a flag: top_p is set by --top-p .8, for example."""
+    """The settings of a run. Each field is a flag: top_p is set by --top-p .8, for example.
+    In brackets are the paper's settings, as its authors' script has them."""
 
     task: str = "toy_env"  # module of problems and model; toy_env:vocab=96 sets its vocab
-    seed: int = 0  # of all random draws
+    seed: int = 0  # of all random draws of the run
     steps: int = 200  # training steps: sample, verify, score, update
     # 256 responses = 32 prompts x 8                 a step samples, verifies and scores them
     # |----64----|----64----|----64----|----64----|  mini-batches of whole groups: one update
@@ -290,15 +293,15 @@ class Config:
     prompts: int = 32  # prompts per step (paper: 128)
     group_size: int = 8  # responses per prompt (paper: 8)
     mini_batches: int = 4  # updates per step (paper: 16)
-    micro_batch_size: int = 64  # responses in memory at once; only rounding changes with it
-    sample_batch: int = 1024  # responses that are sampled at the same time
+    micro_batch_size: int = 64  # responses scored at once; only rounding changes with it
+    sample_batch: int = 1024  # responses sampled at once, in whole groups
     max_tokens: int = 16  # the longest response (paper: 3072)
     temperature: float = 1.0  # of the policy, in sampling and in the loss
     regularizer: str = "anchor"  # anchor (SIREN), bonus (without an anchor) or none
     # Why SIREN's three numbers differ from the paper's: beta depends on the task and on
-    # max_tokens, by which the policy loss alone is divided (docs/beta.md). The toy's first
-    # token is one of five numbers, all about as likely, and p = 0.8 would leave one of them
-    # out. Four tokens of ten are choices: tau = 0.6
+    # max_tokens, by which the policy loss alone is divided (docs/beta.md). As a first token,
+    # up to five numbers are about as likely, and p = 0.8 would leave out one of five. Four
+    # tokens of ten are choices: tau = 0.6
     beta: float = 0.2  # the weight of the regulariser (paper: 0.005)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)
@@ -307,7 +310,7 @@ class Config:
     clip_low: float = 0.2  # pi / old pi is clipped at 1 - this
     clip_high: float = 0.2  # pi / old pi is clipped at 1 + this
     lr: float = 3e-4  # learning rate of AdamW (paper: 1e-6, for 7B parameters)
-    warmup_steps: int = 5  # steps in which the learning rate rises from 0
+    warmup_steps: int = 5  # steps in which the learning rate rises to lr
     weight_decay: float = 0.0  # of AdamW (paper: 0.1)
     grad_clip: float = 1.0  # the largest norm of the gradient
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
@@ -330,14 +333,16 @@ class Config:
             most = 1 if name in ("top_p", "peak_quantile", "clip_low") else 1e9
             rule = f"--{name.replace('_', '-')} {value}: must be {least:g} to {most:g}"
             require(isinstance(value, str) or least <= value <= most, rule)
+        require(self.group_size >= 2, f"--group-size {self.group_size}: must be at least 2")
         rule = f"--mini-batches {self.mini_batches}: must be at most --prompts"
         require(self.mini_batches <= self.prompts, rule)
 
 
 # ---------------------------------------------------------------------------------- 3. sampler
-# A task (toy_env.py, text_env.py) has train_problems(n, key), heldout(n), build_model(),
-# decode(ids), metrics(responses), pad_id, eos_ids; find_answer, equal and normalize may be
-# None. A problem has a prompt (token ids) and an answer (a text).
+# A task is what load(cfg, **options) of its module gives (toy_env.py, text_env.py). It has
+# train_problems(n, key), heldout(n), build_model(), decode(ids), metrics(responses), pad_id,
+# eos_ids; find_answer, equal and normalize may be None. A problem has a prompt (token ids) and
+# an answer (a text).
 class Rollout(namedtuple("Rollout", "prompt prompt_mask tokens mask logp")):
     """B prompts [B, P], padded on the left, and their responses (tokens) [B, T], padded on
     the right. The masks are False in the padding, whose id may be that of EOS. logp [B, T] is
@@ -423,7 +428,7 @@ NUMBER = re.compile(rf"[+-]?({DIGITS}(\.[0-9]+)?|[0-9]+/0*[1-9][0-9]*)")  # -5, 
 def extract_answer(text, find_answer=None):
     r"""The content of the last outermost \boxed{...}, as language models give answers; None if
     it is never closed. Without a box: what find_answer finds, the task's own rule (in the toy
-    the last number).
+    the number before <eos>).
     >>> extract_answer(r"so \boxed{3}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
@@ -445,7 +450,7 @@ def extract_answer(text, find_answer=None):
 
 
 def normalize(answer):
-    """An exact number (2.50, 1,234 or 1/2), or else the text itself.
+    """An exact number (2.50, 1,234 or 1/2), or else the text, stripped.
     >>> normalize(" -1,234.50"), normalize("2/4"), normalize("x + 1")
     (Fraction(-2469, 2), Fraction(1, 2), 'x + 1')
     """
@@ -536,10 +541,10 @@ def training_step(run, step):
     adv = group_advantages(rewards, cfg.group_size, cfg.algorithm)  # [B]
     # 3. score before any update: the old log-probabilities and, at first, the anchor
     with torch.no_grad():
-        old = score(run.model, rollout, cfg)  # as in `update`: the first ratios are 1 exactly
+        old = score(run.model, rollout, cfg)  # by the code of `update`, so ratios begin at 1
     peak = peak_mask(old["nucleus_entropy"], rollout.mask, cfg.peak_quantile)
     h_agg = aggregate_entropy(old["nucleus_entropy"], peak, rollout.mask).item()
-    if run.anchor == 0:
+    if run.anchor is None:
         run.anchor = h_agg  # H*: of all responses of the first step, before any update
     # 4. update: once for each mini-batch of whole groups, in random order
     run.optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
@@ -594,8 +599,8 @@ def evaluate(model, task, problems, cfg):
 # the settings that may change when a run is resumed
 MUTABLE = {"steps", "out", "save_every", "eval_every", "device", "chunk", "micro_batch_size"}
 NO_SIGNAL = """no signal for ten steps: the rewards of every group are all alike. Perhaps the
-problems are too easy; --max-tokens is too small, or the model has another EOS (ended_share is
-low); the prompt asks for no \\boxed{}, or the data's answers have another form."""
+problems are too hard or too easy; --max-tokens is too small, or the model has another EOS
+(ended_share is low); the prompt asks for no \\boxed{}, or the answers have another form."""
 
 
 class Run:
@@ -619,13 +624,13 @@ class Run:
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         options = {"weight_decay": cfg.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.weights, **options)
-        self.anchor = cfg.anchor  # H*; 0 until the first batch has been scored
+        self.anchor = cfg.anchor or None  # H*; None until the first step has been scored
         self.records = []  # the metrics of each step; step 0 is an evaluation alone
         if resume:
             self.restore(load_checkpoint(self.folder))
 
     def save(self):
-        """Write the checkpoint, whole or not at all, whenever the process is killed."""
+        """Write the checkpoint: whole or not at all, even if the process is killed."""
         state = {"config": vars(self.cfg), "anchor": self.anchor, "records": self.records}
         state["world"] = getattr(self.task, "fingerprint", None)  # data and frozen weights
         state["model"] = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
@@ -660,14 +665,16 @@ def module_and_options(task):
 
 def with_flags(task, words):
     """The task with flags of its own: toy_env, --vocab 96 --slip=.1 -> the text above."""
-    parts = []
+    pairs = []
+    words = iter(words)
     for word in words:
-        parts += word.split("=", 1) if word.startswith("--") else [word]
-    require(len(parts) % 2 == 0, f"{' '.join(words)}: a flag needs one value; see --help")
-    names = [name.removeprefix("--").replace("-", "_") for name in parts[::2]]
-    pairs = [f"{name}={quote(value)}" for name, value in zip(names, parts[1::2])]
-    if "model" in names and task == Config.task:
-        task = "text_env"  # --model is a flag of this task alone
+        flag, equals, value = word.partition("=")
+        value = value if equals else next(words, None)
+        rule = f"{word}: is no flag with a value, such as --vocab 96; see --help"
+        require(flag.startswith("--") and value is not None, rule)
+        pairs.append(f"{flag[2:].replace('-', '_')}={quote(value)}")
+        if flag == "--model" and task == Config.task:
+            task = "text_env"  # --model is a flag of this task alone
     return f"{task}{',' if ':' in task else ':'}{','.join(pairs)}"
 
 
@@ -687,7 +694,7 @@ def load_checkpoint(folder):
 
 def train(run):
     """Train; return a record of each step. A step depends on the seed, its number and what is
-    in the checkpoint. So a run that was stopped goes on to the same numbers."""
+    in the checkpoint. So a run that was stopped goes on to the same numbers (on a CPU)."""
     cfg = run.cfg
     torch.set_num_threads(cfg.threads)
     bar = tqdm(range(len(run.records), cfg.steps + 1), unit="step")
@@ -759,9 +766,9 @@ def main(argv=None):
     except BrokenPipeError:
         sys.stdout = None  # nobody reads the table any more
     except KeyboardInterrupt:
-        parser.exit(130, "siren.py: interrupted; --resume goes on\n")
+        parser.exit(130, "siren.py: interrupted; --resume goes on from the last checkpoint\n")
     except Exception as error:
-        bad_input = run is None or isinstance(error, ValueError)  # before the first step
+        bad_input = run is None or isinstance(error, ValueError)  # or refused
         if not bad_input and not isinstance(error, MemoryError | OSError | RuntimeError):
             raise  # a mistake in the code: its traceback says where
         text = " ".join(str(error).split())

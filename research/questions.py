@@ -274,7 +274,7 @@ def course_table(files: Files) -> str:
             rows.append([title, str(len(own[0])), *(interval(x, "+") for x in own)])
         found = three_ways_report.early_stop(files.course)
         own = [found["SIREN - Dr.GRPO, stopped early", f"{x}@16"] for x in ("pass", "maj")]
-        title = "SIREN's end - Dr.GRPO stopped early"
+        title = "SIREN's end - Dr.GRPO at its best step"
         rows.append([title, str(len(own[0])), *(interval(x, "+") for x in own)])
     return table(["SIREN - Dr.GRPO", "seeds", "pass@16", "maj@16"], rows or [["", NOT_YET]])
 
@@ -302,6 +302,7 @@ def facts() -> dict[str, Callable[[Files], str]]:
         "coins table": coins_table,
         "order table": order_table,
         "course table": course_table,
+        "best step": lambda files: three_ways_report.early_steps(files.course) or NOT_YET,
         "explosions": explosions,
     }
     for knob, values in VALUES.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
@@ -287,6 +287,15 @@ def stopped_early(own: dict[int, list[Row]], score: str = "maj") -> dict[int, Ro
     return found
 
 
+def early_steps(lines: list[Row]) -> str:
+    """At which steps Dr.GRPO is stopped: "200 on 12 of 12 seeds"."""
+    chosen = [
+        int(x["step"]) for x in stopped_early(courses(lines).get("dr_grpo", {})).values()
+    ]
+    counts = Counter(chosen).most_common()
+    return ", ".join(f"{step} on {n} of {len(chosen)} seeds" for step, n in counts)
+
+
 def early_stop(lines: list[Row]) -> dict[tuple[str, ...], list[float]]:
     """SIREN at its last step minus Dr.GRPO stopped early."""
     own = courses(lines)
@@ -378,7 +387,8 @@ def course_tables(lines: list[Row]) -> list[str]:
         out += markdown(
             ["hard prompts, T = 0.6", "score", "difference", "seeds", "p, Holm"], rows
         )
-    out += ["### Dr.GRPO stopped at its best step (of the other seeds)", ""]
+    out += ["### Dr.GRPO stopped at its best step in maj@16 (on the other seeds)", ""]
+    out += [f"That step is {early_steps(lines)}.", ""]
     rows = [row[:-1] for row in tested(early_stop(lines))]
     return out + markdown(["hard prompts, T = 0.6", "score", "difference", "seeds"], rows)
 

@@ -125,10 +125,44 @@ def test_autocast_changes_no_entropy():
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_quantile_that_is_one_of_the_values_is_a_peak(tau, dtype):
     """n * tau + 1 values: rounding must not push the quantile above the value that it is."""
-    for n in (10, 20, 50, 100, 1000, 5000):  # 0.55 * 20 is 11.000000000000002
+    for n in (10, 20, 50, 100, 1000, 5000):  # 0.55 * 100 is 55.00000000000001
         H = torch.arange(1, n + 2).to(dtype)[None] / n
         peak = siren.peak_mask(H, torch.ones_like(H).bool(), tau)
         assert peak.sum() == n + 1 - math.ceil(n * Fraction(str(tau))), f"{n + 1} values"
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.8, 1.0])
+def test_an_entropy_that_is_no_number_stays_to_be_seen(tau, place):
+    """Whoever copies the loss must see it: a mean without it would look healthy."""
+    H = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.5, 0.0, 0.0, 0.0]])
+    mask = torch.ones(2, 4).bool()
+    H[0, place] = torch.nan
+    loss, info = siren.siren_loss(torch.tensor(0.0), H, mask, 1.0, 1.0, peak_quantile=tau)
+    assert loss.isnan() and info["h_agg"].isnan()
+    mask[0, place] = False  # padding may hold anything
+    loss, info = siren.siren_loss(torch.tensor(0.0), H, mask, 1.0, 1.0, peak_quantile=tau)
+    assert loss.isfinite() and info["h_agg"].isfinite()
+
+
+@pytest.mark.parametrize("tau", [-0.1, 1.5, math.nan])
+def test_a_quantile_that_is_none_is_refused(tau):
+    with pytest.raises(ValueError, match="must be 0 to 1"):
+        siren.peak_mask(torch.ones(1, 4), torch.ones(1, 4).bool(), tau)
+
+
+def test_parts_have_the_gradient_of_their_own_random_numbers():
+    """With dropout the backward pass must draw again what the forward pass has drawn."""
+    x = torch.randn(6, 50, generator=seeded(1), requires_grad=True)
+
+    def dropped(rows):
+        kept = torch.nn.functional.dropout(rows, 0.5)
+        return {"kept": kept, "own": kept.detach() / rows.detach()}
+
+    torch.manual_seed(3)
+    found = siren.in_parts(dropped, 2, x)
+    found["kept"].sum().backward()
+    assert torch.equal(x.grad, found["own"]) and 0 < (x.grad == 0).float().mean() < 1
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.8, 1.0])

@@ -184,6 +184,7 @@ def test_tables_of_made_up_rows(files):
         known["tokens table"](made)
     )
     assert "| at a training reward of .60 | 3 | +.25" in known["course table"](made)
-    assert "| SIREN's end - Dr.GRPO stopped early | 3 | +.25" in known["course table"](made)
+    assert "| SIREN's end - Dr.GRPO at its best step | 3 | +.25" in known["course table"](made)
+    assert known["best step"](made) == "20 on 3 of 3 seeds"  # of equal steps the first
     assert "| maj@16 | -.07 (-.07 to -.07) | too few seeds |" in known["order table"](made)
     assert "| SIREN | .50 (.50 to .50) | .50 (.50 to .50) | .25" in known["many table"](made)

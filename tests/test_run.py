@@ -456,6 +456,8 @@ def test_options_of_the_task_arrive_as_they_were_written(tmp_path, monkeypatch):
         (["--prompt", "Think, then answer:"], {"prompt": "Think, then answer:"}),
         (["--prompt=a = b, c", "--vocab=3"], {"prompt": "a = b, c", "vocab": "3"}),
         (["--low", "-1"], {"low": "-1"}),
+        (["--prompt", "--x=y {question}"], {"prompt": "--x=y {question}"}),
+        (["--vocab=64", "--vocab", "96"], {"vocab": "96"}),
         (["--task", "toy_env:vocab=300,split=test"], {"vocab": "300", "split": "test"}),
         (["--prompt", "{question},split=test"], {"prompt": "{question},split=test"}),
         (["--vocab=300,slip=0"], {"vocab": "300,slip=0"}),  # a value sets no other flag
@@ -466,6 +468,39 @@ def test_options_of_the_task_arrive_as_they_were_written(tmp_path, monkeypatch):
         code, _, lines = command(f"--out={tmp_path}", *flags)
         assert code == 2 and "enough" in lines[0], lines
         assert given.pop() == expected
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["vocab", "300"], "vocab"),
+        (["--vocab=300", "slip", ".1"], "slip"),
+        (["--vocab", "300", ".1"], ".1"),
+        (["--vocab"], "--vocab"),
+        (["--vocab", "--slip", ".1"], ".1"),
+    ],
+)
+def test_what_is_no_flag_with_a_value_is_refused(tmp_path, flags, word):
+    code, _, lines = command(f"--out={tmp_path / 'run'}", *flags)
+    assert code == 2 and len(lines) == 1 and f" {word}: is no flag with a value" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_group_of_one_is_refused_before_there_is_a_folder(tmp_path):
+    code, _, lines = command(f"--out={tmp_path / 'run'}", "--group-size=1")
+    assert code == 2 and "--group-size 1: must be at least 2" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_anchor_of_0_is_an_anchor(tmp_path, monkeypatch):
+    """H_agg of the first step may be exactly 0: the second step must not set another one."""
+    values = iter([torch.tensor(0.0), torch.tensor(0.7), torch.tensor(0.7)])
+    monkeypatch.setattr(siren, "aggregate_entropy", lambda *what: next(values))
+    monkeypatch.setattr(siren, "update", lambda *what: {"grad_norm": 0.0})
+    assert run(tmp_path, steps=1)[1]["anchor"] == 0.0
+    assert [record["anchor"] for record in run(tmp_path, resume=True, steps=3)[1:]] == [
+        0.0
+    ] * 3
 
 
 def test_resume_takes_its_flags_from_the_run(tmp_path, monkeypatch):

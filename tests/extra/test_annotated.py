@@ -568,7 +568,7 @@ def test_a_formula_stands_beside_the_line_that_computes_it(page):
         ("A_i = r_i -", "adv = groups - groups.mean"),
         ("H' = -", "vecdot(log_q.exp()"),
         ("\\theta_i =", "theta = h.nanquantile"),
-        ("m_{i,t} = 1", "h >= theta"),
+        ("m_{i,t} = 1", "low = (entropy < theta)"),
         ("H_i =", "h_i = torch.where"),
         ("\\text{gain}_t", "torch.min(unclipped, clipped)"),
         ("L = L_", "beta * (h_agg - anchor) ** 2"),

@@ -9,7 +9,7 @@ copies of each other: its entropy collapses. Why each part of SIREN is there:
 2. In most places of a response there is nothing to decide. More entropy there mostly means
    mistakes. So SIREN restricts the states: only the peaks count, the positions of a
    response with the highest entropy (peak-entropy mask).
-3. A bonus pushes the entropy up without an end. So SIREN has an anchor, the entropy that the
+3. A bonus pushes the entropy up without end. So SIREN has an anchor, the entropy that the
    model had before training, and pulls the entropy to it, up or down (self-anchored).
 
 A response i has n tokens; pi is the policy at one of them, t: a distribution over all tokens.
@@ -23,18 +23,18 @@ A response i has n tokens; pi is the policy at one of them, t: a distribution ov
     H*      = the anchor: H_agg of all responses of the first step, before any update
     L       = L_DrGRPO + beta * (H_agg - H*)^2, to be minimised
 
-L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. The authors have p =
+L_DrGRPO is the policy loss of Dr.GRPO (arXiv 2503.20783), beta a weight. The authors use p =
 tau = 0.8: about a fifth of the tokens are peaks. Both masks are computed from the current
 policy at every update, without gradient. Responses are sampled from the whole policy, without
 a mask. There is no KL term.
 
 The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. The base model
 has learned it from examples with errors, such as 8 + 5 = 23, which it repeats. Other orders
-avoid such a sum. A model that still tries much can find them, and sometimes the right sum.
+avoid such a sum. A model that still tries many can find one, and at times the right sum.
 
     prompt      8 3 1 5 2 =                    one token is one number
     response    8 2 10 5 15 1 16 3 19 <eos>    8, plus 2 is 10, plus 5 is 15, plus 1 is 16, ...
-    choices     ^ ^    ^    ^                  reward 1: before <eos> is the total
+    choices     ^ ^    ^    ^                  reward 1: the last number is the total
 
 Only the four marked tokens are choices: which number of the prompt comes next. The others
 follow from what is there: each sum, and the 3, which is the only number left.
@@ -152,7 +152,7 @@ def peak_mask(entropy, mask, quantile):
     j = (quantile * (n - 1) - 1e-9).ceil().clamp(min=0)  # 0.55 * 100 is 55.00000000000001
     theta = ordered.gather(1, j.long())  # [B, 1]
     low = (entropy < theta) | (entropy <= 0)
-    return mask & ~low  # NaN is not low: it stays to be seen in H_agg
+    return mask & ~low  # NaN is not low, so that H_agg shows it
 
 
 def aggregate_entropy(entropy, peak, mask):
@@ -299,9 +299,9 @@ class Config:
     temperature: float = 1.0  # of the policy, in sampling and in the loss
     regularizer: str = "anchor"  # anchor (SIREN), bonus (without an anchor) or none
     # Why SIREN's three numbers differ from the paper's: beta depends on the task and on
-    # max_tokens, by which the policy loss alone is divided (docs/beta.md). As a first token,
-    # up to five numbers are about as likely, and p = 0.8 would leave out one of five. Four
-    # tokens of ten are choices: tau = 0.6
+    # max_tokens, by which the policy loss alone is divided (docs/beta.md). The first token is
+    # one of up to five numbers, about equally likely, and p = 0.8 would drop one of five.
+    # Four tokens of ten are choices: tau = 0.6
     beta: float = 0.2  # the weight of the regulariser (paper: 0.005)
     top_p: float = 0.85  # p of the nucleus; 1 switches the top-p mask off (paper: 0.8)
     peak_quantile: float = 0.6  # tau; 0 switches the peak-entropy mask off (paper: 0.8)

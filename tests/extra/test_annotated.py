@@ -567,7 +567,7 @@ def test_a_formula_stands_beside_the_line_that_computes_it(page):
     for tex, code in (
         ("A_i = r_i -", "adv = groups - groups.mean"),
         ("H' = -", "vecdot(log_q.exp()"),
-        ("\\theta_i =", "theta = h.nanquantile"),
+        ("\\theta_i =", "theta = ordered.gather"),
         ("m_{i,t} = 1", "low = (entropy < theta)"),
         ("H_i =", "h_i = torch.where"),
         ("\\text{gain}_t", "torch.min(unclipped, clipped)"),

@@ -188,7 +188,7 @@ class SirenGRPOTrainer(GRPOTrainer):
         check_version(version("trl"))
         super().__init__(*args, **kwargs)
         check_supported(self)
-        self.anchor = self.args.anchor  # 0 until the first rollout has been scored
+        self.anchor = self.args.anchor or None  # None until the first rollout has been scored
         base = self.model
         if hasattr(base, "peft_config"):
             base = base.get_base_model()
@@ -259,7 +259,7 @@ class SirenGRPOTrainer(GRPOTrainer):
         place = self._step % args.steps_per_generation
         if not self.model.training or place % args.gradient_accumulation_steps:
             return inputs
-        if not self.anchor:  # the whole first rollout, before any update
+        if self.anchor is None:  # the whole first rollout, before any update
             self.anchor = float(self._totals(self._buffered_inputs)[0])
         batches = self._buffered_inputs[place : place + args.gradient_accumulation_steps]
         self._h_agg, peak_fraction, self._responses = self._totals(batches)

@@ -289,9 +289,8 @@ def stopped_early(own: dict[int, list[Row]], score: str = "maj") -> dict[int, Ro
 
 def early_steps(lines: list[Row]) -> str:
     """At which steps Dr.GRPO is stopped: "200 on 12 of 12 seeds"."""
-    chosen = [
-        int(x["step"]) for x in stopped_early(courses(lines).get("dr_grpo", {})).values()
-    ]
+    early = stopped_early(courses(lines).get("dr_grpo", {}))
+    chosen = [int(x["step"]) for x in early.values()]
     counts = Counter(chosen).most_common()
     return ", ".join(f"{step} on {n} of {len(chosen)} seeds" for step, n in counts)
 

@@ -19,6 +19,7 @@ in another way, and after a few steps the samples differ.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gzip
 import itertools
@@ -557,10 +558,10 @@ def check_seeds(seeds: list[int], known: tuple[int, ...]) -> None:
 
 
 # ------------------------------------------------------------------------- 5. the command line
-def make_parser() -> Parser:
-    """The flags."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--part", default="all", choices=["all", *PARTS], help="[all]")
+def make_parser(description: str, parts: Iterable[str]) -> Parser:
+    """The flags of a study that has these parts."""
+    parser = Parser(description=description.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--part", default="all", choices=["all", *parts], help="[all]")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")
     parser.add_argument("--out", default="", help="folder [results; --smoke: a temporary one]")
     parser.add_argument(
@@ -575,16 +576,27 @@ def make_parser() -> Parser:
     return parser
 
 
+def read_flags(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The values of the flags. ValueError for a number of workers that can't be."""
+    args = parser.parse_args(argv)
+    if not 1 <= args.workers <= 64:
+        raise ValueError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
+    return args
+
+
+def folder_of(args: argparse.Namespace, smoke: str) -> Path:
+    """Where the rows and the report go: --out, or results/, or a temporary folder."""
+    usual = Path(tempfile.gettempdir()) / smoke if args.smoke else ROOT / "results"
+    return Path(args.out) if args.out else usual
+
+
 def study(argv: list[str] | None) -> int:
     """Run what is missing of a part, or of all; then write what the rows say."""
     from research import study_report
 
-    args = make_parser().parse_args(argv)
-    if not 1 <= args.workers <= 64:
-        raise ValueError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
+    args = read_flags(make_parser(__doc__, PARTS), argv)
     size = SMOKE if args.smoke else Size()
-    usual = Path(tempfile.gettempdir()) / "study-smoke" if args.smoke else ROOT / "results"
-    out = Path(args.out) if args.out else usual
+    out = folder_of(args, "study-smoke")
     with locked(out), pool_of(args.workers) as pool:  # no two studies in one folder
         store = Store(out)
         if args.again:

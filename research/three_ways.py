@@ -65,7 +65,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
-import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -79,7 +78,7 @@ import torch
 import siren
 from research import study
 from research.scores import pass_at_k
-from research.tools import Parser, locked, run_tool
+from research.tools import locked, run_tool
 from toy_env import EOS, ZERO, ToyWorld
 
 WAYS = ("clean", "filled", "cancelled", "other")
@@ -531,34 +530,13 @@ def run_part(
             return
 
 
-def make_parser() -> Parser:
-    """The flags."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--part", default="all", choices=["all", *PARTS], help="[all]")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")
-    parser.add_argument("--out", default="", help="folder [results; --smoke: a temporary one]")
-    parser.add_argument(
-        "--plan", action="store_true", help="print what would run and its cost"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="run nothing: tables and figures"
-    )
-    again = {"type": int, "nargs": "+", "metavar": "SEED"}
-    parser.add_argument("--again", **again, help="test seeds once more: the same digits?")
-    parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
-    return parser
-
-
 def command(argv: list[str] | None) -> int:
     """Run what is missing of a part, or of all; then write what the rows say."""
     from research import three_ways_report  # here, since it imports this file
 
-    args = make_parser().parse_args(argv)
-    if not 1 <= args.workers <= 64:
-        raise ValueError(f"--workers {args.workers}: must be 1 to 64; the default is 2")
+    args = study.read_flags(study.make_parser(__doc__, PARTS), argv)
     size = SMOKE if args.smoke else Size()
-    usual = Path(tempfile.gettempdir()) / "three-ways-smoke"
-    out = Path(args.out) if args.out else usual if args.smoke else study.ROOT / "results"
+    out = study.folder_of(args, "three-ways-smoke")
     with locked(out), study.pool_of(args.workers) as pool:  # no two studies in one folder
         store = study.Store(out)
         tune = study.tune(size.main, store.rows)

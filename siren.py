@@ -148,9 +148,9 @@ def peak_mask(entropy, mask, quantile):
     if quantile == 0 or mask.numel() == 0:
         return mask
     ordered = entropy.detach().masked_fill(~mask, torch.inf).sort(1).values  # padding last
-    n = mask.sum(1, keepdim=True).double()  # [B, 1]
+    n = mask.sum(1, keepdim=True).cpu().double()  # [B, 1]; Apple's GPU has no float64
     j = (quantile * (n - 1) - 1e-9).ceil().clamp(min=0)  # 0.55 * 100 is 55.00000000000001
-    theta = ordered.gather(1, j.long())  # [B, 1]
+    theta = ordered.gather(1, j.long().to(ordered.device))  # [B, 1]
     low = (entropy < theta) | (entropy <= 0)
     return mask & ~low  # NaN is not low, so that H_agg shows it
 
@@ -329,7 +329,8 @@ class Config:
         may_be_0 = ["seed", "steps", "beta", "peak_quantile", "anchor", "clip_low"]
         may_be_0 += ["clip_high", "warmup_steps", "weight_decay", "eval_every", "chunk"]
         for name, value in vars(self).items():
-            least = 0 if name in may_be_0 else 1e-12
+            smallest = 1 if isinstance(value, int) else 1e-12
+            least = 0 if name in may_be_0 else smallest
             most = 1 if name in ("top_p", "peak_quantile", "clip_low") else 1e9
             rule = f"--{name.replace('_', '-')} {value}: must be {least:g} to {most:g}"
             require(isinstance(value, str) or least <= value <= most, rule)

@@ -153,7 +153,7 @@ EQUIVALENT = {
         " -> (logits / temperature).log_softmax(1)"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "peak_mask: mask.sum(1, keepdim=True).double() -> mask.sum(1, keepdim=True)",
+        "peak_mask: mask.sum(1, keepdim=True).cpu().double() -> mask.sum(1, keepdim=True)",
         "peak_mask: (quantile * (n - 1) - 1e-09).ceil -> (quantile * (n - 1)).ceil",
         "peak_mask: quantile * (n - 1) - 1e-09 -> quantile * (n - 1) - 0",
     ],

@@ -151,8 +151,8 @@ def block():
 @pytest.mark.parametrize(
     "what, count, most",
     [
-        ("lines of siren.py", len(source_of("siren.py").splitlines()), 781),
-        ("lines of code in siren.py", code_lines(source_of("siren.py")), 486),
+        ("lines of siren.py", len(source_of("siren.py").splitlines()), 782),
+        ("lines of code in siren.py", code_lines(source_of("siren.py")), 487),
         ("lines between the copy marks", block().count("\n"), 182),
         ("lines of toy_env.py", len(source_of("toy_env.py").splitlines()), 330),
         ("lines of test_siren.py", len(source_of("test_siren.py").splitlines()), 1200),

@@ -414,6 +414,30 @@ def test_the_method_and_the_sampler_need_no_float64(monkeypatch, dtype, knobs):
     assert math.isfinite(stats["grad_norm"]) and stats["grad_norm"] > 0
 
 
+class OnApple(torch.Tensor):
+    """A tensor of a device without float64: only what .cpu() gives may become float64."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            return out.as_subclass(torch.Tensor)
+        wide = isinstance(out, torch.Tensor) and out.dtype == F64
+        if wide and any(isinstance(x, OnApple) for x in tree_leaves(args)):
+            raise TypeError(f"{func}: this device has no float64")
+        return out
+
+
+def test_the_quantile_of_a_device_without_float64_is_placed_on_the_cpu():
+    entropy = torch.rand(5, 30, generator=seeded(2))
+    mask = torch.arange(30) < torch.tensor([30, 7, 1, 0, 12])[:, None]
+    with pytest.raises(TypeError, match="no float64"):
+        mask.sum(1).as_subclass(OnApple).double()
+    peak = siren.peak_mask(entropy.as_subclass(OnApple), mask.as_subclass(OnApple), 0.8)
+    assert type(peak) is OnApple and peak.as_subclass(torch.Tensor).sum() == 6 + 2 + 1 + 3
+    assert torch.equal(peak.as_subclass(torch.Tensor), siren.peak_mask(entropy, mask, 0.8))
+
+
 # --------------------------------------------------------------------------------------- draws
 
 

@@ -4,10 +4,9 @@
     python exercises/mutate.py ex3 ex4     # of these exercises only
 
 A mutant is the right solution (siren.py, reference.py, qae.py; solutions.py for 13 and 14)
-with one small change: another
-operator or number, a term or call left out, arguments swapped. The graders kill it if one of
-them fails. What survives is equivalent, that is, it solves the exercise as well, or it shows a
-hole.
+with one small change: another operator or number, a term or call left out, arguments swapped.
+The graders kill it if one of them fails. What survives is equivalent, that is, it solves the
+exercise as well, or it shows a hole.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ FUNCTIONS = {
     "ex8": ["micro_batch_anchor"],
     "ex9": ["pass_at_k"],
     "ex10": ["maj_at_k"],
-    "ex11": ["sample", "read"],
+    "ex11": ["sample", "next_logits"],
     "ex12": ["quantile_advantages", "plug"],
     "ex13": ["exploit", "strict_verifier"],
     "ex14": [
@@ -66,6 +65,7 @@ FUNCTIONS = {
 ALSO = {"ex3": ["ex4"]}  # half of nucleus() is for exercise 4, whose graders see it, too
 # code of these functions that no exercise asks for, and which mutants therefore leave alone
 GRPO, SPEED, INPUT = "GRPO's rule", "speed alone", "no exercise has such an input"
+DEVICE = "there is only the CPU"
 HARMLESS = "metrics with a gradient do no harm"
 METRIC, OTHER = "a metric that students need not return", "another regulariser"
 NOT_ASKED = {
@@ -86,7 +86,7 @@ NOT_ASKED = {
         "(ratio - 1 - log_ratio).detach().sum() / tokens": METRIC,
     },
     "entropy_of": {"enabled=False": INPUT},
-    "peak_mask": {"mask.numel() == 0": INPUT},
+    "peak_mask": {"mask.numel() == 0": INPUT, ".cpu()": DEVICE, ".to(ordered.device)": DEVICE},
     "token_stats": {
         "temperature=1.0": INPUT,
         "top_p=0.8": INPUT,
@@ -106,12 +106,14 @@ NOT_ASKED = {
     "sample": {
         "batch=1024": INPUT,
         "sample_batch=batch": INPUT,
-        "max(1, cfg.sample_batch // samples)": INPUT,
+        "max(1, cfg.sample_batch // samples) * samples": INPUT,
         "config=model.config": INPUT,
+        "t == ids.shape[1] - 1": SPEED,
+        "len(goes_on) == 0 or": SPEED,
     },
     "next_logits": {
         ".float()": INPUT,
-        "use_cache": "a model that is given a cache uses it",
+        "'use_cache': True": "a model that is given a cache uses it",
         "logits_to_keep=1": SPEED,
     },
     "quantile_advantages": {
@@ -153,7 +155,8 @@ EQUIVALENT = {
         " -> (logits / temperature).log_softmax(1)"
     ],
     "two ways to the same peaks; where they differ by rounding, these entropies do not": [
-        "peak_mask: mask.sum(1, keepdim=True).cpu().double() -> mask.sum(1, keepdim=True)",
+        "peak_mask: mask.sum(1, keepdim=True).cpu().double()"
+        " -> mask.sum(1, keepdim=True).cpu()",
         "peak_mask: (quantile * (n - 1) - 1e-09).ceil -> (quantile * (n - 1)).ceil",
         "peak_mask: quantile * (n - 1) - 1e-09 -> quantile * (n - 1) - 0",
     ],
@@ -193,6 +196,24 @@ EQUIVALENT = {
         "holm: [0.0] -> [1.0]",
         "holm: [0.0] -> [-1]",
         "holm: 0.0 -> -1",
+    ],
+    "another seed, as good": [
+        "sample: random.Random(key).getrandbits(63) -> random.Random(key).getrandbits(64)"
+    ],
+    "an order that changes nothing": [
+        "sample: len(goes_on) < len(active) -> len(goes_on) <= len(active)"
+    ],
+    "more padding does no harm": ["sample: mask[:, P:].any(0).sum -> mask[:, P:].sum"],
+    "no response looks at the padding, whatever its position": [
+        "next_logits: (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]"
+        " -> (attention_mask.cumsum(1) - 1)[:, -ids.shape[1]:]",
+        "next_logits: (attention_mask.cumsum(1) - 1).clamp(min=0)"
+        " -> (attention_mask.cumsum(1) - 1).clamp(min=-1)",
+    ],
+    "of one position the last is the first": [
+        "next_logits: model(ids, **inputs, past_key_values=cache, logits_to_keep=1)"
+        ".logits[:, -1] -> model(ids, **inputs, past_key_values=cache, logits_to_keep=1)"
+        ".logits[:, -0]"
     ],
     "the text of a tensor is a text that decides the draws, too": [
         "sample: str(torch.randint(2 ** 62, (1,), generator=generator).item())"

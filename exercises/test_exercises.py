@@ -367,6 +367,7 @@ def test_what_mutants_leave_alone_exists():
     for path in mutate.FILES.values():
         for _, node in mutate.functions(ast.parse(path.read_text())):
             code[node.name] += ast.unparse(node)
+    assert set(itertools.chain(*mutate.FUNCTIONS.values())) <= set(code)
     for name, texts in mutate.NOT_ASKED.items():
         for text in texts:
             assert text in code[name], f"{name}: {text}"

@@ -15,10 +15,10 @@ numbers that no terms add up to, and a naive entropy bonus leads to these.
 The base model learns from a teacher who makes two kinds of mistakes. A *slip* is a wrong sum
 that happens by chance, now and then. A *gap* is an ordered pair (running sum, next term) for
 which the teacher always writes the same wrong sum: 23 for 8 + 5; but 5 + 8 may be no gap. The
-base model hardly ever samples the right sum there, so a reward can hardly teach it, unless
-something keeps the gap open. But it can be avoided, by adding in another order. That is why
-diversity is worth something. A policy with one order for a prompt meets its gap in every
-sample. One with several orders meets different gaps, whose wrong totals differ in a vote. The
+base model hardly ever samples the right sum there, so a reward teaches little of it, and
+more if something keeps the gap open. But it can be avoided, by adding in another order. So
+diversity is worth something: a policy with one order for a prompt meets its gap in every
+sample, one with several orders meets different gaps, whose wrong totals differ in a vote. The
 reward sees the total alone: wrong sums that cancel are paid, too (see docs/questions.md).
 
     python toy_env.py [seed=3 ...]     a problem, a demonstration and the sizes of a world
@@ -70,7 +70,7 @@ class ToyWorld:
     >>> world = ToyWorld(slip=0, noise=0)  # the gaps are this teacher's only mistakes
     >>> world.decode(world.demonstration([8, 5, 1], random.Random(4)))
     '8 5 23 1 26 <eos>'
-    >>> world.gaps[8, 5], world.gap_free_share([8, 5, 1])  # 2 of 6 orders: 8 + 5 and 1 + 8
+    >>> world.gaps[8, 5], world.gap_free_share([8, 5, 1])  # 2 of 6 orders meet one
     (23, Fraction(2, 3))
     >>> world.find_answer("8 5 13 <eos>"), world.find_answer("8 5 13")  # one never ended
     ('13', None)

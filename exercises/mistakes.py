@@ -1,9 +1,9 @@
 """Known mistakes, and right solutions in other styles than siren.py's.
 
 wrong_solutions() has, for each exercise, what people and language models write by mistake:
-description -> functions. They were written before their author looked at the graders or at
-wrong.py. The graders refuse all of them, and say so where a student's numbers are those of
-one. They accept right_solutions().
+description -> functions. All but 14 of them were written before their author looked at the
+graders or at wrong.py. The graders refuse all of them, and say so where a student's numbers
+are those of one. They accept right_solutions().
 
 Most of the wrong ones are a right solution in which one step is replaced: a template takes its
 steps as arguments.

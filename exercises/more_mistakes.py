@@ -1,6 +1,6 @@
 """More wrong solutions, and right ones, each a function as a student writes it.
 
-They were written without a look at the graders, as those of mistakes.py were, and are part of
+They were written without a look at the graders, as most of mistakes.py were, and are part of
 its lists.
 """
 

@@ -4,8 +4,8 @@ r"""SIREN, piece by piece: write the bodies. README.md beside this file has goal
 
 Letters: B responses, T response positions, V vocabulary. A batch holds responses of different
 length, padded on the right; `mask` [B, T] (bool) is True on a response's own tokens, and a row
-may be all False. Entropies are in nats (natural logarithm). Results have the dtype of the
-inputs; the tests use float64. No function may write to its inputs.
+may be all False. Entropies are in nats (natural logarithm). Numbers that you return have the
+dtype of the inputs, float64 in most tests. No function may write to its inputs.
 
 To skip an exercise, replace its function by an import: `from exercises.reference import
 nucleus_mask` (for exercise 12: `from exercises.qae import quantile_advantages, plug`; for 13
@@ -373,9 +373,10 @@ def exploit(fault: str, prompt: str) -> str:
 
     Return a response that the verifier accepts, although it is not what was asked for: a
     strict judge, who wants the right number in the last box of a response that ended, must
-    refuse it. You see the prompt, but not the answer. For "anywhere", "evaluates" and
-    "prompts_box" the response must come without computing anything; for "cut_off" it must be
-    longer than BUDGET, and you may compute the answer; for "rounds" and "strips_signs" find
+    refuse it. You see the prompt, but not the answer. For "anywhere" and
+    "prompts_box" the response must be the same text for all prompts, and for "evaluates" it
+    must come without computing anything; for "cut_off" it must be longer than BUDGET, and you
+    may compute the answer; for "rounds" and "strips_signs" find
     something easier than the answer. A "prompts_box" exploit need not work where somebody is
     wrong. At most 400 characters.
 

@@ -187,6 +187,8 @@ def test_ex13_strict_never_raises(impl):
         shown = repr(response[:30])
         try:
             got = impl.strict_verifier("What is 2 + 1? " + ORDER, response, "3")
+        except NotImplementedError:
+            raise  # conftest.py says "not written yet"
         except Exception as error:
             idea = "a response may be any text: refuse it, don't raise"
             raise AssertionError(f"{idea}: {type(error).__name__} for {shown}") from error

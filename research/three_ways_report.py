@@ -120,6 +120,7 @@ def speed(rewards: list[float], least: float = SPEED, window: int = WINDOW) -> i
 def token_line(label: str, vocab: int, seed: int, row: Row) -> Row:
     """Its line of tokens.csv."""
     at = {"method": label, "vocabulary": vocab, "seed": seed}
+    at |= {name: row["config"][name] for name in ("lr", "beta")}
     [found] = [e for e in row["evals"] if (e["grade"], e["temperature"]) == ("hard", 0.6)]
     scores = {name: found[name] for name in ("avg@16", "maj@16", "pass@16")}
     end = {
@@ -428,10 +429,15 @@ def token_tables(lines: list[Row]) -> list[str]:
             cells[0] = "{:.0f} [{:.0f}, {:.0f}]".format(
                 *study_report.bootstrap(x["speed"] for x in seeds.values())
             )
-            rows.append([f"{size:g}", NAMES[name], str(len(seeds)), *cells])
-    titles = ["tokens", "method", "seeds", "steps to .4", "reward, last 20 steps"]
+            one = next(iter(seeds.values()))
+            knob = "lr" if name == "dr_grpo" else "beta"
+            chosen = f"{knob} {one[knob]:g}"
+            rows.append([f"{size:g}", NAMES[name], chosen, str(len(seeds)), *cells])
+    titles = ["tokens", "method", "chosen", "seeds", "steps to .4", "reward, last 20 steps"]
     titles += ["H, last 20 steps", "H, first step", "useless", *names[-3:]]
     out = markdown(titles, rows)
+    if {line["vocabulary"] for line in lines} != {study.VOCAB, *three_ways.VOCABULARIES}:
+        return [*out, "The trend is tested once all sizes have their rows.", ""]
     found = {
         (f"{NAMES[other]} - SIREN", name): slopes(lines, other, name)
         for other in ("wo_top_p", "anchor_only")

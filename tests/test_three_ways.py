@@ -502,3 +502,21 @@ def test_the_whole_of_it_and_again(tmp_path):
     assert three_ways.main(["--smoke", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "raw" / "ways.jsonl.gz").read_bytes() == before
     assert three_ways.main(["--smoke", "--out", str(tmp_path), "--again", "0"]) == 0
+
+
+def test_the_trend_waits_for_all_sizes():
+    line = dict.fromkeys(
+        ("speed", "end_reward", "end_H", "first_H", "useless_share", "lr", "beta"), 0.5
+    )
+    line |= dict.fromkeys(("avg@16", "maj@16", "pass@16"), 0.5)
+    methods = ("siren", "wo_top_p", "anchor_only", "dr_grpo")
+    sizes = (1024, *three_ways.VOCABULARIES)
+    lines = [
+        {"method": method, "vocabulary": size, "seed": seed, **line}
+        for method, size, seed in itertools.product(methods, sizes, range(3))
+    ]
+    whole = "\n".join(three_ways_report.token_tables(lines))
+    assert "| anchor only - SIREN | speed | +.000" in whole and "| beta 0.5 |" in whole
+    some = [x for x in lines if x["vocabulary"] != sizes[-1]]
+    part = "\n".join(three_ways_report.token_tables(some))
+    assert "Slope" not in part and "once all sizes have their rows" in part

@@ -272,7 +272,7 @@ def test_kill_9_of_the_command(tmp_path, whole, tally):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_signals(tmp_path, whole, duration, tally, name):
-    """Ctrl-C or SIGTERM at 5 moments each: the run goes on exactly"""
+    """Ctrl-C or SIGTERM at 5 moments each, then --resume: the same"""
     for i in range(5):
         folder = tmp_path / str(i)
         for attempt in range(5):
@@ -592,7 +592,7 @@ def test_bad_files(tmp_path, half, tally):
 
 
 def test_a_task_error_of_many_lines_is_one_line(tmp_path, monkeypatch, tally):
-    """errors of a task, at each moment and of several lines: one line, exit code 2"""
+    """a ValueError of a task, of several lines, at 3 moments before training: one line, exit code 2"""
 
     def fail(*_: object, **__: object) -> None:
         raise ValueError("the first\nand the second line")
@@ -621,9 +621,10 @@ the undisturbed one" means: the same metrics, weights and optimiser state, to th
 |---|---|---|
 """
 AFTER = """
-How: the checkpoint holds the whole run (weights, optimiser, anchor, records, config) and a
-SHA-256 sum of its content. It is written beside its place and moved there when it is complete.
-The folder is locked, and the lock ends with the process. `Run` and `train` in
+How: the checkpoint holds what changes in a run (the weights that are trained, optimiser,
+anchor, records), its config, a fingerprint of the data and of the weights that are not
+trained, and a SHA-256 sum of its content. It is written beside its place and moved there when
+it is complete. The folder is locked, and the lock ends with the process. `Run` and `train` in
 [siren.py](../siren.py) do it.
 
 Not tried: a machine that loses power, network file systems without locks, disks that return

@@ -592,7 +592,7 @@ def test_bad_files(tmp_path, half, tally):
 
 
 def test_a_task_error_of_many_lines_is_one_line(tmp_path, monkeypatch, tally):
-    """a ValueError of a task, of several lines, at 3 moments before training: one line, exit code 2"""
+    """a task's ValueError of several lines, before training: one line, exit code 2"""
 
     def fail(*_: object, **__: object) -> None:
         raise ValueError("the first\nand the second line")

@@ -58,7 +58,7 @@ RULES = [  # how tokens are rewritten, in this order, three times for what is ne
     (r"\A(?:\\f?boxed )?\{ ?(.*)\}\Z|\A\* \* ([^*]+)\* \*\Z|\A\( ([^(),]*)\)\Z", r"\1\2\3"),
     (rf"(?<![.,] )[.,]\Z|\\\$|{START}\+ (?=[\w\\])", ""),  # 540, and \$5 and +5
     (r"\A(?:x \\in|\( (?:x , y(?: , z)?|a , b(?: , c)?) \) =) ", ""),  # (x, y) = (1, 2)
-    (r"(?<!\S)[A-Z][a-z]{2,}", lambda found: found[0].lower()),  # East
+    (r"(?<!\S)(?:[A-Z][a-z]{2,}|No(?!\S))", lambda found: found[0].lower()),  # East
     (rf"\A(?:option )?(?:\( )?([A-E])(?: \)(?: {N})?)?\Z", r"\1"),  # (B) 30
     (r"(?:, )?\band\b", ","),
     (r"(?<!\S)([a-z]) (?=[a-z](?!\S))", r"\1"),  # x y, but not \sin h
@@ -103,7 +103,8 @@ def equal(given, answer):
 BUDGET = 10.0  # for all questions of a step that take more than a second each
 # never asked: nothing, much, a box inside, gigantic powers and factorials
 REFUSED = r"\A\s*\Z|[\s\S]{201}|\\f?box|\^[{\s-]*(\d{6}|\d+\s*\^)|\d{5}\s*!|!\s*\)*\s*!"
-WORD = rf"{STYLE}(?: \^ (\S+))?|(?<!\S)([A-Za-z]{{3,}})|(\\[$%]|\\circ)|(?<=\d )([A-Za-z]+)\Z"
+WORD = rf"{STYLE}(?: \^ (\S+))?|(?<!\S)(or(?!\S)|[A-Za-z]{{3,}})"
+WORD += r"|(\\[$%]|\\circ)|(?<=\d )([A-Za-z]+)\Z"
 AMOUNT = r"hundred|thousand|.*llion|dozen|hal[fv]|quarter|third|(?!mon).*th\Z|squared|cubed"
 AMOUNT = re.compile(AMOUNT + r"|(?:coupl|mor|l|not|pair|ten|st|[nr]d)\Z")  # less, without es
 MARK = re.compile(r"'|(?<!\S)0\d|\\[lc]?dots|[0-9A-F] _ (?:\{ )?\S+|\d \d|\\frac \d{3}|\{ \}")

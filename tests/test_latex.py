@@ -56,6 +56,7 @@ RIGHT = [  # in the box, the known answer
     *[(r"\frac{1}{\frac{1}{2}}", "2"), (r"2\ 3/4", r"2\frac34"), (r"\frac{0.5}{2}", "1/4")],
     *[("(x, y) = (2, -3)", "(2,-3)"), (r"x \in [3,4]", "[3,4]"), ("A and C", "A, C")],
     *[("(B) 30", "B"), ("B)", r"\text{(B)}"), (r"\text{Option B}", "B"), ("east", "East")],
+    *[("No", "no"), (r"\text{No}", "no"), ("No solution", "no solution")],
     *[(">", ">"), ("?", "?"), ("+", "+"), (r"\%", "percent")],
     *[(r"\sin(x)", r"\sin x"), (r"135\text{ degrees}", r"135^{\circ}"), ("5 USD", r"\$5")],
     (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),

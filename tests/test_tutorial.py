@@ -142,7 +142,7 @@ def test_sizes():
     some = 1 - (1 - 0.001) ** 3072
     said = f"with 0.1 % of nonsense at each position, {100 * some:.0f} % of all responses"
     assert said in prose()
-    assert 5 < 0.6 * 9 < 6 and "the sixth and the seventh" in prose()  # ranks from 0
+    assert 5 < 0.6 * 9 < 6 and "the seventh of ten" in prose()  # ranks from 0
 
 
 def test_the_settings_are_those_of_the_toy_and_the_paper():
@@ -293,7 +293,8 @@ def mean(lines, method, score, grade="hard", temperature="0.6"):
 
 def test_what_the_study_says(lines):
     assert len(lines["siren", "hard", "0.6"]) == 16
-    found = [f"{mean(lines, method, 'pass@16'):.2f}" for method in ("base", "dr_grpo")]
+    methods = ("base", "dr_grpo_same_lr")
+    found = [f"{mean(lines, method, 'pass@16'):.2f}" for method in methods]
     said = "it falls from {} to {}".format(*(text.removeprefix("0") for text in found))
     assert said in prose() and found[0] > found[1], said
     for score in study_report.SCORES[:3]:
@@ -318,6 +319,9 @@ def test_what_stands_and_what_does_not():
         ("Dr.GRPO", "maj@16", "0.6"),
     ):
         assert p[key] < 0.05 and ahead[key] == "+"
+    same_lr = [p["Dr.GRPO, same lr", score, "0.6"] for score in study_report.SCORES[:3]]
+    assert [value < 0.05 for value in same_lr] == [False, False, True]
+    assert f"only pass@16 stands (maj@16: p = {same_lr[1]:.2f})".replace("0.", ".") in prose()
     votes = {name: p[name, "maj@16", "0.6"] for name, score, _ in p if score == "maj@16"}
     del votes["Dr.GRPO"], votes["constrained bonus"]
     assert len(votes) == 6 and min(votes.values()) >= 0.05

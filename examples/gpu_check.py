@@ -191,7 +191,7 @@ def check_run(s):
         command = [sys.executable, Path(__file__).with_name("memory_plan.py"), *words]
         table = subprocess.check_output(command, text=True)
     planned = 1e9 * float(table.split("\ntotal ")[1].split()[3])  # the column of the update
-    siren.training_step(run, 2)  # step 1 refuses gaps that are large for a trained model
+    siren.training_step(run, 2)  # it warms up
     start = time.perf_counter()
     metrics = siren.training_step(run, 3)  # it returns numbers, so all work is done
     seconds = time.perf_counter() - start

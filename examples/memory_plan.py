@@ -3,10 +3,10 @@
     python examples/memory_plan.py --gpu-gb 24 --model Qwen/Qwen2.5-Math-7B --data x.jsonl \\
         --dtype bfloat16 --lora-rank 64 --recompute true ...        # siren.py's flags
 
-Nothing is loaded, and no GPU is needed: the model's config.json is enough, and for the models
-of examples/configs not even a network. The formulas are for models of Llama's shape (Llama,
-Qwen2, Mistral, ...), with every prompt --max-prompt and every response --max-tokens long: the
-worst case.
+No language model is loaded, and no GPU is needed: the model's config.json is enough, and for
+the models of examples/configs not even a network. The formulas are for models of Llama's shape
+(Llama, Qwen2, Mistral, ...), with every prompt --max-prompt and every response --max-tokens
+long: the worst case for memory. For the time a response has a third of that.
 
 Memory: weights, gradients and optimiser state are exact; the rest is printed as a range of
 ERROR on both sides. Measured peaks of small models on a CPU are within 15 %, with LoRA in

@@ -1,4 +1,4 @@
-"""SIREN on TRL's GRPOTrainer: the method of siren.py on many GPUs, exactly.
+"""SIREN on TRL's GRPOTrainer: the method of siren.py in several processes, exactly.
 
     python examples/trl_siren.py                               # the toy task, on a CPU
     torchrun --nproc_per_node 2 examples/trl_siren.py          # ... in two processes

@@ -7,8 +7,9 @@ r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M on a CP
     python research/real_study.py --smoke     # two steps, two questions, a temporary folder
 
 A job is one command of research/plugs.py, in a run folder of its own. A job that was stopped
-goes on from its checkpoint, and one that is done or has its rows in results/real/ is not run
-again. The drop-in `plug` below adds to each step
+goes on from its checkpoint, and one that is done is not run again. Nor is one with rows in
+results/real/, unless their held-out scores are of one policy only (bonuses excepted). The
+drop-in `plug` below adds to each step
 
     foreign      the share of response tokens outside the base model's own top 0.999 mass
     perplexity   of the responses under the base model

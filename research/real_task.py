@@ -1,7 +1,6 @@
 """Word problems whose answers a program makes: the questions of research/real_study.py.
 
-    python research/real_task.py           # writes data/words_train.jsonl and
-    data/words_eval.jsonl
+    python research/real_task.py   # writes words_train.jsonl and words_eval.jsonl into data/
 
 SmolLM2-135M with 4-bit weights is a weak calculator, so sums stay below ten and each question
 comes after a solved one of its own form, as an earlier turn of the chat:

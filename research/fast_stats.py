@@ -9,8 +9,8 @@ are sorted. The gradient is a formula, so only four numbers per token are kept f
 
 When it pays (python research/bench.py --only a; 64 tokens, V = 152064, one thread; time
 against log-softmax, gather and full entropy alone; results/bench.md): on flat policies, 1.4
-against siren.py's 14. On peaked ones there is little between them. Memory is alike, half of that plain
-way's.
+against siren.py's 14. On peaked ones there is little between them. Memory is alike, half of
+that plain way's.
 """
 
 import sys

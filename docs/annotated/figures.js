@@ -32,14 +32,12 @@ function push(q, temperature) {
 
 function quantile(values, tau) {
   const sorted = [...values].sort((a, b) => a - b);
-  const rank = tau * (sorted.length - 1);
-  const low = sorted[Math.floor(rank)];
-  return low + (sorted[Math.ceil(rank)] - low) * (rank - Math.floor(rank));
+  return sorted[Math.max(0, Math.ceil(tau * (sorted.length - 1) - 1e-9))];
 }
 
 function peakMask(h, tau) {
   if (tau === 0) return h.map(() => true);
-  const theta = quantile(h, Math.max(0, tau - 1e-9));
+  const theta = quantile(h, tau);
   return h.map((x) => x >= theta && x > 0);
 }
 

@@ -6,7 +6,7 @@
 
 What `--method par` does, by hand:
 
-    python research/plugs.py --plug research.zoo:method=par --regularizer none
+    python research/plugs.py --plug research.zoo:method=par --regularizer none --out runs/par
 
 Where to read: advantages.py, weights.py, terms.py and sampler.py have the formulas; methods.py
 has a method an entry; core.py has the update that they share. yours.py shows how to add an

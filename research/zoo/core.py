@@ -43,7 +43,7 @@ class Method:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # changes in siren.Config
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # its own numbers
     coefficient: str = ""  # the main one of them (or of config): it is tuned
-    candidates: tuple[float, ...] = ()  # its grid on the toy; a paper's values don't fit here
+    candidates: tuple[float, ...] = ()  # its grid on the toy; a paper's values may not fit
     advantages: Callable[[MiniBatch], Tensor] | None = None  # A' [B, T]
     term: Callable[[dict[str, Tensor], MiniBatch], Tensor] | None = None  # x [B, T]
     term_weights: Callable[[MiniBatch], Tensor | float] | None = None  # w [B, T] or a number

@@ -2,7 +2,8 @@
 
 v is the mini-batch, o the options; last is the record of the step before. The numbers in
 `options` are the papers', unless docs/zoo.md says that they are ours; the tuned one is a value
-of its grid (but clip_higher's is the paper's).
+of its grid (but clip_higher's is the paper's), and not always the one that the tables chose:
+those of epo and of naive_bonus explode. docs/zoo.md has the chosen ones.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Your own idea in ten lines: copy this file to research/zoo/mine.py, change it, train.
 
-    python research/plugs.py --plug research.zoo.yours:c=0.5 --regularizer none --out runs/yours
+    python research/plugs.py --plug research.zoo.yours:c=0.5 --regularizer none --out runs/my
 
 The idea here: a right answer that needed a rare token teaches more. A method is a few
 functions of the mini-batch v (see core.MiniBatch): v.adv, v.logp, v.entropy and v.mask are

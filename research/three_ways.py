@@ -476,6 +476,13 @@ class Part(NamedTuple):
     candidates: Callable[[Size, study.Rows], dict[str, list[dict]]] | None
     vocab: int = study.VOCAB
 
+    def few(self, size: Size) -> study.Size:
+        """How much: size.few. A vocabulary above the usual one is asked at T = 0.6 alone."""
+        test = size.few.test
+        if self.vocab > study.VOCAB:
+            test = test._replace(temperatures=test.temperatures[:1])
+        return size.few._replace(test=test)
+
     def tune(self, size: Size, rows: study.Rows) -> list[study.Job]:
         """The jobs of the candidates."""
         if self.candidates is None:
@@ -490,7 +497,8 @@ class Part(NamedTuple):
             return ways(size, rows)
         chosen = best(size.few, rows, self.candidates(size, rows), self.vocab)
         base = [("base", study.BASE)] if self.vocab != study.VOCAB else []
-        return study.each(size.few, [*base, *chosen.items()], test=True, vocab=self.vocab)
+        settings = [*base, *chosen.items()]
+        return study.each(self.few(size), settings, test=True, vocab=self.vocab)
 
 
 PARTS = {

@@ -297,6 +297,23 @@ def test_the_best_candidate_goes_to_the_test_seeds(stored):
         assert getattr(job.cfg, knob) == candidates[job.label][wanted[job.label]][knob]
 
 
+def test_a_large_vocabulary_is_asked_at_one_temperature(stored):
+    """The one that the report is about; the candidates are asked there alone anyway."""
+    for name, due in (("tokens_96", (0.6, 1.0)), ("tokens_16384", (0.6,))):
+        part = three_ways.PARTS[name]
+        rows = {job.key: stored_row(job) for job in part.tune(SIZE, stored)}
+        jobs = part.test(SIZE, stored | rows)
+        assert {job.final.temperatures for job in jobs} == {due}
+        assert {job.final._replace(temperatures=()) for job in jobs} == {
+            SIZE.few.test._replace(temperatures=())
+        }
+
+
+def stored_row(job):
+    scores = {"avg@16": 0.5, "maj@16": 0.5}
+    return {"evals": [{"grade": "hard", "temperature": 0.6, **scores}]}
+
+
 def test_what_is_there_is_not_run_again(stored, tmp_path, monkeypatch):
     """Two seeds at a time, CORE first; after a stop, only what is missing."""
     store = study.Store(tmp_path)

@@ -329,7 +329,7 @@ class Config:
         may_be_0 = ["seed", "steps", "beta", "peak_quantile", "anchor", "clip_low"]
         may_be_0 += ["clip_high", "warmup_steps", "weight_decay", "eval_every", "chunk"]
         for name, value in vars(self).items():
-            smallest = 1 if isinstance(value, int) else 1e-12
+            smallest = 1 if isinstance(getattr(type(self), name), int) else 1e-12
             least = 0 if name in may_be_0 else smallest
             most = 1 if name in ("top_p", "peak_quantile", "clip_low") else 1e9
             rule = f"--{name.replace('_', '-')} {value}: must be {least:g} to {most:g}"

@@ -411,8 +411,8 @@ def try_model(network, model, prompts, cfg):
         gaps = gaps_of(network, text, few, cfg)
         once = gaps.pop("once")
         for what, gap in gaps.items():
-            rounded = 1e-3 if "head" in what else most  # the head is called twice alike
-            require(gap <= rounded, f"{what} differ by {gap:.3g} nats")
+            limit = 1e-3 if "head" in what else most  # the same head on the same states
+            require(gap <= limit, f"{what} differ by {gap:.3g} nats")
     layers = {type(x) for x in transformers.DynamicCache(config=network.config).layers}
     if once <= most_once and layers <= {transformers.cache_utils.DynamicLayer}:
         network.read_rollout = partial(read_prompts_once, network)

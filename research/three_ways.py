@@ -57,8 +57,8 @@ the mean reward of the last ten steps is at least 0.4 (201 where it never is), a
 reward of the last 20 steps; both with the entropy that is held. Trend: for each seed the slope
 over log2(vocabulary) of without top-p minus SIREN, and of anchor only minus SIREN, in steps
 and in reward; sign flips of the slopes, Holm over 2 x 2. Scores (avg, maj, pass@16) come
-second, with the same slopes and no further claim. (Done: with 1024 tokens the candidates are
-the main table's, six on four validation seeds.)
+second, with the same slopes and no further claim. (Not as planned: with 1024 tokens the
+candidates are the main table's, six on four validation seeds.)
 """
 
 from __future__ import annotations

@@ -518,6 +518,19 @@ def test_resume_takes_its_flags_from_the_run(tmp_path, monkeypatch):
     assert siren.folder_of(cfg) == Path("runs/none-seed5")
 
 
+def test_the_limit_of_a_setting_is_that_of_its_field():
+    """A whole number, such as 0, may be given for one that is not."""
+    for settings, limit in (
+        ({"lr": 0}, "1e-12"),
+        ({"top_p": 2}, "1e-12"),
+        ({"prompts": 0}, 1),
+    ):
+        [(name, value)] = settings.items()
+        flag = f"--{name.replace('_', '-')} {value}"
+        with pytest.raises(ValueError, match=f"{flag}: must be {limit} to "):
+            siren.Config(**settings)
+
+
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         siren.Config().lr = 1.0

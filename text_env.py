@@ -410,9 +410,9 @@ def try_model(network, model, prompts, cfg):
     with one_line(f"{name} can't be trained", "take another, such as Qwen"):
         gaps = gaps_of(network, text, few, cfg)
         once = gaps.pop("once")
+        limits = {"its logits and its head's": 1e-3}  # the same head on the same states
         for what, gap in gaps.items():
-            limit = 1e-3 if "head" in what else most  # the same head on the same states
-            require(gap <= limit, f"{what} differ by {gap:.3g} nats")
+            require(gap <= limits.get(what, most), f"{what} differ by {gap:.3g} nats")
     layers = {type(x) for x in transformers.DynamicCache(config=network.config).layers}
     if once <= most_once and layers <= {transformers.cache_utils.DynamicLayer}:
         network.read_rollout = partial(read_prompts_once, network)

@@ -8,8 +8,7 @@ r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M on a CP
 
 A job is one command of research/plugs.py, in a run folder of its own. A job that was stopped
 goes on from its checkpoint, and one that is done is not run again. Nor is one with rows in
-results/real/, unless their held-out scores are of one policy only (bonuses excepted). The
-drop-in `plug` below adds to each step
+results/real/. The drop-in `plug` below adds to each step
 
     foreign      the share of response tokens outside the base model's own top 0.999 mass
     perplexity   of the responses under the base model
@@ -57,8 +56,9 @@ METRICS = "metrics.jsonl"
 MARKS = ("<!-- numbers: python research/real_study.py --report -->", "<!-- end of numbers -->")
 FULL_MASS = 0.999  # a token is foreign where likelier ones have at least this much
 STEPS = 60
-STEP_SECONDS = 60.0  # rough, on two busy cores
-EVAL_SECONDS = 90.0
+DTYPE = "bfloat16"  # of the weights, except the adapters; fast on processors that know it
+STEP_SECONDS = 20.0  # rough, on two busy cores of such a processor
+EVAL_SECONDS = 40.0
 # What each method changes. An anchor's coefficient has the paper's balance, that is beta *
 # budget / peaks = 0.08 (docs/beta.md), for 9 peaks of 45 tokens or for all of them.
 METHODS: dict[str, dict[str, Any]] = {
@@ -271,7 +271,7 @@ def settings(data: Path, model: Path, **changes: Any) -> dict[str, Any]:
     """What all jobs have in common."""
     files = f"data={data}/words_train.jsonl,eval_data={data}/words_eval.jsonl"
     task = f"text_env:model={model},{files},prompt={{question}},answer_form=last-number"
-    how: dict[str, Any] = {"task": f"{task},lora_rank=16", "steps": STEPS}
+    how: dict[str, Any] = {"task": f"{task},lora_rank=16,dtype={DTYPE}", "steps": STEPS}
     how |= {"prompts": 4, "mini_batches": 2, "max_tokens": 64, "lr": 5e-4, "device": "cpu"}
     how |= {"top_p": 0.8, "peak_quantile": 0.8}  # the paper's
     return how | {"eval_prompts": 32, "eval_samples": 8, "eval_every": EVERY, **changes}
@@ -332,23 +332,10 @@ def stored(results: Path, cfg: siren.Config) -> dict[tuple[str, int], list[list[
     return {who: rows for who, rows in found.items() if len(rows[0]) == cfg.steps}
 
 
-def late(job: Job) -> int:
-    """How many policies its held-out scores are to be means of. What explodes has one."""
-    steps = range(EVERY, job.cfg.steps + 1, EVERY)
-    return max(1, sum(step > job.cfg.steps - LAST for step in steps))
-
-
 def missing(jobs: list[Job], results: Path) -> list[Job]:
-    """The jobs that have to be run: those without rows, and those whose held-out scores, in
-    an older form, are of one policy alone."""
-    kept = stored(results, jobs[0].cfg)
-    found = []
-    for job in jobs:
-        scores = [row for row in kept.get((job.method, job.seed), [[], []])[1] if row["step"]]
-        enough = len(scores) >= (1 if job.method.startswith("bonus") else late(job))
-        if not job.done and not enough:
-            found.append(job)
-    return found
+    """The jobs that have to be run: those that are not done and have no rows."""
+    kept = stored(results, jobs[0].cfg) if jobs else {}
+    return [job for job in jobs if not job.done and (job.method, job.seed) not in kept]
 
 
 def by_form(path: Path) -> list[dict[str, Any]]:
@@ -666,11 +653,13 @@ def study(args: argparse.Namespace) -> None:
     if not args.report and not args.plan:
         get_model()
         real_task.write(ROOT / data)
-        codes = run_all(missing(jobs, results), args.workers)
+        bonuses = [job for job in jobs if job.method.startswith("bonus")]  # they come last
+        first = [job for job in jobs if job not in bonuses]
+        codes = run_all(missing(first, results), args.workers)
         if not args.smoke and not any(codes):
             more = tuned(results, *where, **changes)  # once the candidates are done
             jobs += [job for job in more if job not in jobs]
-            codes += run_all(missing(more, results) if more else [], args.workers)
+            codes += run_all(missing([*more, *bonuses], results), args.workers)
         if any(codes):
             failed = f"{len(codes) - codes.count(0)} of {len(codes)} jobs failed"
             raise RuntimeError(f"{failed}; see log.txt in their folders under {runs}")
@@ -679,7 +668,8 @@ def study(args: argparse.Namespace) -> None:
         for job in todo:
             print("python", " ".join(job.command))
         left = [job.cfg.steps + 1 - len(job.records) for job in todo]
-        hours = (sum(left) * STEP_SECONDS + len(todo) * 2 * EVAL_SECONDS) / 3600
+        evaluations = len(todo) * (1 + LAST // EVERY)
+        hours = (sum(left) * STEP_SECONDS + evaluations * EVAL_SECONDS) / 3600
         cost = f"{hours:.1f} core hours, {hours / args.workers:.1f} h"
         print(f"{len(todo)} of {len(jobs)} jobs: {cost}")
         return

@@ -355,23 +355,32 @@ def test_held_out_questions_are_asked_of_the_last_policies(tmp_path, load, monke
     assert asked == [0, 3, 4]
 
 
-def test_scores_of_one_policy_are_not_enough(tmp_path):
-    """Rows of an older form, of the last policy alone, are made anew; a bonus's are kept."""
-    jobs = real_study.make_jobs(tmp_path / "runs", Path("data"), Path("models/x"), steps=20)
-    assert {real_study.late(job) for job in jobs} == {3}
-    results = tmp_path / "results"
-    some = [job for job in jobs if job.seed == 0]
-    for job in some:
-        finish(job, 0.1)
-    real_study.collect(some, results)
-    for job in some:
-        shutil.rmtree(job.folder)
-    assert real_study.missing(some, results) == []
-    path = results / "heldout.csv"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(x for x in lines if x.split(",")[2] not in ("10", "15")))
-    left = [job.method for job in real_study.missing(some, results)]
-    assert left == [job.method for job in some if not job.method.startswith("bonus")]
+def test_the_order_of_the_jobs(tmp_path, monkeypatch):
+    """First what the questions are about, then SIREN with the chosen beta, then bonuses."""
+    for name in ("RESULTS", "PAGE"):
+        monkeypatch.setattr(real_study, name, tmp_path / name)
+    monkeypatch.setattr(real_study, "ROOT", tmp_path)
+    monkeypatch.setattr(real_study, "MODEL", tmp_path / "models")
+    for name in ("get_model", "collect", "write_page", "tables", "figures"):
+        monkeypatch.setattr(real_study, name, lambda *_: "")
+    monkeypatch.setattr(real_task, "write", lambda folder: None)
+    rounds = []
+
+    def run_all(jobs, workers):
+        rounds.append([f"{job.method} {job.seed}" for job in jobs])
+        for i, job in enumerate(jobs):
+            finish(job, 0.01 * (i + 1))
+        return [0] * len(jobs)
+
+    monkeypatch.setattr(real_study, "run_all", run_all)
+    assert real_study.main([]) == 0
+    first, then = rounds
+    masks = [f"{method} {seed}" for seed in (0, 1, 2) for method in real_study.MASKS]
+    assert first == masks + [f"siren_{beta} 100" for beta in real_study.BETAS]
+    assert then[:3] == [f"siren_tuned {seed}" for seed in (0, 1, 2)]
+    assert {job.split("_")[0] for job in then[3:]} == {"bonus"} and len(then) == 8
+    assert real_study.main([]) == 0
+    assert rounds[2:] == [[], []]  # nothing is run twice
 
 
 def test_beta_is_chosen_by_the_reward_of_the_last_steps(tmp_path):

@@ -88,6 +88,9 @@ NAMES |= {"wo_peak": "without peaks", "anchor_only": "anchor only"}
 LIKE = {"bonus_0.2": "naive_exploding", "bonus_0.002": "naive_bonus"}  # figures.STYLES
 RIVALS = ("dr_grpo", "siren", "bonus_0.2", "bonus_0.002")
 PARTS = ("siren", "wo_top_p", "wo_peak", "anchor_only")
+LEVELS = (0.6, 0.8)  # of the reward: when does a run pass them?
+BOTH = ("dr_grpo", "siren", "bonus_0.2")  # three seeds in float32 as well
+BOTH_CURVES = ("reward", "entropy", "h_ratio", "perplexity")
 # the panels of real_model.png: what is drawn, and for which methods
 PANELS = [("reward", RIVALS), ("entropy", RIVALS), ("perplexity", RIVALS)]
 PANELS += [("reward", PARTS), ("entropy", PARTS), ("h_ratio", ("dr_grpo", *PARTS))]
@@ -450,77 +453,138 @@ def spread(values: list[float]) -> str:
     return f"{middle} ({low} to {high})" if len(values) > 1 else middle
 
 
+def runs_of(rows: list[dict[str, Any]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """Rows of one file: method -> its runs, seed by seed -> the rows of a run."""
+    runs: dict[tuple[str, float], list[dict]] = defaultdict(list)
+    for row in rows:
+        runs[row["method"], row["seed"]].append(row)
+    found = defaultdict(list)
+    for (method, _), own in runs.items():
+        found[method].append(own)
+    return dict(found)
+
+
+def first_step(rewards: list[float], level: float) -> float:
+    """The first step at which the mean reward of five steps is above a level; else infinity.
+
+    >>> first_step([0.0, 1.0, 1.0, 1.0, 1.0, 1.0], 0.7)
+    5
+    """
+    good = (i for i, x in enumerate(smooth(rewards), 1) if i >= 5 and x > level)
+    return next(good, math.inf)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table in Markdown, after an empty one.
+
+    >>> table(["a", "b"], [["1", "2"]])
+    ['', '| a | b |', '|---|---|', '| 1 | 2 |']
+    """
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return ["", lines[0], "|---" * len(heads) + "|", *lines[1:]]
+
+
+def curves_table(curves: list[dict[str, Any]]) -> list[str]:
+    """Means of the last ten steps."""
+    rows = []
+    for method, runs in runs_of(curves).items():
+        values = [
+            spread([mean(r[name] for r in run[-10:]) for run in runs]) for name in CURVES
+        ]
+        rows.append([method, str(len(runs)), *values])
+    return table(["last ten steps", "seeds", *CURVES.values()], rows)
+
+
+def speed_table(curves: list[dict[str, Any]]) -> list[str]:
+    """How fast each run learns."""
+    rows = []
+    for method, runs in runs_of(curves).items():
+        rewards = [[r["reward"] for r in run] for run in runs]
+        steps = []
+        for level in LEVELS:
+            found = [first_step(run, level) for run in rewards]
+            steps.append(", ".join("never" if x == math.inf else str(x) for x in found))
+        rows.append([method, *steps, spread([mean(run[10:40]) for run in rewards])])
+    heads = [f"step at which it passes {level:g}" for level in LEVELS]
+    return table(["reward, mean of five steps", *heads, "mean of steps 11 to 40"], rows)
+
+
+def scores_table(heldout: list[dict[str, Any]]) -> list[str]:
+    """Held-out scores: of the base model, and means over the policies of the last steps."""
+    names = list(heldout[0])[3:]
+    before = [[row] for row in {r["seed"]: r for r in heldout if r["step"] == 0}.values()]
+    after = runs_of([r for r in heldout if r["step"] > 0])
+    rows = []
+    for method, runs in {"base model": before, **after}.items():
+        policies = " or ".join(map(str, sorted({len(run) for run in runs})))
+        values = [spread([mean(r[name] for r in run) for run in runs]) for name in names]
+        rows.append([method, policies, *values])
+    return table(["held out", "policies of a run", *names], rows)
+
+
+def forms_table(forms: list[dict[str, Any]]) -> list[str]:
+    """How often the last policy is right, by form of question."""
+    shown = {m: runs for m, runs in runs_of(forms).items() if m in ("dr_grpo", "siren")}
+    rows = []
+    for method, runs in shown.items():
+        for run in runs:
+            own = {r["form"]: f"{r['right']:.2f}" for r in run}
+            cut = sum(r["responses"] * r["cut_off"] for r in run)
+            cells = [own.get(form, "-") for form in real_task.FORMS]
+            cells.append(f"{cut / sum(r['responses'] for r in run):.2f}")
+            rows.append([f"{method}, seed {run[0]['seed']:.0f}", *cells])
+    return table(["right, by form of question", *real_task.FORMS, "cut off"], rows)
+
+
+def last_table(last: list[dict[str, Any]]) -> list[str]:
+    """What `--last` found."""
+    asked = dict.fromkeys((r["questions"], r["temperature"]) for r in last)
+    heads = [f"{questions}, T = {temperature:g}" for questions, temperature in asked]
+    rows = []
+    for method, runs in runs_of(last).items():
+        for run in runs:
+            name = f"{method}, seed {run[0]['seed']:.0f}"
+            rows.append([name, *(f"{r['avg@4']:.2f}" for r in run)])
+    return table(["avg@4 after the last update", *heads], rows) if last else []
+
+
+def sizes_line(positions: list[dict[str, Any]]) -> str:
+    """The base model's nuclei."""
+    sizes = sorted(int(r["nucleus_size"]) for r in positions)
+    sure = mean(size == 1 for size in sizes)
+    return (
+        f"The base model's {len(positions)} tokens of the first step: {sure:.0%} have H' = 0, "
+        f"{mean(r['peak'] for r in positions):.0%} are peaks; |V_p| has median "
+        f"{median(sizes):.0f} and 99th percentile {sizes[int(0.99 * len(sizes))]}; "
+        f"{mean(size > 64 for size in sizes):.1%} have more than 64 tokens."
+    )
+
+
+def dtypes_table(results: Path) -> list[str]:
+    """The same methods in two dtypes: those of the older runs, which are in float32/."""
+    rows = []
+    for dtype, folder in ((DTYPE, results), ("float32", results / "float32")):
+        path = folder / "curves.csv"
+        found = runs_of(read_csv(path)) if path.exists() else {}
+        for method in (m for m in BOTH if m in found):
+            ends = [run[-10:] for run in found[method]]
+            values = [spread([mean(r[x] for r in run) for run in ends]) for x in BOTH_CURVES]
+            rows.append([method, dtype, str(len(ends)), *values])
+    heads = ["last ten steps", "dtype", "seeds", *(CURVES[name] for name in BOTH_CURVES)]
+    return table(heads, sorted(rows, key=lambda row: BOTH.index(row[0])))
+
+
 def tables(results: Path) -> str:
     """The page's numbers, all of them from the CSV files."""
-    curves, heldout = (read_csv(results / f"{name}.csv") for name in ("curves", "heldout"))
-    positions = read_csv(results / "positions.csv")
-    rows, steps = defaultdict(lambda: defaultdict(list)), int(max(r["step"] for r in curves))
-    for method, seed in dict.fromkeys((r["method"], r["seed"]) for r in curves):
-        own = [r for r in curves if (r["method"], r["seed"]) == (method, seed)]
-        rows[method]["seeds"].append(seed)
-        for name in CURVES:
-            rows[method][name].append(mean(r[name] for r in own[-10:]))
-    scores = list(heldout[0])[3:]
-    before = {r["seed"]: r | {"method": "base model"} for r in heldout if r["step"] == 0}
-    after = defaultdict(list)  # (method, seed) -> its policies of the last steps
-    for r in heldout:
-        if r["step"] > 0:
-            after[r["method"], r["seed"]].append(r)
-    for name in scores:
-        rows["base model"][name] = [r[name] for r in before.values()]
-        for (method, _), own in after.items():
-            rows[method][name].append(mean(r[name] for r in own))
-    for (method, _), own in after.items():
-        rows[method]["policies"].append(len(own))
-    lines = ["| last ten steps | seeds | " + " | ".join(CURVES.values()) + " |"]
-    lines += ["|---" * (2 + len(CURVES)) + "|"]
-    for method in (m for m in rows if m != "base model"):
-        values = [spread(rows[method][name]) for name in CURVES]
-        lines.append(
-            " | ".join([f"| {method} | {len(rows[method]['seeds'])}", *values]) + " |"
-        )
-    lines += ["", f"| held out | policies of a run | {' | '.join(scores)} |"]
-    lines += ["|---" * (2 + len(scores)) + "|"]
-    for method in ("base model", *(m for m in rows if m != "base model")):
-        values = [spread(rows[method][name]) for name in scores]
-        counts = sorted(set(rows[method]["policies"] or [1]))
-        lines.append(
-            " | ".join([f"| {method}", " or ".join(map(str, counts)), *values]) + " |"
-        )
-    shown = ("dr_grpo", "siren", "bonus_0.2")
-    forms = [r for r in read_csv(results / "forms.csv") if r["method"] in shown]
-    lines += ["", f"| right, by form of question | {' | '.join(real_task.FORMS)} | cut off |"]
-    lines += ["|---" * (2 + len(real_task.FORMS)) + "|"]
-    for who in dict.fromkeys((r["method"], r["seed"]) for r in forms):
-        own = {r["form"]: r for r in forms if (r["method"], r["seed"]) == who}
-        cells = [
-            f"{own[form]['right']:.2f}" if form in own else "-" for form in real_task.FORMS
-        ]
-        cut = sum(r["responses"] * r["cut_off"] for r in own.values())
-        cells.append(f"{cut / sum(r['responses'] for r in own.values()):.2f}")
-        lines.append(f"| {who[0]}, seed {who[1]:.0f} | " + " | ".join(cells) + " |")
+    names = ("curves", "heldout", "forms", "positions")
+    curves, heldout, forms, positions = (read_csv(results / f"{x}.csv") for x in names)
     last = read_csv(results / "last.csv") if (results / "last.csv").exists() else []
-    asked = list(dict.fromkeys((r["questions"], r["temperature"]) for r in last))
-    if last:
-        heads = [f"{questions}, T = {temperature:g}" for questions, temperature in asked]
-        lines += ["", "| avg@4 after the last update | " + " | ".join(heads) + " |"]
-        lines += ["|---" * (1 + len(heads)) + "|"]
-    for who in dict.fromkeys((r["method"], r["seed"]) for r in last):
-        own = [f"{r['avg@4']:.2f}" for r in last if (r["method"], r["seed"]) == who]
-        lines.append(f"| {who[0]}, seed {who[1]:.0f} | " + " | ".join(own) + " |")
-    sure = mean(r["nucleus_size"] == 1 for r in positions)
-    sizes = sorted(int(r["nucleus_size"]) for r in positions)
-    peaks = mean(r["peak"] for r in positions)
-    lines += [
-        "",
-        f"The base model's {len(positions)} tokens of the first step: {sure:.0%} have H' = 0, "
-        f"{peaks:.0%} are peaks; |V_p| has median {median(sizes):.0f} "
-        f"and 99th percentile {sizes[int(0.99 * len(sizes))]}; "
-        f"{mean(size > 64 for size in sizes):.1%} have more than 64 tokens.",
-        f"{steps} steps; {median(r['seconds'] for r in curves):.0f} seconds per step "
-        "(median).",
-    ]
-    return "\n".join(lines)
+    lines = curves_table(curves) + speed_table(curves) + scores_table(heldout)
+    lines += forms_table(forms) + last_table(last) + dtypes_table(results)
+    steps = max(r["step"] for r in curves)
+    seconds = median(r["seconds"] for r in curves)
+    cost = f"{steps:.0f} steps; {seconds:.0f} seconds per step (median)."
+    return "\n".join([*lines[1:], "", sizes_line(positions), cost])
 
 
 def smooth(values: list[float], window: int = 5) -> list[float]:
@@ -619,6 +683,19 @@ def get_model() -> None:
             raise RuntimeError("there is no model; see examples/get_smollm2.py")
 
 
+def write_last(jobs: list[Job], results: Path) -> None:
+    """last.csv, of the run folders of dr_grpo and siren."""
+    kept = [job for job in jobs if job.method in ("dr_grpo", "siren")]
+    kept = [job for job in kept if job.done and (job.folder / CHECKPOINT).exists()]
+    if not kept:
+        folder = Path(jobs[0].cfg.out).parent
+        rule = f"no run of dr_grpo or siren under {folder} is done; run the study first"
+        raise ValueError(f"--last: {rule}")
+    torch.set_num_threads(1)
+    rows = [row for job in kept for row in last_policy(job)]
+    write_csv(results / "last.csv", list(rows[0]), [list(row.values()) for row in rows])
+
+
 def study(args: argparse.Namespace) -> None:
     """Run what is missing; write the report."""
     runs = Path("runs/real")  # of ROOT
@@ -638,15 +715,7 @@ def study(args: argparse.Namespace) -> None:
     jobs = make_jobs(*where, **changes) + candidates(*where, **changes)
     jobs += tuned(results, *where, **changes)
     if args.last:
-        kept = [job for job in jobs if job.method in ("dr_grpo", "siren")]
-        kept = [job for job in kept if job.done and (job.folder / CHECKPOINT).exists()]
-        if not kept:
-            rule = f"no run of dr_grpo or siren under {runs} is done; run the study first"
-            raise ValueError(f"--last: {rule}")
-        torch.set_num_threads(1)
-        rows = [row for job in kept for row in last_policy(job)]
-        cells = [list(row.values()) for row in rows]
-        write_csv(results / "last.csv", list(rows[0]), cells)
+        write_last(jobs, results)
         return
     if args.smoke:
         jobs = jobs[:2]  # dr_grpo and siren

@@ -30,7 +30,7 @@ a mask. There is no KL term.
 
 The toy task (toy_env.py) is to add up the numbers of a prompt, in any order. The base model
 has learned it from examples with errors, such as 8 + 5 = 23, which it repeats. Other orders
-avoid such a sum. A model that still tries many can find one, and at times the right sum.
+avoid such a sum. A model that still tries many can find these, or at times the right sum.
 
     prompt      8 3 1 5 2 =                    one token is one number
     response    8 2 10 5 15 1 16 3 19 <eos>    8, plus 2 is 10, plus 5 is 15, plus 1 is 16, ...
@@ -84,6 +84,7 @@ def group_advantages(rewards, group_size, algorithm="dr_grpo"):
     rule = f"must be finite floats in whole groups of {group_size}, at least 2"
     require(whole and finite, f"{len(rewards)} rewards of {rewards.dtype}: {rule}")
     groups = rewards.view(-1, group_size)
+    groups = groups - groups[:, :1]  # so that equal rewards give exactly 0
     adv = groups - groups.mean(1, keepdim=True)
     if algorithm == "grpo":
         adv = adv / (groups.std(1, keepdim=True) + 1e-6)
@@ -122,6 +123,7 @@ def token_stats(logits, tokens, top_p=0.8, temperature=1.0):
     >>> stats["nucleus_entropy"]  # 0.6 + 0.3 reach p = 0.8, so q is 2/3 and 1/3
     tensor(0.6365)
     """
+    require(tokens.shape == logits.shape[:-1], "tokens: [...], one for each logits [..., V]")
     wide = torch.promote_types(logits.dtype, torch.float32)  # half precision is too coarse
     log_pi = (logits.to(wide) / temperature).log_softmax(-1)  # [..., V]
     log_q = nucleus(log_pi, top_p)  # [..., K]
@@ -157,8 +159,7 @@ def peak_mask(entropy, mask, quantile):
 
 def aggregate_entropy(entropy, peak, mask):
     """H_agg, a scalar: the mean over the responses of the mean of H' over a response's peaks.
-    entropy (H'), peak, mask [B, T]. A response without a peak counts as 0, as all its H'
-    are 0; a row of padding alone does not count.
+    entropy (H'), peak, mask [B, T]. No peak counts as 0; a row of padding does not count.
     >>> h = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
     >>> aggregate_entropy(h, peak=h >= 2, mask=torch.ones(2, 2).bool())  # (3 + 2) / 2
     tensor(2.5000)
@@ -199,7 +200,8 @@ def policy_loss(
     loss = -(gain / length).sum() / mask.any(1).sum().clamp(min=1)
     tokens = mask.sum().clamp(min=1)
     stats = {"clip_fraction": ((clipped < unclipped) & mask).sum() / tokens}
-    stats["approx_kl"] = (ratio - 1 - log_ratio).detach().sum() / tokens  # KL(old pi || pi)
+    # KL(old pi || pi), from ratio - 1 - log_ratio
+    stats["approx_kl"] = (log_ratio.expm1() - log_ratio).detach().sum() / tokens
     return loss, stats
 
 
@@ -220,22 +222,20 @@ def siren_loss(loss, entropy, mask, anchor, beta, peak_quantile=0.8, regularizer
     require(known, f"regularizer {regularizer!r}: must be anchor, bonus or none")
     peak = peak_mask(entropy, mask, peak_quantile)  # [B, T]
     h_agg = aggregate_entropy(entropy, peak, mask)
-    total = loss
+    extra = torch.zeros_like(h_agg)
     if regularizer == "anchor":
-        total = loss + beta * (h_agg - anchor) ** 2
+        extra = beta * (h_agg - anchor) ** 2
     if regularizer == "bonus":
-        total = loss - beta * h_agg
-    stats = {"policy_loss": loss.detach(), "regularizer_loss": (total - loss).detach()}
-    stats["h_agg"] = h_agg.detach()
-    stats["peak_fraction"] = peak.sum() / mask.sum().clamp(min=1)
-    return total, stats
+        extra = -beta * h_agg
+    stats = {"policy_loss": loss.detach(), "regularizer_loss": extra.detach()}
+    stats |= {"h_agg": h_agg.detach(), "peak_fraction": peak.sum() / mask.sum().clamp(min=1)}
+    return loss + extra, stats
 
 
 # The rest of the block, for speed and errors, may be skipped.
 def likeliest(log_pi, top_p, k=16):
-    """log_pi.sort(-1, descending=True).values, but only its first k columns, which is mostly
-    faster. Rows in which these k do not reach p are done again with 16 * k, and the other rows
-    are then filled up with -inf."""
+    """log_pi.sort(-1, descending=True).values, but only its first k columns: mostly faster.
+    Rows that need more to reach p are done again with 16 * k; the others then end in -inf."""
     k = min(k, log_pi.shape[-1])
     top = log_pi.topk(k).values
     short = top.detach().exp().sum(-1) < top_p  # the rows that need more
@@ -506,7 +506,7 @@ def score(model, rollout, cfg):
 
 def update(run, rollout, old_logp, adv):
     """One update of the weights with a mini-batch -> its metrics. The loss squares a mean over
-    all of its responses, so it is no sum of losses of micro-batches (see in_parts instead)."""
+    all of its responses, so those of micro-batches can't be added (see in_parts instead)."""
     cfg = run.cfg
     mask = rollout.mask
     now = score(run.model, rollout, cfg)  # [B, T] each, with gradient
@@ -646,8 +646,7 @@ class Run:
         """Go on from a checkpoint, in the same world and with the same settings."""
         for name in vars(self.cfg).keys() - MUTABLE:
             old = saved["config"][name]
-            same = getattr(self.cfg, name) == old
-            require(same, f"--resume: --{name} was {old}; leave it out")
+            require(getattr(self.cfg, name) == old, f"--resume: --{name} was {old}; omit it")
         same = saved["world"] == getattr(self.task, "fingerprint", None)
         require(same, "--resume: the data or the model is not that of the run")
         self.model.load_state_dict(saved["model"], strict=False)

@@ -7,7 +7,7 @@ writes "next term, running sum" until all are used. It is right if it ends with 
     response    8 2 10 5 15 1 16 3 19 <eos>     token ids  11 5 13 8 18 4 19 6 22 1
 
 The response reads: 8, + 2 = 10, + 5 = 15, and so on. Which term comes next is a fork, a choice
-with many right ways; the sums are facts. 4 of the 10 tokens are forks: tau = 0.6. p = 0.85 is
+with many right ways; a sum is none. 4 of the 10 tokens are forks: tau = 0.6. p = 0.85 is
 above the 4/5 that hold four of five equal terms, and below the 0.9 with which a sum does not
 slip, so that the nucleus of a sum is one token and H' is 0. Most of the 1024 tokens are
 numbers that no terms add up to, and a naive entropy bonus leads to these.

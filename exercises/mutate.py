@@ -11,6 +11,7 @@ exercise as well, or it shows a hole.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import copy
 import importlib.abc
@@ -83,7 +84,7 @@ NOT_ASKED = {
         "old_logp.detach()": HARMLESS,
         "adv.detach() if adv.dim() == 2 else adv.detach()[:, None]": INPUT,
         ".clamp(-20, 20)": INPUT,
-        "(ratio - 1 - log_ratio).detach().sum() / tokens": METRIC,
+        "(log_ratio.expm1() - log_ratio).detach().sum() / tokens": METRIC,
     },
     "entropy_of": {"enabled=False": INPUT},
     "peak_mask": {"mask.numel() == 0": INPUT, ".cpu()": DEVICE, ".to(ordered.device)": DEVICE},
@@ -98,7 +99,8 @@ NOT_ASKED = {
     "siren_loss": {
         "temperature=1.0": INPUT,
         "peak_quantile=0.8, regularizer='anchor'": INPUT,
-        "if regularizer == 'bonus':\n        total = loss - beta * h_agg": OTHER,
+        "torch.zeros_like(h_agg)": OTHER,
+        "if regularizer == 'bonus':\n        extra = -beta * h_agg": OTHER,
         "peak.sum() / mask.sum().clamp(min=1)": METRIC,
         "stats | more_stats": METRIC,
         ".detach()": HARMLESS,
@@ -124,6 +126,10 @@ NOT_ASKED = {
 }
 # why a mutant solves the exercise as well as the solution does -> such mutants
 EQUIVALENT = {
+    "what all rewards of a group have in common changes no advantage": [
+        f"group_advantages: groups - groups[:, :1] -> groups{other}"
+        for other in ("", " + groups[:, :1]")
+    ],
     "the sum over responses of sums over tokens is one sum": [
         "policy_loss: torch.where(mask, torch.min(unclipped, clipped), 0.0).sum(1)"
         " -> torch.where(mask, torch.min(unclipped, clipped), 0.0)",
@@ -434,12 +440,24 @@ def killed(mutant: Mutant) -> bool:
         return True
 
 
+def chosen(argv: list[str]) -> list[str]:
+    """The exercises that the command names: all of them, if none."""
+    lines = __doc__.splitlines()
+    parser = argparse.ArgumentParser("mutate.py", description=lines[0], allow_abbrev=False)
+    parser.add_argument("exercises", nargs="*", metavar="ex3", help="only these")
+    names = parser.parse_args(argv).exercises
+    for name in names:
+        if name not in FUNCTIONS:
+            parser.error(f"{name}: must be ex1 to ex{len(FUNCTIONS)}")
+    return names or [*FUNCTIONS]
+
+
 def main(argv: list[str]) -> int:
     """Prints the survivors and the share that is killed of each exercise; 1 if one is too
     small."""
     why = {text: reason for reason, texts in EQUIVALENT.items() for text in texts}
     rows = []
-    for exercise in argv or FUNCTIONS:
+    for exercise in chosen(argv):
         made = dead = equivalent = 0
         for mutant in mutants(exercise):
             made += 1

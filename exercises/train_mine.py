@@ -133,7 +133,8 @@ def train(mine: ModuleType, steps: int, out: Path) -> list[dict]:
     """The records of a run with these functions; its metrics.jsonl is kept in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, in_place_of_sirens(mine):
-        records = siren.train(siren.Run(siren.Config(steps=steps, out=f"{folder}/run")))
+        cfg = siren.Config(steps=steps, out=f"{folder}/run", device="cpu")
+        records = siren.train(siren.Run(cfg))
         shutil.copy(f"{folder}/run/metrics.jsonl", out)
     return records
 

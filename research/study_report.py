@@ -47,7 +47,7 @@ COLUMNS = (
 )
 COLUMNS += ("reward", "entropy", "h_agg", "useless_share")
 SHORT = {**NAMES, "naive_bonus": "naive bonus", "naive_exploding": "exploding bonus"}
-KINDS = ("fork", "fact", "forced")
+KINDS = ("fork", "sum", "forced")
 SHOWN_KINDS = ("base", "dr_grpo", "naive_bonus", "siren")  # in the figure
 SHOWN_KINDS += ("wo_top_p", "wo_peak", "wo_anchor", "anchor_only")
 SCORES = ("avg@16", "maj@16", "pass@16", "distinct@16")
@@ -138,12 +138,12 @@ def kinds(row: Row) -> dict[str, dict[str, float]]:
     """Kind of token -> mean H, mean H' and share of all peaks, from the probe's positions.
 
     A response is "term, term, sum, term, sum, ..., end". Which term is next is a fork, but for
-    the last; a sum is a fact; the last term and the end are forced. A token counts by its
+    the last. The last term and the end are forced. A token counts by its
     position.
     """
     places = row["probe"]["positions"]
     length = 2 * study.TERMS
-    kind = np.array(["fork", *["fork", "fact"] * (study.TERMS - 1), "forced"])
+    kind = np.array(["fork", *["fork", "sum"] * (study.TERMS - 1), "forced"])
     kind[length - 3] = "forced"
     values = {name: np.array(some[:length]) for name, some in places.items()}
     kind = kind[: len(values["peak"])]
@@ -402,10 +402,10 @@ def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
     """Where the entropy sits: H and H' by kind of token, a row for each method. Two bonuses
     that explode or swing are left out; they are in the table."""
     figure, axes = panels(2, height=3.4)
-    names = {"fork": "forks", "fact": "sums", "forced": "forced"}
+    names = {"fork": "forks", "sum": "sums", "forced": "forced"}
     looks = {
         "fork": {"color": "#0059b3", "marker": "o"},
-        "fact": {"color": "#b35900", "marker": "D", "markerfacecolor": "white"},
+        "sum": {"color": "#b35900", "marker": "D", "markerfacecolor": "white"},
         "forced": {"color": "#000000", "marker": "x"},
     }
     titles = {"entropy": "H (nats)", "nucleus_entropy": "H', on the nucleus (nats)"}
@@ -416,7 +416,7 @@ def kinds_figure(rows: dict[str, list[Row]]) -> Figure:
                 bootstrap(kinds(row)[kind][what] for row in rows[label]) for label in labels
             ]
             mean, low, high = np.array(found).T
-            y = np.arange(len(labels)) + {"fork": 0, "fact": -0.17, "forced": 0.17}[kind]
+            y = np.arange(len(labels)) + {"fork": 0, "sum": -0.17, "forced": 0.17}[kind]
             ax.hlines(y, low, high, color=look["color"], linewidth=1)
             ax.plot(mean, y, label=names[kind], linestyle="", markersize=5, **look)
             if what == "entropy":  # there the kinds are far apart

@@ -131,6 +131,38 @@ def test_a_quantile_that_is_one_of_the_values_is_a_peak(tau, dtype):
         assert peak.sum() == n + 1 - math.ceil(n * Fraction(str(tau))), f"{n + 1} values"
 
 
+@given(
+    st.floats(-1e4, 1e4, width=32), st.integers(2, 40), st.sampled_from(["dr_grpo", "grpo"])
+)
+def test_equal_rewards_teach_nothing(reward, size, rule):
+    """Not a little either: GRPO divides by a standard deviation that is nearly 0."""
+    adv = siren.group_advantages(torch.full((2 * size,), reward), size, rule)
+    assert not adv.any()
+
+
+@pytest.mark.parametrize("policy", [0.0, 0.37, 100.0, 1e6])
+@pytest.mark.parametrize("gap", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("kind", ["anchor", "bonus", "none"])
+def test_the_regularisers_part_is_not_lost_in_a_large_loss(policy, gap, kind):
+    H = torch.full((2, 3), 1 + gap, dtype=F64)
+    how = (torch.tensor(policy), H.float(), H > 0, 1.0, 0.005, 0.8, kind)
+    part = siren.siren_loss(*how)[1]["regularizer_loss"]
+    due = {"anchor": 0.005 * gap**2, "bonus": -0.005 * (1 + gap), "none": 0.0}[kind]
+    assert part.item() == pytest.approx(due, rel=1e-3, abs=0)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.1])
+def test_approx_kl_of_a_small_update_is_no_noise(size):
+    """At a learning rate of 1e-6 the ratios differ from 1 by little."""
+    logp = torch.randn(8, 64, generator=seeded(5), dtype=F64) - 3
+    old = (logp + size * torch.randn(8, 64, generator=seeded(6), dtype=F64)).float()
+    change = (logp.float() - old).double().numpy()  # what a user has: float32
+    ones = torch.ones(8, 64).bool()
+    kl = siren.policy_loss(logp.float(), old, torch.zeros(8), ones, 64)[1]["approx_kl"]
+    terms = change**2 / 2 + change**3 / 6 + change**4 / 24 + change**5 / 120
+    assert kl.item() == pytest.approx(terms.mean(), rel=1e-4)
+
+
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.8, 1.0])
 def test_an_entropy_that_is_no_number_stays_to_be_seen(tau, place):
@@ -213,6 +245,19 @@ REFUSED = [  # function, what does not fit, words of the error
     (siren.group_advantages, {"rewards": torch.tensor([True, False])}, "torch.bool"),
     *[(siren.nucleus, {"top_p": x}, f"top_p {x}") for x in (0.0, -0.1, 1.01, math.nan)],
     *[(siren.token_stats, {"top_p": x}, f"top_p {x}") for x in (0.0, 80)],
+    *[
+        (
+            siren.token_stats,
+            {"logits": torch.zeros(size), "tokens": torch.zeros(ids).long()},
+            "",
+        )
+        for size, ids in (
+            ((2, 9, 5), (2, 4)),
+            ((9, 5), (4,)),
+            ((2, 3, 5), (1, 3)),
+            ((5,), (1,)),
+        )
+    ],
     *[(siren.peak_mask, wrong, "mask") for wrong in (NO_BOOL, ONE_COLUMN)],
     *[(siren.policy_loss, {"algorithm": x}, f"{x!r}") for x in ("ppo", "GRPO", None)],
     *[(siren.policy_loss, {"max_tokens": x}, f"max_tokens {x}") for x in (0, -1)],

@@ -258,7 +258,7 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
     code, _, lines = command(f"--out={tmp_path}", "--steps=1")
     assert code == 2 and "holds a run; add --resume" in lines[-1]
     code, _, lines = command(f"--out={tmp_path}", "--resume", "--beta=0.5")
-    assert code == 2 and "--beta was 0.2; leave it out" in lines[-1]
+    assert code == 2 and "--beta was 0.2; omit it" in lines[-1]
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "metrics.jsonl").unlink()  # the checkpoint is the run
     code, _, lines = command(f"--out={tmp_path}", "--steps=1")

@@ -285,7 +285,7 @@ def test_kinds_by_hand():
     }
     found = study_report.kinds({"probe": {"positions": places}})
     assert found["fork"]["entropy"] == (0 + 1 + 3 + 5) / 4
-    assert found["fact"]["entropy"] == (2 + 4 + 6 + 8) / 4
+    assert found["sum"]["entropy"] == (2 + 4 + 6 + 8) / 4
     assert found["forced"]["entropy"] == (7 + 9) / 2
     assert [found[kind]["peaks"] for kind in study_report.KINDS] == pytest.approx(
         [0.5, 1 / 3, 1 / 6]

@@ -349,7 +349,7 @@ def test_where_the_entropy_sits():
         assert len(own) == 16
         kinds = [study_report.kinds(row) for row in own]
         h[name] = {kind: np.mean([k[kind]["entropy"] for k in kinds]) for kind in kinds[0]}
-    assert h["anchor"]["fact"] > h["base"]["fact"] > h["siren"]["fact"]
+    assert h["anchor"]["sum"] > h["base"]["sum"] > h["siren"]["sum"]
     assert h["anchor"]["forced"] > h["siren"]["forced"] > h["base"]["forced"]
     assert h["siren"]["fork"] > 2 * h["dr_grpo"]["fork"]
     assert abs(h["siren"]["fork"] - h["anchor"]["fork"]) < 0.02

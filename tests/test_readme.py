@@ -49,10 +49,14 @@ def test_it_is_short():
 def test_the_call_example_needs_the_block_and_torch_alone(tmp_path):
     (example,) = (part.split("```")[0] for part in TEXT.split("```python\n")[1:])
     assert len(example.splitlines()) == 5
+    (first_anchor,) = re.findall(r"`anchor` is `(.*?)`", TEXT)
+    check = (
+        f'h = stats["nucleus_entropy"]\nassert abs({first_anchor} - info["h_agg"]) < 1e-6\n'
+    )
     source = (ROOT / "siren.py").read_text()
     start, end = source.index("# === begin: copy from here"), source.index("# === end: copy")
     (tmp_path / "pasted.py").write_text(
-        "import torch\n\n" + source[start:end] + BEFORE + example + AFTER
+        "import torch\n\n" + source[start:end] + BEFORE + example + AFTER + check
     )
     done = subprocess.run(
         [sys.executable, "-I", "pasted.py"], cwd=tmp_path, capture_output=True, text=True

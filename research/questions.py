@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in the folder above
 
 import siren
-from research import study, study_report, three_ways_report
+from research import study, study_report, three_ways, three_ways_report
 from research.three_ways import WAYS
 from research.three_ways_report import at, by, paired, read_csv
 from research.tools import Parser, run_tool, write_whole
@@ -209,6 +209,34 @@ def only(text: str, temperature: str) -> str:
     return "".join(lines)
 
 
+def lead_change(kind: str) -> Callable[[Files], str]:
+    """By how much SIREN's lead over Dr.GRPO in pass@k changes from k = 16 to 64."""
+
+    def growth(row: dict) -> float:
+        (found,) = [e for e in row["evals"] if (e["grade"], e["temperature"]) == ("hard", 0.6)]
+        return found[f"{kind}pass@64"] - found[f"{kind}pass@16"]
+
+    def change(files: Files) -> str:
+        rows = three_ways_report.finished(three_ways.Size(), files.store)
+        return difference(rows.get("siren", {}), rows.get("dr_grpo", {}), growth)
+
+    return change
+
+
+def beyond_itself(files: Files) -> list[float]:
+    """The base model against itself: of the prompts that 64 samples solve, the share that 64
+    others do not, a value for each seed. It is pass@128 / pass@64 - 1."""
+    few, more = (by(files.many, temperature=0.6, k=k).get("base", {}) for k in (64, 128))
+    return [more[seed]["pass"] / few[seed]["pass"] - 1 for seed in few]
+
+
+def lead_in_steps(files: Files, vocab: int) -> str:
+    """Anchor only minus SIREN in steps to a reward of .4."""
+    found = by(files.tokens, vocabulary=vocab)
+    steps = paired(found.get("anchor_only", {}), found.get("siren", {}), at("speed"))
+    return f"{mean(steps):.0f}" if steps else NOT_YET
+
+
 def many_table(files: Files) -> str:
     """pass@k and maj@k with up to 256 samples."""
     rows = []
@@ -264,24 +292,46 @@ def order_table(files: Files) -> str:
 
 
 def course_table(files: Files) -> str:
-    """At equal training reward, and against Dr.GRPO stopped early."""
+    """At equal training reward, and against Dr.GRPO stopped early. In bold is what stands
+    after Holm's correction; at a reward of .5 alone anything was tested."""
     rows = []
     if files.course:
         for reward in three_ways_report.REWARDS:
             found = three_ways_report.at_equal_reward(files.course, reward)
-            own = [found["SIREN - Dr.GRPO", f"{score}@16"] for score in ("pass", "maj")]
-            title = f"at a training reward of {short(reward)}"
-            rows.append([title, str(len(own[0])), *(interval(x, "+") for x in own)])
+            p = study_report.holm({key: study_report.sign_flip(x) for key, x in found.items()})
+            tested = reward == three_ways_report.TESTED_REWARD
+            for pair in dict.fromkeys(pair for pair, _ in found):
+                if tested or pair == "SIREN - Dr.GRPO":
+                    keys = [(pair, f"{score}@16") for score in ("pass", "maj")]
+                    cells = [interval(found[key], "+") for key in keys]
+                    if tested:
+                        cells = bold(cells, [p[key] < 0.05 for key in keys])
+                    title = f"{pair}, at a reward of {short(reward)}"
+                    rows.append([title, str(len(found[keys[0]])), *cells])
         found = three_ways_report.early_stop(files.course)
         own = [found["SIREN - Dr.GRPO, stopped early", f"{x}@16"] for x in ("pass", "maj")]
         title = "SIREN's end - Dr.GRPO at its best step"
         rows.append([title, str(len(own[0])), *(interval(x, "+") for x in own)])
-    return table(["SIREN - Dr.GRPO", "seeds", "pass@16", "maj@16"], rows or [["", NOT_YET]])
+    return table(["", "seeds", "pass@16", "maj@16"], rows or [["", NOT_YET]])
+
+
+def bold(cells: list[str], which: list[bool]) -> list[str]:
+    """The cells, some of them in bold.
+
+    >>> bold(["a", "b"], [True, False])
+    ['**a**', 'b']
+    """
+    return [f"**{cell}**" if yes else cell for cell, yes in zip(cells, which, strict=True)]
 
 
 def explosions(files: Files) -> str:
     """Seeds on which the constrained bonus ends with more than 30 % useless tokens."""
-    found = [x["useless_share"] > 0.3 for x in files.main["constrained"].values()]
+    return exploded(files.main)
+
+
+def exploded(methods: dict[str, Seeds]) -> str:
+    """The same of other rows."""
+    found = [x["useless_share"] > 0.3 for x in methods.get("constrained", {}).values()]
     return f"{sum(found)} of {len(found)}"
 
 
@@ -304,7 +354,21 @@ def facts() -> dict[str, Callable[[Files], str]]:
         "course table": course_table,
         "best step": lambda files: three_ways_report.early_steps(files.course) or NOT_YET,
         "explosions": explosions,
+        "explosions again": lambda files: exploded(files.hard_ways),
+        "lead change right": lead_change(""),
+        "lead change clean": lead_change("clean/"),
+        "base NDR": lambda files: short(mean(beyond_itself(files))),
+        "base SRR": lambda files: short(1 - mean(beyond_itself(files))),
+        "lead 96": lambda files: lead_in_steps(files, 96),
+        "lead 1024": lambda files: lead_in_steps(files, study.VOCAB),
+        "naive minus same lr avg": two_methods("naive_bonus", "dr_grpo_same_lr", "avg@16"),
     }
+    for name in ("siren", "naive_bonus"):
+        found[f"{name} fills more"] = lambda files, one=name: difference(
+            files.hard_ways.get(one, {}),
+            files.hard_ways.get("dr_grpo_same_lr", {}),
+            share_of_right("filled"),
+        )
     for knob, values in VALUES.items():
         found[f"maj by {knob}"] = lambda files, k=knob, v=values: range_of(files, k, v)
     for other in ("constrained", "anchor_only"):

@@ -36,6 +36,7 @@ REGULARIZERS += ("anchor_only",)
 OTHERS = study_report.CLAIMED  # with which SIREN is compared
 KINDS = {"": "right", "sound/": "sound", "clean/": "clean"}
 REWARDS = (0.4, 0.5, 0.6)  # at which scores are compared
+TESTED_REWARD = 0.5  # at the other two nothing is tested
 SCORED = ("pass", "maj")  # at 16 samples
 SPEED = 0.4  # mean reward of ten steps
 NEVER = study.STEPS + 1
@@ -380,9 +381,9 @@ def course_tables(lines: list[Row]) -> list[str]:
     out = []
     for reward in REWARDS:
         found = at_equal_reward(lines, reward)
-        what = "tested" if reward == 0.5 else "shown, not tested"
+        what = "tested" if reward == TESTED_REWARD else "shown, not tested"
         rows = tested(found)
-        rows = rows if reward == 0.5 else [[*row[:-1], ""] for row in rows]
+        rows = rows if reward == TESTED_REWARD else [[*row[:-1], ""] for row in rows]
         out += [f"### at a training reward of {reward:g} ({what})", ""]
         out += markdown(
             ["hard prompts, T = 0.6", "score", "difference", "seeds", "p, Holm"], rows

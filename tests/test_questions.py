@@ -2,6 +2,7 @@
 
 import csv
 import doctest
+import gzip
 import json
 import re
 
@@ -141,6 +142,74 @@ def test_what_the_answers_say_of_equal_reward(files):
         assert np.mean(values) > 0.05
 
 
+def test_the_anchor_alone_learns_slowest_and_gains_most_at_equal_reward(files):
+    found = three_ways_report.at_equal_reward(files.course, three_ways_report.TESTED_REWARD)
+    for score in ("pass@16", "maj@16"):
+        gains = {pair: np.mean(x) for (pair, name), x in found.items() if name == score}
+        assert max(gains, key=gains.get) == "anchor only - Dr.GRPO"
+    arrivals = {}
+    for method, seeds in three_ways_report.courses(files.course).items():
+        points = [three_ways_report.arrival(own, 0.5) for own in seeds.values()]
+        arrivals[method] = np.mean([point["step"] for point in points if point])
+    assert max(arrivals, key=arrivals.get) == "anchor_only"
+
+
+def raw_rows(part):
+    """Its rows by what was trained."""
+    found = {}
+    with gzip.open(study.ROOT / "results" / "raw" / f"{part}.jsonl.gz", "rt") as file:
+        for row in map(json.loads, file):
+            own = {k: x for k, x in row["config"].items() if not k.startswith("eval")}
+            own = {k: x for k, x in own.items() if k not in ("out", "plug")}
+            if "coins" not in row["config"]["plug"]:
+                found[json.dumps(own, sort_keys=True)] = row
+    return found
+
+
+def test_ten_of_sixteen_seeds_are_the_same_runs(files):
+    main, ways = raw_rows("main"), raw_rows("ways")
+    same = {seed: [] for seed in range(16)}
+    for key in main.keys() & ways.keys():
+        one, other = (rows[key]["evals"] for rows in (main, ways))
+        alike = all(x["avg@16"] == y["avg@16"] for x, y in zip(one, other, strict=True))
+        same[main[key]["config"]["seed"]].append(alike)
+    assert [all(same[seed]) for seed in range(16)] == [False] * 6 + [True] * 10
+
+
+def test_verdicts_of_the_main_table_with_the_rows_of_the_second_set(files):
+    """results/README.md: five of 48 change; the bonus's single samples are one of them."""
+    lines = {}
+    for line in files.ways:
+        if line["method"] in study.METHODS or line["method"] in ("base", "dr_grpo_same_lr"):
+            key = (line["method"], line["grade"], str(line["temperature"]))
+            lines.setdefault(key, {})[str(line["seed"])] = line
+    first = study_report.read_csv(study.ROOT / "results" / "main.csv")
+    verdicts = []
+    for some in (first, lines):
+        rows = [re.split(r" *\| *", row)[1:6] for row in study_report.claims(some)[2:-1]]
+        verdicts.append({tuple(row[:3]): float(row[4]) for row in rows})
+    assert verdicts[0].keys() == verdicts[1].keys() and len(verdicts[0]) == 48
+    changed = [k for k, p in verdicts[0].items() if (p < 0.05) != (verdicts[1][k] < 0.05)]
+    assert len(changed) == 5
+    (bonus,) = (k for k in changed if "naive" in k[0])
+    assert bonus[1:] == ("avg@16", "1.0") or bonus[1:] == ("avg@16", "1")
+    assert verdicts[0][bonus] == pytest.approx(0.048, abs=1e-3)
+    assert verdicts[1][bonus] == pytest.approx(0.218, abs=2e-3)
+
+
+@pytest.mark.parametrize("seeds, share", [(4, 0.79), (12, 0.91), (16, 0.92)])
+def test_how_often_an_interval_holds_the_mean(seeds, share):
+    """results/README.md: of normal values a bootstrap interval holds it too rarely."""
+    rng = np.random.default_rng(seeds)
+    values = rng.normal(size=(2000, seeds))
+    found = []
+    for own in values:
+        means = own[rng.integers(seeds, size=(400, seeds))].mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        found.append(low <= 0 <= high)
+    assert np.mean(found) == pytest.approx(share, abs=0.025)
+
+
 def test_tables_of_made_up_rows(files):
     """With rows the tables have numbers; without them a sentence."""
     made = questions.Files.__new__(questions.Files)
@@ -183,7 +252,7 @@ def test_tables_of_made_up_rows(files):
     assert "| SIREN, 96 | 3 | 50 (50 to 50) | .50 (.50 to .50) | 1.00" in (
         known["tokens table"](made)
     )
-    assert "| at a training reward of .60 | 3 | +.25" in known["course table"](made)
+    assert "| SIREN - Dr.GRPO, at a reward of .60 | 3 | +.25" in known["course table"](made)
     assert "| SIREN's end - Dr.GRPO at its best step | 3 | +.25" in known["course table"](made)
     assert known["best step"](made) == "20 on 3 of 3 seeds"  # of equal steps the first
     assert "| maj@16 | -.07 (-.07 to -.07) | too few seeds |" in known["order table"](made)

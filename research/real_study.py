@@ -3,7 +3,6 @@ r"""Collapse, explosion and SIREN on a real language model: SmolLM2-135M on a CP
     python research/real_study.py --plan      # the commands that would run, and their hours
     python research/real_study.py             # run what is missing, two at a time, then report
     python research/real_study.py --report    # results/real/, its figures, docs/real_model.md
-    python research/real_study.py --last      # the last policies on other questions as well
     python research/real_study.py --smoke     # two steps, two questions, a temporary folder
 
 A job is one command of research/plugs.py, in a run folder of its own. A job that was stopped
@@ -25,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
 import math
 import shutil
@@ -45,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # siren.py is in t
 import siren
 import text_env
 from research import real_task
-from research.tools import Parser, load_task, run_tool, write_whole
+from research.tools import Parser, run_tool, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m"  # by examples/get_smollm2.py
@@ -320,7 +318,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     """Its rows; what looks like a number is one."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    words = ("method", "form", "questions")
+    words = ("method", "form")
     return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
 
 
@@ -352,25 +350,6 @@ def by_form(path: Path) -> list[dict[str, Any]]:
         if own:
             shares = {"right": mean(right), "cut_off": mean(cut)}
             found.append({"form": form, "responses": len(right), **shares})
-    return found
-
-
-def last_policy(job: Job) -> list[dict[str, Any]]:
-    """How often the policy in the job's checkpoint, the one after its last update, is right:
-    4 samples each of 32 training and 32 held-out questions, at both temperatures."""
-    task = load_task(job.cfg)
-    model = task.build_model().eval()
-    # the adapters; all else is the base model
-    model.load_state_dict(siren.load_checkpoint(job.folder)["model"], strict=False)
-    (heldout,) = task.heldout(32).values()
-    found = []
-    asked = {"training": task.train_problems(32, "last"), "held out": heldout}
-    for name, problems in asked.items():
-        for temperature in (job.cfg.temperature, job.cfg.eval_temperature):
-            how = {"eval_samples": 4, "eval_temperature": temperature}
-            scores = siren.evaluate(model, task, problems, dataclasses.replace(job.cfg, **how))
-            row = {"method": job.method, "seed": job.seed, "questions": name}
-            found.append(row | {"temperature": temperature, "avg@4": scores["avg@4"]})
     return found
 
 
@@ -536,18 +515,6 @@ def forms_table(forms: list[dict[str, Any]]) -> list[str]:
     return table(["right, by form of question", *real_task.FORMS, "cut off"], rows)
 
 
-def last_table(last: list[dict[str, Any]]) -> list[str]:
-    """What `--last` found."""
-    asked = dict.fromkeys((r["questions"], r["temperature"]) for r in last)
-    heads = [f"{questions}, T = {temperature:g}" for questions, temperature in asked]
-    rows = []
-    for method, runs in runs_of(last).items():
-        for run in runs:
-            name = f"{method}, seed {run[0]['seed']:.0f}"
-            rows.append([name, *(f"{r['avg@4']:.2f}" for r in run)])
-    return table(["avg@4 after the last update", *heads], rows) if last else []
-
-
 def sizes_line(positions: list[dict[str, Any]]) -> str:
     """The base model's nuclei."""
     sizes = sorted(int(r["nucleus_size"]) for r in positions)
@@ -578,9 +545,8 @@ def tables(results: Path) -> str:
     """The page's numbers, all of them from the CSV files."""
     names = ("curves", "heldout", "forms", "positions")
     curves, heldout, forms, positions = (read_csv(results / f"{x}.csv") for x in names)
-    last = read_csv(results / "last.csv") if (results / "last.csv").exists() else []
     lines = curves_table(curves) + speed_table(curves) + scores_table(heldout)
-    lines += forms_table(forms) + last_table(last) + dtypes_table(results)
+    lines += forms_table(forms) + dtypes_table(results)
     steps = max(r["step"] for r in curves)
     seconds = median(r["seconds"] for r in curves)
     cost = f"{steps:.0f} steps; {seconds:.0f} seconds per step (median)."
@@ -683,19 +649,6 @@ def get_model() -> None:
             raise RuntimeError("there is no model; see examples/get_smollm2.py")
 
 
-def write_last(jobs: list[Job], results: Path) -> None:
-    """last.csv, of the run folders of dr_grpo and siren."""
-    kept = [job for job in jobs if job.method in ("dr_grpo", "siren")]
-    kept = [job for job in kept if job.done and (job.folder / CHECKPOINT).exists()]
-    if not kept:
-        folder = Path(jobs[0].cfg.out).parent
-        rule = f"no run of dr_grpo or siren under {folder} is done; run the study first"
-        raise ValueError(f"--last: {rule}")
-    torch.set_num_threads(1)
-    rows = [row for job in kept for row in last_policy(job)]
-    write_csv(results / "last.csv", list(rows[0]), [list(row.values()) for row in rows])
-
-
 def study(args: argparse.Namespace) -> None:
     """Run what is missing; write the report."""
     runs = Path("runs/real")  # of ROOT
@@ -714,9 +667,6 @@ def study(args: argparse.Namespace) -> None:
     where = (runs, data, MODEL.relative_to(ROOT))
     jobs = make_jobs(*where, **changes) + candidates(*where, **changes)
     jobs += tuned(results, *where, **changes)
-    if args.last:
-        write_last(jobs, results)
-        return
     if args.smoke:
         jobs = jobs[:2]  # dr_grpo and siren
     if not args.report and not args.plan:
@@ -754,7 +704,6 @@ def command(argv: list[str] | None) -> None:
         "--plan": "print the commands and their cost",
         "--report": "run nothing: CSV files, figure and page",
         "--smoke": "two steps, two questions, a temporary folder",
-        "--last": "the last policies of the runs in runs/real, on training questions too",
     }.items():
         parser.add_argument(name, action="store_true", help=text)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread [2]")

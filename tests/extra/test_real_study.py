@@ -177,38 +177,6 @@ def test_the_drop_in_adds_to_each_step(tmp_path, load):
     assert 0 < sum(row["peak"] for row in rows) < len(rows)
 
 
-class ParityTask(Task):
-    """A response is right if its first token is even."""
-
-    def train_problems(self, n, key):
-        return [problem([3, 4 + i % 8], "0") for i in range(n)]
-
-    def decode(self, ids):
-        return str(ids[0] % 2)
-
-
-def test_the_last_policy_is_the_one_after_the_last_update(tmp_path, load):
-    """The run's own evaluation of its last step is repeated from the checkpoint."""
-    load.task = ParityTask
-    how = {"steps": 3, "prompts": 4, "group_size": 4, "mini_batches": 2, "max_tokens": 3}
-    how |= {"eval_prompts": 32, "eval_samples": 4, "lr": 0.3, "warmup_steps": 0}
-    cfg = siren.Config(task="tests_task", out=str(tmp_path), regularizer="none", **how)
-    records = siren.train(siren.Run(cfg))
-    first, last = (records[i]["heldout/avg@4"] for i in (0, -1))
-    rows = real_study.last_policy(real_study.Job("dr_grpo", 0, cfg))
-    found = {(r["questions"], r["temperature"]): r["avg@4"] for r in rows}
-    assert list(found) == [(q, t) for q in ("training", "held out") for t in (1.0, 0.6)]
-    assert found["held out", 0.6] == last != first
-
-
-def test_last_needs_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(real_study, "ROOT", tmp_path)
-    monkeypatch.setattr(real_study, "MODEL", tmp_path / "models")
-    assert real_study.main(["--last"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "no run of dr_grpo or siren under runs/real is done; run the study first" in line
-
-
 class Found(BaseException):
     """Carries the Config of a command line out of siren.main."""
 
@@ -421,93 +389,60 @@ def test_the_page_has_the_stored_numbers():
 
 
 def test_the_pages_claims_in_words():
-    """Collapse, explosion, SIREN in between; what one mask alone does; the third seed's
-    fork."""
-    files = (
-        real_study.RESULTS / f"{name}.csv" for name in ("curves", "heldout", "forms", "last")
-    )
-    curves, heldout, forms, ends = map(real_study.read_csv, files)
+    """Collapse, explosion, SIREN in between; what one mask alone does. On every seed."""
+    curves = real_study.runs_of(real_study.read_csv(real_study.RESULTS / "curves.csv"))
+    heldout = real_study.read_csv(real_study.RESULTS / "heldout.csv")
 
-    def mean_of(method, name, first=51):  # over all seeds
-        rows = [r[name] for r in curves if r["method"] == method and r["step"] >= first]
-        return np.mean(rows)
+    def ends(method, name, first=51):
+        return [
+            np.mean([r[name] for r in run if r["step"] >= first]) for run in curves[method]
+        ]
 
-    def passes(
-        method, level
-    ):  # for each seed the first step at which the mean of five passes it
-        found = []
-        for seed in dict.fromkeys(r["seed"] for r in curves if r["method"] == method):
-            rows = [r["reward"] for r in curves if (r["method"], r["seed"]) == (method, seed)]
-            found += [next(i for i, x in enumerate(real_study.smooth(rows), 1) if x > level)]
-        return found
+    def passes(method, level):
+        rewards = [[r["reward"] for r in run] for run in curves[method]]
+        return [real_study.first_step(some, level) for some in rewards]
 
-    def scores(method, name, step=60):
-        return [r[name] for r in heldout if (r["method"], r["step"]) == (method, step)]
+    def middle(method):
+        return [np.mean([r["reward"] for r in run[10:40]]) for run in curves[method]]
 
-    held = mean_of("siren", "entropy")
-    assert 6.3 < held / mean_of("dr_grpo", "entropy") < 6.7
-    assert 0.85 < mean_of("siren", "reward") < 0.87 and mean_of("dr_grpo", "reward") > 0.975
-    assert 0.42 < mean_of("siren", "h_ratio") < 0.44
-    first = np.mean(
-        [r["entropy"] for r in curves if r["method"] == "dr_grpo" and r["step"] == 1]
-    )
-    later = [
-        r["entropy"] for r in curves if r["method"] == "dr_grpo" and 11 <= r["step"] <= 15
-    ]
+    def scores(method, name):
+        after = real_study.runs_of([r for r in heldout if r["step"] > 0])
+        return [np.mean([r[name] for r in run]) for run in after[method]]
+
+    def all_below(some, others):
+        assert all(x < y for x, y in zip(some, others)), (some, others)
+
+    # what the masks do: speed, and what is held
+    all_below(passes("siren", 0.6), passes("wo_top_p", 0.6))
+    all_below(passes("wo_top_p", 0.6), passes("anchor_only", 0.6))
+    for method in ("dr_grpo", "siren", "wo_peak"):
+        all_below(middle("wo_top_p"), middle(method))
+    all_below(middle("anchor_only"), middle("wo_top_p"))
+    assert max(ends("wo_peak", "h_ratio")) < 0.1 and min(ends("wo_top_p", "h_ratio")) > 0.9
+    # collapse and explosion
     assert (
-        1.15 < first < 1.25 and np.mean(later) < 0.1 and mean_of("dr_grpo", "entropy") < 0.025
+        max(ends("dr_grpo", "entropy")) < 0.03 and max(scores("dr_grpo", "distinct@8")) < 0.2
     )
-    assert scores("siren", "avg@8") == pytest.approx([0.945, 0.992, 0.504], abs=1e-3)
-    assert scores("dr_grpo", "avg@8") == pytest.approx([0.996, 0.957, 0.992], abs=1e-3)
-    assert scores("siren", "avg@8", 0)[2] == pytest.approx(0.66, abs=0.005)
-    samples = [np.mean(scores(method, "distinct@8")) for method in ("dr_grpo", "siren")]
-    assert samples == pytest.approx([0.18, 0.55], abs=0.005)
-    own = [r["reward"] for r in curves if (r["method"], r["seed"]) == ("siren", 2)][-10:]
-    assert [np.mean(own), min(own)] == pytest.approx([0.85, 0.66], abs=0.005)
-    last = {
-        (r["method"], r["seed"], r["questions"], r["temperature"]): r["avg@4"] for r in ends
-    }
-    bad = [last["siren", 2, q, t] for t in (1.0, 0.6) for q in ("training", "held out")]
-    assert bad == pytest.approx([0.69, 0.56, 0.73, 0.52], abs=0.005)
-    good = [x for (method, seed, *_), x in last.items() if (method, seed) == ("siren", 1)]
-    assert [min(good), max(good)] == pytest.approx([0.88, 0.99], abs=0.005)
-    endless = {(r["method"], r["seed"]) for r in forms if r["cut_off"]}
-    assert endless == {("siren", 2), ("bonus_0.2", 1), ("bonus_0.2", 2)}
-    exploded = [r for r in curves if r["method"] == "bonus_0.2" and r["step"] >= 15]
-    assert {r["seed"] for r in exploded} == {0, 1, 2} and min(
-        r["entropy"] for r in exploded
-    ) > 10
-    twice = next(
-        r for r in forms if (r["seed"], r["form"], r["method"]) == (2, "twice", "siren")
-    )
-    assert 0.15 < twice["cut_off"] < 0.25
-    assert mean_of("wo_peak", "entropy") < 0.05 and mean_of("wo_top_p", "h_ratio") > 0.9
-    assert all(mean_of(f"bonus_{beta}", "entropy", 15) > 10 for beta in (0.2, 0.02))
-    assert 0.04 < mean_of("bonus_0.002", "entropy") < 0.06
-    assert 0.25 < scores("bonus_0.002", "distinct@8")[0] < 0.27
-    assert passes("siren", 0.8) == [12, 19, 10] and passes("dr_grpo", 0.8) == [10, 16, 10]
-    assert passes("siren", 0.6) == [8, 12, 8] and passes("dr_grpo", 0.6) == [8, 10, 8]
-    variants = ("wo_top_p", "wo_peak", "anchor_only")
-    assert [passes(method, 0.6)[0] for method in variants] == [22, 7, 47]
-    early = {}
-    for row in curves:
-        if 11 <= row["step"] <= 40:
-            early.setdefault((row["method"], row["seed"]), []).append(row["reward"])
-    early = {who: round(np.mean(values), 2) for who, values in early.items()}
-    assert [early["siren", seed] for seed in (0, 1, 2)] == [0.85, 0.89, 0.74]
-    assert [early["dr_grpo", seed] for seed in (0, 1, 2)] == [0.89, 0.82, 0.94]
-    assert [early[method, 0] for method in variants] == [0.64, 0.92, 0.34]
-    h = [r["entropy"] for r in curves if r["method"] == "anchor_only"]
-    assert 0.5 < min(h) < 0.55 and 2.05 < max(h) < 2.15
-    assert 30 < passes("wo_top_p", 0.8)[0] < 35
-    assert 0.61 < mean_of("anchor_only", "reward") < 0.63
+    for run in curves["bonus_0.2"]:
+        assert min(r["entropy"] for r in run if r["step"] >= 15) > 10
+        assert max(r["reward"] for r in run if r["step"] >= 15) == 0
+        assert np.mean([r["perplexity"] for r in run[-10:]]) > 500_000
+    # SIREN keeps some
+    all_below(ends("dr_grpo", "entropy"), [x / 2 for x in ends("siren", "entropy")])
+    all_below(scores("dr_grpo", "distinct@8"), scores("siren", "distinct@8"))
+    assert max(ends("siren", "h_ratio")) < 0.55
+    older = real_study.read_csv(real_study.RESULTS / "float32" / "heldout.csv")
+    ended = {(r["method"], r["seed"]): r["avg@8"] for r in older if r["step"] == 60}
+    assert ended["siren", 2] == pytest.approx(0.504, abs=1e-3)
+    begun = [r["avg@8"] for r in older if r["step"] == 0 and r["seed"] == 2]
+    assert np.mean(begun) == pytest.approx(0.66, abs=0.01)
 
 
 def test_the_figures_can_be_read_in_grey():
     """From the stored rows: at most five lines, dashes of their own, names at the lines."""
     curves = real_study.read_csv(real_study.RESULTS / "curves.csv")
     figure = real_study.curves_figure(curves)
-    assert check_figure(figure) == 4 + 4 + 4 + 4 + 4 + 5
+    assert 3 + 3 + 3 + 4 + 4 + 5 <= check_figure(figure) <= 4 + 4 + 4 + 4 + 4 + 5
     solved = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
     dr_grpo = [r["reward"] for r in curves if r["method"] == "dr_grpo" and r["step"] > 55]
     assert solved["Dr.GRPO"][-1] == pytest.approx(np.mean(dr_grpo))  # three seeds, five steps

@@ -395,14 +395,17 @@ def test_the_real_model():
     assert "ln 49 152 = 10.8 nats" in prose() and round(math.log(49152), 1) == 10.8
     assert at_end("dr_grpo", "entropy") < 0.1
     assert at_end("siren", "entropy") > 3 * at_end("dr_grpo", "entropy")
-    (share,) = re.findall(r"ends at (\.\d\d) of the anchor\. But", prose())
-    assert at_end("siren", "h_ratio") == pytest.approx(float(share), abs=0.005)
+    (share,) = re.findall(r"ends at (\.\d\d) of the anchor\); on the other", prose())
+    rows = real_rows("curves", "siren", seed=0)
+    held = np.mean([float(row["h_ratio"]) for row in rows[-10:]])
+    assert held == pytest.approx(float(share), abs=0.005)
+    broken = [float(row["reward"]) for row in real_rows("curves", "siren", seed=1)]
+    assert np.mean(broken[40:46]) > 0.7 and np.mean(broken[50:]) < 0.2
     assert at_end("anchor_only", "entropy") > at_end("siren", "entropy")
-    assert at_end("anchor_only", "reward") < at_end("siren", "reward")
     first, other = (first_good_step(method) for method in ("siren", "dr_grpo"))
     assert other <= first < 2 * other < first_good_step("anchor_only")
     one, two = (late_scores(method, "avg@8") for method in ("dr_grpo", "siren"))
-    assert abs(np.mean(one) - np.mean(two)) < 0.05 and min(one) > 0.9
+    assert min(one) > 0.89 and two[0] > 0.9 and two[1] < 0.3
     assert np.mean(late_scores("dr_grpo", "distinct@8")) < 0.2
     seeds = [{row["seed"] for row in real_rows("curves", method)} for method in DRAWN]
     assert [len(own) for own in seeds] == [2, 2, 1, 2]  # "two seeds, of one for the bonus"

@@ -12,6 +12,7 @@ The stored file was made with an earlier sampler, which drew other random number
 script now finds another answer, and the captions in notes.md would have to be written again.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -80,6 +81,7 @@ def figures(model, tokenizer):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("make_data.py", description=__doc__.splitlines()[0]).parse_args()
     model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
     data = figures(model, AutoTokenizer.from_pretrained(MODEL))
     rows = (f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in data.items())

@@ -312,6 +312,17 @@ def test_the_report(tmp_path):
         real_study.write_page(page, text)
 
 
+def test_how_fast_a_run_learns():
+    rewards = [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    for count, cells in ((7, ["5", "6", "0.786"]), (2, ["never", "never", "0.250"])):
+        rows = [
+            {"method": "siren", "seed": 0.0, "step": i, "reward": reward}
+            for i, reward in enumerate(rewards[:count], 1)
+        ]
+        line = real_study.speed_table(rows)[-1]
+        assert line == f"| siren | {' | '.join(cells)} |"
+
+
 def test_held_out_questions_are_asked_of_the_last_policies(tmp_path, load, monkeypatch):
     monkeypatch.setattr(real_study, "LAST", 2)
     how = {"steps": 4, "prompts": 2, "group_size": 2, "mini_batches": 1, "max_tokens": 4}

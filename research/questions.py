@@ -324,13 +324,8 @@ def bold(cells: list[str], which: list[bool]) -> list[str]:
     return [f"**{cell}**" if yes else cell for cell, yes in zip(cells, which, strict=True)]
 
 
-def explosions(files: Files) -> str:
-    """Seeds on which the constrained bonus ends with more than 30 % useless tokens."""
-    return exploded(files.main)
-
-
 def exploded(methods: dict[str, Seeds]) -> str:
-    """The same of other rows."""
+    """Seeds on which the constrained bonus ends with more than 30 % useless tokens."""
     found = [x["useless_share"] > 0.3 for x in methods.get("constrained", {}).values()]
     return f"{sum(found)} of {len(found)}"
 
@@ -353,7 +348,7 @@ def facts() -> dict[str, Callable[[Files], str]]:
         "order table": order_table,
         "course table": course_table,
         "best step": lambda files: three_ways_report.early_steps(files.course) or NOT_YET,
-        "explosions": explosions,
+        "explosions": lambda files: exploded(files.main),
         "explosions again": lambda files: exploded(files.hard_ways),
         "lead change right": lead_change(""),
         "lead change clean": lead_change("clean/"),

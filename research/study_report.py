@@ -138,8 +138,7 @@ def kinds(row: Row) -> dict[str, dict[str, float]]:
     """Kind of token -> mean H, mean H' and share of all peaks, from the probe's positions.
 
     A response is "term, term, sum, term, sum, ..., end". Which term is next is a fork, but for
-    the last. The last term and the end are forced. A token counts by its
-    position.
+    the last: that term and the end are forced. A token counts by its position.
     """
     places = row["probe"]["positions"]
     length = 2 * study.TERMS
